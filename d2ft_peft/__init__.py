@@ -3,8 +3,10 @@
 from .config import D2FTConfig
 from .partition import Architecture, BranchSpec, partition_model, register_architecture
 from .peft_type import D2FTType, register
+from .planner import D2FTPlanner
 from .schedule import Operation, Schedule, register_policy
 from .tuners import D2FTLoraModel, D2FTModel
+from .trainer import D2FTCallback, D2FTTrainer, D2FTTrainerMixin
 from .version import __version__ as __version__
 
 
@@ -14,7 +16,11 @@ register(D2FTType.D2FT_LORA, D2FTConfig, D2FTLoraModel)
 __all__ = [
     "Architecture",
     "BranchSpec",
+    "D2FTCallback",
     "D2FTConfig",
+    "D2FTPlanner",
+    "D2FTTrainer",
+    "D2FTTrainerMixin",
     "Operation",
     "Schedule",
     "partition_model",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import warnings
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftConfig
 
 from .peft_type import D2FTType
@@ -27,8 +30,7 @@ _UNSUPPORTED_LORA = (
 )  # fmt: skip
 # LoraConfig fields that mean the same for full fine-tuning.
 _SHARED = {f.name for f in dataclasses.fields(PeftConfig)} | {
-    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
-    "runtime_config",
+    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "runtime_config",
 }  # fmt: skip
 
 
@@ -112,16 +114,22 @@ class D2FTConfig(LoraConfig):
 
     def _check_own_fields(self) -> None:
         for name in ("heads_per_subnet", "num_micro_batches"):
-            value = getattr(self, name)
-            _check(isinstance(value, int) and value >= 1, name, value, "must be an integer of at least 1")
-        _check(self.num_devices is None or self.num_devices >= 1, "num_devices", self.num_devices, "must be at least 1")
-        _check(0 < self.score_fraction <= 1, "score_fraction", self.score_fraction, "must be in (0, 1]")
+            _check_integer(name, getattr(self, name), 1)
+        if self.num_devices is not None:
+            _check_integer("num_devices", self.num_devices, 1, " or None")
+        _check_integer("seed", self.seed, 0)
+        _check(isinstance(self.train_boundary, bool), "train_boundary", self.train_boundary, "must be True or False")
+        fraction, cost = self.score_fraction, self.forward_only_cost
+        _check(_is_number(fraction) and 0 < fraction <= 1, "score_fraction", fraction, "must be a number in (0, 1]")
+        _check(
+            cost is None or (_is_number(cost) and 0 < cost < 1),
+            "forward_only_cost", cost, "must be a number in (0, 1), or None",
+        )  # fmt: skip
         for name in ("backward_score", "forward_score"):
             _check(getattr(self, name) in SCORES, name, getattr(self, name), f"must be one of {', '.join(SCORES)}")
         for name, allowed in (("tie_break", ("aligned", "spread")), ("shortcut", ("zero", "mean", "rescale"))):
             _check(getattr(self, name) in allowed, name, getattr(self, name), f"must be one of {', '.join(allowed)}")
-        cost = self.forward_only_cost
-        _check(cost is None or 0 < cost < 1, "forward_only_cost", cost, "must be in (0, 1), or None")
+        _check(isinstance(self.policy, str), "policy", self.policy, "must be the name of a policy")
         get_policy(self.policy)
         given = [n for n in ("compute_budget", "communication_budget", "num_full", "device_capacities")
                  if getattr(self, n) is not None]  # fmt: skip
@@ -130,10 +138,12 @@ class D2FTConfig(LoraConfig):
             self.num_forward_only is None or self.num_full is not None,
             "num_forward_only", self.num_forward_only, "needs num_full beside it",
         )  # fmt: skip
-        if self.device_capacities is not None:
+        capacities = self.device_capacities
+        if capacities is not None:
+            _check(isinstance(capacities, (list, tuple)), "device_capacities", capacities, "must be a list of numbers")
             _check(
-                self.num_devices == len(self.device_capacities),
-                "device_capacities", self.device_capacities, f"must have num_devices={self.num_devices} entries",
+                self.num_devices == len(capacities),
+                "device_capacities", capacities, f"needs num_devices={len(capacities)}, not {self.num_devices}",
             )  # fmt: skip
         self.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
 
@@ -144,8 +154,8 @@ class D2FTConfig(LoraConfig):
             _check(getattr(self, f.name) == _default(f), f.name, getattr(self, f.name), "is for LoRA; set r as well")
 
     def _check_lora(self) -> None:
-        _check(isinstance(self.r, int) and self.r >= 1, "r", self.r, "must be an integer of at least 1, or None")
-        _check(not self.train_boundary, "train_boundary", True, "is for full fine-tuning; name modules_to_save instead")
+        _check_integer("r", self.r, 1, " (LoRA) or None (full fine-tuning)")
+        _check(not self.train_boundary, "train_boundary", True, "is for full fine-tuning; name modules_to_save")
         for name in _UNSUPPORTED_LORA:
             _check(not getattr(self, name), name, getattr(self, name), "is not available under D2FT; leave it out")
 
@@ -158,7 +168,7 @@ class D2FTConfig(LoraConfig):
         return values
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write ``adapter_config.json``; under LoRA that of a plain LoRA adapter, and ``d2ft_config.json`` beside it."""
+        """Write ``adapter_config.json``; under LoRA a plain LoRA adapter's, with ``d2ft_config.json`` beside it."""
         base = self.base_model_name_or_path
         if base and os.path.isdir(base):
             warnings.warn(
@@ -189,18 +199,22 @@ class D2FTConfig(LoraConfig):
         if isinstance(config, cls):
             return config
         path = os.path.join(pretrained_model_name_or_path, subfolder or "", D2FT_CONFIG_NAME)
+        if not os.path.isfile(path) and not os.path.isdir(pretrained_model_name_or_path):
+            hub_kwargs, _, _ = cls._split_kwargs(kwargs)
+            with contextlib.suppress(EntryNotFoundError):
+                path = hf_hub_download(
+                    pretrained_model_name_or_path, D2FT_CONFIG_NAME, subfolder=subfolder, **hub_kwargs
+                )
         if not os.path.isfile(path):
-            try:
-                path = hf_hub_download(pretrained_model_name_or_path, D2FT_CONFIG_NAME, subfolder=subfolder)
-            except Exception as error:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path!r} holds a {config.peft_type.value} adapter and no "
-                    f"{D2FT_CONFIG_NAME}: it was not trained by D2FT. Give its LoRA fields to D2FTConfig by hand."
-                ) from error
+            raise ValueError(
+                f"{pretrained_model_name_or_path!r} holds a {config.peft_type.value} adapter and no "
+                f"{D2FT_CONFIG_NAME}: it was not trained by D2FT. Give its LoRA fields to D2FTConfig by hand."
+            )
         with open(path) as file:
             own = json.load(file)
         lora = {f.name: getattr(config, f.name) for f in dataclasses.fields(LoraConfig)}
-        return cls(**{**lora, **{name: value for name, value in own.items() if name in {f.name for f in _own_fields()}}})
+        known = {f.name for f in _own_fields()}
+        return cls(**lora, **{name: value for name, value in own.items() if name in known})
 
 
 def _own_fields() -> list[dataclasses.Field]:
@@ -210,6 +224,15 @@ def _own_fields() -> list[dataclasses.Field]:
 
 def _default(f: dataclasses.Field) -> Any:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value: Any, minimum: int, otherwise: str = "") -> None:
+    fits = isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum
+    _check(fits, name, value, f"must be an integer of at least {minimum}{otherwise}")
 
 
 def _check(condition: bool, name: str, value: Any, constraint: str) -> None:

@@ -35,8 +35,8 @@ def mark_model_card(directory: str | os.PathLike, is_lora: bool) -> None:
         return
     card = ModelCard.load(path, ignore_metadata_errors=True)
     tags = list(card.data.tags or [])
-    if "d2ft" not in tags:
-        card.data.tags = [*tags, "d2ft"]
+    # PEFT tags the adapters of its own type LORA, which this one becomes on disk.
+    card.data.tags = sorted({*tags, "d2ft", *(["lora"] if is_lora else [])})
     if "<!-- d2ft -->" not in card.text:
         card.text = "\n" + (_LORA_NOTE if is_lora else _FULL_NOTE) + card.text
     card.save(path)

@@ -6,12 +6,12 @@ in three mappings, which take any key; transformers asks the key for its ``.valu
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 
-class D2FTType(str, Enum):
+class D2FTType(StrEnum):
     """The two variants of D2FT as PEFT types; both are configured by `D2FTConfig`."""
 
     D2FT = "D2FT"
@@ -34,6 +34,10 @@ def register(peft_type: D2FTType, config_cls: type, tuner_cls: type) -> None:
         (PEFT_TYPE_TO_PREFIX_MAPPING, tuner_cls.prefix),
     ):
         known = mapping.get(peft_type, value)
-        if getattr(known, "__qualname__", known) != getattr(value, "__qualname__", value):
+        if _name(known) != _name(value):
             raise ValueError(f"PEFT already has a method {peft_type.value!r} ({known!r}); cannot register {value!r}.")
         mapping[peft_type] = value
+
+
+def _name(registered: type | str) -> str:
+    return f"{registered.__module__}.{registered.__qualname__}" if isinstance(registered, type) else registered

@@ -8,6 +8,7 @@ tensor-parallel plan for most decoders; the encoders and GPT-2 stand in the tabl
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from torch import nn
 
 
@@ -65,7 +66,11 @@ class Architecture:
 
 _VIT = Architecture(
     blocks="layers",
-    attention=BranchSpec("attention", ("attention.q_proj", "attention.k_proj", "attention.v_proj"), "attention.o_proj"),
+    attention=BranchSpec(
+        "attention",
+        ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+        "attention.o_proj",
+    ),
     ffn=BranchSpec("mlp", ("mlp.fc1",), "mlp.fc2"),
 )
 _BERT = Architecture(
@@ -144,8 +149,9 @@ def _from_tp_plan(model_type: str, plan: dict[str, str]) -> Architecture:
     if len(stacks) != 1 or len(attention) != 1:
         raise ValueError(
             f"model_type={model_type!r} cannot be partitioned into heads: its tensor-parallel plan names "
-            f"{len(stacks)} stacks of blocks and {len(attention)} attention modules ({', '.join(attention) or 'none'}), "
-            "one of each is needed; describe the model with d2ft_peft.register_architecture."
+            f"{len(stacks)} stacks of blocks and {len(attention)} attention modules "
+            f"({', '.join(attention) or 'none'}), one of each is needed; describe the model "
+            "with d2ft_peft.register_architecture."
         )
     ffn = _branch_from_styles(model_type, others[0], by_parent[others[0]]) if len(others) == 1 else None
     return Architecture(stacks.pop(), _branch_from_styles(model_type, attention[0], by_parent[attention[0]]), ffn)

@@ -161,7 +161,7 @@ def _check_region_parameters(region: nn.Module, prefix: str, spec: BranchSpec, h
 
 
 def _boundary(module: nn.Module, prefix: str, projections: set[str]) -> list[str]:
-    """Largest modules that have parameters and hold no projection, and modules whose own parameters stand beside one."""
+    """Largest modules with parameters and without projections, and those with parameters of their own beside them."""
     if prefix in projections or next(module.parameters(), None) is None:
         return []
     if prefix and not any(name.startswith(prefix + ".") for name in projections):

@@ -1,4 +1,4 @@
-"""What a subnet is: immutable descriptions of a transformer cut into heads. Knows names and shapes, holds no module."""
+"""What a subnet is: immutable descriptions of a transformer cut into heads. Names and shapes, no modules."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class Partition:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         lines.append(
-            f"{self.num_subnets} subnets: {self.num_scheduled} scheduled, and embedding and head, which always run FULL"
+            f"{self.num_subnets} subnets: {self.num_scheduled} scheduled; embedding and head, which always run FULL"
         )
         return "\n".join(lines)
 

@@ -4,14 +4,17 @@ A `Problem` holds scores, costs, sizes and the `Budget` of one step; a policy tu
 """
 
 from .budget import Budget
+from .cost import CostModel
 from .operations import COMMUNICATION, Operation
 from .policies import bilevel_gap, get_policy, objective, policy_names, register_policy
 from .problem import Problem
 from .schedule import Schedule
 
+
 __all__ = [
     "COMMUNICATION",
     "Budget",
+    "CostModel",
     "Operation",
     "Problem",
     "Schedule",

@@ -9,6 +9,7 @@ import numpy as np
 from .operations import Operation
 from .schedule import CAPACITY_TOLERANCE, full_loads
 
+
 _HOW = "give exactly one of compute_budget, communication_budget, device_capacities and num_full"
 
 

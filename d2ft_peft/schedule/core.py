@@ -14,6 +14,7 @@ some optimal solution differs from the base only in the core:
 
 import numpy as np
 
+
 OPTION = np.int16
 """Type of the number of an option: a policy may offer more than 127."""
 
@@ -80,6 +81,8 @@ def _fill(base: np.ndarray, worth: np.ndarray, units: np.ndarray, left: int, ste
     items, before, after = steps
     rise = units[items, after] - units[items, before]
     for step in np.flatnonzero(rise <= left):
+        if left == 0:
+            break
         item = items[step]
         if rise[step] <= left and greedy[item] == before[step]:
             greedy[item] = after[step]
@@ -96,7 +99,9 @@ def _open_items(base: np.ndarray, worth: np.ndarray, units: np.ndarray, price: f
     # Floats only widen the core: what rounding could hide is at most this.
     margin = 1e-9 * (abs(gap) + price * span + float(worth.max()))
     open_moves = (worth >= 0) & (loss <= gap + margin) & (np.arange(worth.shape[1]) != base[:, None])
-    kind = np.unique(np.column_stack([units, base]), axis=0, return_inverse=True)[1].ravel()
+    some = np.flatnonzero(open_moves.any(axis=1))
+    kind = np.zeros(len(worth), dtype=np.int64)
+    kind[some] = np.unique(np.column_stack([units, base])[some], axis=0, return_inverse=True)[1].ravel()
     core = np.zeros(len(worth), dtype=bool)
     for target in range(worth.shape[1]):
         candidates = np.flatnonzero(open_moves[:, target])

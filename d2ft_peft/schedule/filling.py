@@ -18,8 +18,7 @@ def fill(costs: np.ndarray, capacities: np.ndarray) -> np.ndarray:
     """
     full = first_fit(costs[:, :, Operation.FULL], capacities)
     spent = np.where(full, costs[:, :, Operation.FULL], 0.0).sum(axis=1)
-    # A leftover that rounding made too small by a hair must still take what fits exactly.
-    left = np.maximum(capacities - spent, 0) + 1e-10 * capacities
+    left = np.maximum(capacities - spent, 0)
     forward_only = first_fit(np.where(full, np.inf, costs[:, :, Operation.FORWARD_ONLY]), left)
     return np.where(full, Operation.FULL, forward_only * Operation.FORWARD_ONLY).astype(np.int8)
 

@@ -11,14 +11,16 @@ import numpy as np
 
 from .core import OPTION, find_core
 
+
 FORBIDDEN = -np.inf
 """Value of an option that must not be chosen."""
 
-_EXACT_UNITS = 16384
-_GRID_UNITS = 4096
-_SMALL_DENOMINATOR = 64
+_FEWEST_UNITS, _MOST_UNITS = 4096, 1 << 14
+_SMALL_DENOMINATOR = 256
+_GRID_STEPS = 10_000_000
 _MAX_TABLE_BYTES = 64 << 20
 _MAX_TABLE_STEPS = 200_000_000
+_MAX_TABLE_ITEMS = 10_000
 _VALUE_BITS = 61
 _EXACT = 1e-10
 SLACK = 4e-10
@@ -35,20 +37,25 @@ def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> np.
             5e-10 of itself where a sum rounds.
 
     Returns:
-        int16 [D, n], the option of each item. Optimal if `integer_costs` is exact, else optimal among the choices that
-        fit with costs rounded up.
+        int16 [D, n], the option of each item. Optimal if `integer_costs` is exact. Else optimal among the choices that
+        fit with costs rounded up, then raised wherever the true costs leave room.
     """
     num_options = values.shape[2]
     if num_options == 2 and (costs[:, 1] == costs[0, 1]).all():
         return top(values[:, :, 1], affordable(costs[0, 1], capacities, len(costs))).astype(OPTION)
-    units, unit = integer_costs(costs, float(capacities.max()))
+    cells = len(costs) * (num_options - 1) * len(values)
+    resolution = int(np.clip(_GRID_STEPS // cells, _FEWEST_UNITS, _MOST_UNITS))
+    units, unit = integer_costs(costs, float(capacities.max()), resolution)
     limits = np.floor(capacities * (1 + SLACK) / unit)
     limits = np.minimum(limits, units.max(axis=1).sum()).astype(np.int64)
     worth = integer_values(values)
-    steps = (limits.max() + 1) * len(costs) * (num_options - 1) * len(values)
-    if steps > _MAX_TABLE_STEPS:
-        return np.stack([_choose_in_core(worth[d], units, int(limits[d])) for d in range(len(values))])
-    return _choose_in_chunks(worth, units, limits)
+    if (limits.max() + 1) * cells > _MAX_TABLE_STEPS or len(costs) > _MAX_TABLE_ITEMS:
+        chosen = np.stack([_choose_in_core(worth[d], units, int(limits[d])) for d in range(len(values))])
+    else:
+        chosen = _choose_in_chunks(worth, units, limits)
+    if (units * unit > costs * (1 + 2 * _EXACT)).any():
+        _use_what_rounding_left(chosen, values, costs, capacities)
+    return chosen
 
 
 def top(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -77,17 +84,18 @@ def affordable(cost: float, capacities: np.ndarray, most: int) -> np.ndarray:
     return np.floor(np.minimum(capacities * (1 + SLACK) / cost, most)).astype(np.int64)
 
 
-def integer_costs(costs: np.ndarray, capacity: float) -> tuple[np.ndarray, float]:
+def integer_costs(costs: np.ndarray, capacity: float, resolution: int) -> tuple[np.ndarray, float]:
     """Writes costs as whole numbers of a unit, rounded up where they are not.
 
-    The unit is the largest cost / q. The smallest q that makes every cost whole (to 1e-10) is taken if the capacity
-    then has at most 16384 units or q is at most 64. Otherwise the q whose worst relative rounding is least, among
-    those with at most 4096 units in the capacity (or q at most 64). The largest cost itself is always exact. Rounding
-    up never breaks a capacity.
+    The unit is the largest cost / q. The smallest q that makes every cost whole (to 1e-10) is taken if there is one
+    with at most 4 * `resolution` units in the capacity, or with q at most 256. Otherwise the q whose worst relative
+    rounding is least, among those with at most `resolution` units in the capacity (or q at most 256). The largest cost
+    itself is always exact. Rounding up never breaks a capacity.
 
     Args:
         costs: float, any shape, not negative.
         capacity: the largest capacity, same unit.
+        resolution: about how many units the capacity may have.
 
     Returns:
         int64 costs of the same shape, and the unit.
@@ -97,7 +105,7 @@ def integer_costs(costs: np.ndarray, capacity: float) -> tuple[np.ndarray, float
         return np.zeros(costs.shape, dtype=np.int64), 1.0
     ratios = np.unique(costs[costs > 0]) / largest
     fits = max(capacity / largest, 1.0)
-    exact_end, grid_end = (max(_SMALL_DENOMINATOR, int(units / fits)) for units in (_EXACT_UNITS, _GRID_UNITS))
+    exact_end, grid_end = (max(_SMALL_DENOMINATOR, int(most / fits)) for most in (4 * resolution, resolution))
     best, least = 1, np.inf
     for start in range(1, exact_end + 1, 64):
         q = np.arange(start, min(start + 64, exact_end + 1))
@@ -116,8 +124,8 @@ def integer_costs(costs: np.ndarray, capacity: float) -> tuple[np.ndarray, float
 def integer_values(values: np.ndarray) -> np.ndarray:
     """Scales each device's values by a power of two to int64 such that sums over its items stay below 2^62.
 
-    A float keeps all its bits unless it is smaller than about 2^-8 / n of the device's total; what rounding drops is
-    less than n / 2^61 of the total.
+    A float keeps all its bits unless it is below 2^-8 of the device's total; rounding moves none by more than 2^-61 of
+    the total.
 
     Args:
         values: float [D, n, R].
@@ -168,6 +176,27 @@ def _dynamic_programme(worth: np.ndarray, units: np.ndarray, limits: np.ndarray)
         chosen[:, item] = option[item, left, device]
         left -= units[item, chosen[:, item]]
     return chosen
+
+
+def _use_what_rounding_left(chosen: np.ndarray, values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> None:
+    """Raises options in place, what gains most first, until no true cost fits any more."""
+    device, item = np.arange(len(chosen)), np.arange(len(costs))
+    left = capacities * (1 + SLACK) - costs[item, chosen].sum(axis=1)
+    higher = np.arange(costs.shape[1]) > chosen[:, :, None]
+    gain = values - np.take_along_axis(values, chosen[:, :, None], axis=2)
+    rise = costs - costs[item, chosen][:, :, None]
+    while True:
+        gains = np.where(higher & (rise <= left[:, None, None]), gain, -1.0).reshape(len(chosen), -1)
+        best = gains.argmax(axis=1)
+        better = gains[device, best] >= 0
+        if not better.any():
+            return
+        who, which, option = device[better], *np.divmod(best[better], costs.shape[1])
+        left[who] -= rise[who, which, option]
+        chosen[who, which] = option
+        higher[who, which] = np.arange(costs.shape[1]) > option[:, None]
+        gain[who, which] = values[who, which] - values[who, which, option][:, None]
+        rise[who, which] = costs[which] - costs[which, option][:, None]
 
 
 def _choose_in_core(worth: np.ndarray, units: np.ndarray, limit: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from .budget import Budget
 from .operations import COMMUNICATION
 from .schedule import Schedule, check_blocks, check_costs, check_devices, check_weights
 
+
 TIE_BREAKS = ("aligned", "spread")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from ._arrays import freeze, int_array, real_array
 from .operations import COMMUNICATION, Operation
 
+
 DEFAULT_COSTS = (0.0, 1 / 3, 1.0)
 """Compute of each operation relative to FULL when backward costs twice the forward (full fine-tuning)."""
 

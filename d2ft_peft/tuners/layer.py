@@ -35,7 +35,8 @@ class D2FTLayer(nn.Module, BaseTunerLayer):
         """Add an adapter: a copy of the layer as it is without any."""
         if self.merged:
             raise ValueError(
-                f"adapter {adapter_name!r} cannot be added while {self.merged_adapters} is merged; call unmerge_adapter()."
+                f"adapter {adapter_name!r} cannot be added while {self.merged_adapters} is merged; "
+                "call unmerge_adapter()."
             )
         self.d2ft_layers[adapter_name] = copy.deepcopy(self.base_layer, copies)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

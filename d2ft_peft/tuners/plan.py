@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -71,12 +72,17 @@ class Plan:
     """One micro-batch's operations for every branch.
 
     Attributes:
+        operations: Operation of each scheduled subnet.
         cells: One entry a branch, in the order of `Partition.branches`; None where every head is FULL.
-        skipped: True if every subnet is SHORTCUT: the micro-batch is not to be run at all.
     """
 
+    operations: tuple[int, ...]
     cells: tuple[Cell | None, ...]
-    skipped: bool = False
+
+    @property
+    def skipped(self) -> bool:
+        """True if every subnet is SHORTCUT: the micro-batch is not to be run at all."""
+        return not any(self.operations)
 
 
 def compile_plan(partition: Partition, operations: np.ndarray) -> Plan:
@@ -103,4 +109,26 @@ def compile_plan(partition: Partition, operations: np.ndarray) -> Plan:
     compiled = tuple(
         None if len(cells[branch.block].full) == branch.heads else cells[branch.block] for branch in partition.branches
     )
-    return Plan(compiled, skipped=bool((operations == Operation.SHORTCUT).all()))
+    return Plan(tuple(operations.tolist()), compiled)
+
+
+def executed_operations(partition: Partition, executed: Mapping[int, Cell | None]) -> np.ndarray:
+    """The row of a schedule that was executed, int [K].
+
+    Args:
+        partition: The subnets.
+        executed: What each branch did, by its index; a branch that is missing did not run.
+    """
+    by_block: dict[int, Cell | None] = {}
+    for index, cell in executed.items():
+        by_block.setdefault(partition.branches[index].block, cell)
+    row = np.full(partition.num_scheduled, Operation.SHORTCUT, dtype=np.int8)
+    for subnet in partition.subnets:
+        if subnet.block not in by_block:
+            continue
+        cell, head = by_block[subnet.block], subnet.heads[0]
+        if cell is None or head in cell.full.indices:
+            row[subnet.index] = Operation.FULL
+        elif head in cell.forward_only.indices:
+            row[subnet.index] = Operation.FORWARD_ONLY
+    return row

@@ -8,6 +8,7 @@ from .random import random
 from .registry import Policy, get_policy, policy_names, register_policy
 from .round_robin import round_robin
 
+
 __all__ = [
     "Policy",
     "all_full",

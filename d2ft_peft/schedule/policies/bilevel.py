@@ -9,9 +9,6 @@ from ..problem import Problem
 from ..schedule import Schedule
 from .registry import register_policy
 
-# Keeps a leftover that rounding made too small by a hair; far below the tolerance of Schedule.
-_ROUNDING = 1e-10
-
 
 @register_policy("bilevel")
 def bilevel(problem: Problem) -> Schedule:
@@ -26,7 +23,7 @@ def bilevel(problem: Problem) -> Schedule:
     costs = problem.limited_costs
     full = _pick(problem, problem.backward_scores, costs[:, Operation.FULL], problem.limits)
     spent = np.bincount(problem.devices, (problem.weights @ full) * costs[:, Operation.FULL])
-    left = np.maximum(problem.limits - spent, 0) + _ROUNDING * problem.limits
+    left = np.maximum(problem.limits - spent, 0)
     scores = np.where(full, FORBIDDEN, problem.forward_scores)
     forward_only = _pick(problem, scores, costs[:, Operation.FORWARD_ONLY], left)
     return problem.schedule(_operations(full, forward_only))

@@ -10,6 +10,7 @@ from ..schedule import Schedule
 from .bilevel import bilevel
 from .registry import register_policy
 
+
 _ROUNDING = 1e-12
 
 

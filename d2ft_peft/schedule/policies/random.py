@@ -29,13 +29,18 @@ def random(problem: Problem) -> Schedule:
             top(draws.T, np.full(problem.num_subnets, count)).T for count in (num_full, num_full + num_forward_only)
         )
         return problem.schedule(np.where(full, Operation.FULL, running * Operation.FORWARD_ONLY))
+    return problem.schedule(_by_limits(problem, draws))
+
+
+def _by_limits(problem: Problem, draws: np.ndarray) -> np.ndarray:
     operations = np.empty(draws.shape, dtype=np.int8)
-    for device, limit in enumerate(problem.limits):
-        subnets = np.flatnonzero(problem.devices == device)
-        order = np.argsort(draws[:, subnets], axis=None)
-        cells = problem.weights[:, None, None] * problem.limited_costs[subnets]
-        cells = cells.reshape(-1, len(Operation))[order]
-        chosen = np.empty(len(order), dtype=np.int8)
-        chosen[order] = fill(cells[None], np.array([limit]))[0]
-        operations[:, subnets] = chosen.reshape(-1, len(subnets))
-    return problem.schedule(operations)
+    owned = np.bincount(problem.devices)
+    for size in np.unique(owned):
+        # Devices with equally many subnets fill up together; the draws of each decide its own order.
+        devices = np.flatnonzero(owned == size)
+        subnets = np.stack([np.flatnonzero(problem.devices == device) for device in devices])
+        order = np.argsort(draws[:, subnets].transpose(1, 0, 2).reshape(len(devices), -1), axis=1)
+        rows, columns = order // size, np.take_along_axis(subnets, order % size, axis=1)
+        costs = problem.weights[rows][:, :, None] * problem.limited_costs[columns]
+        operations[rows, columns] = fill(costs, problem.limits[devices])
+    return operations

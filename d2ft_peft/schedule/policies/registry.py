@@ -5,6 +5,7 @@ from collections.abc import Callable
 from ..problem import Problem
 from ..schedule import Schedule
 
+
 Policy = Callable[[Problem], Schedule]
 """A policy is a function from the numbers of a step to its schedule."""
 

@@ -1,0 +1,97 @@
+"""What a schedule costs: FLOPs of every subnet and operation, from the shapes of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .operations import Operation
+from .schedule import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class CostModel:
+    """FLOPs per sample (one image, one sequence) of K subnets in B blocks and of what lies around them.
+
+    Attributes:
+        blocks: Block of each subnet, int [K].
+        forward: Forward pass of each subnet, [K].
+        backward: Its backward pass, for activations and trained weights, [K].
+        entry_gradient: The part of `backward` for the block's input, [K]; not computed in the lowest block that
+            trains, where nothing below it does.
+        shared_forward: What a block computes once per pass, whatever the number of heads (LoRA's shared factors), [B].
+        shared_backward: The same for backward, [B].
+        shared_entry_gradient: The part of `shared_backward` for the block's input, [B].
+        below_forward: Embeddings.
+        below_backward: Their backward pass; 0 where they do not train.
+        above_forward: Task head.
+        above_weight_gradient: Gradient of its weights; 0 where it does not train.
+        above_input_gradient: Gradient of its input.
+        below_trains: Whether anything below the blocks trains.
+        forward_only_cost: Cost of FORWARD_ONLY relative to FULL that schedules are made with (the paper: 0.4), or
+            None for the model's own.
+    """
+
+    blocks: np.ndarray
+    forward: np.ndarray
+    backward: np.ndarray
+    entry_gradient: np.ndarray
+    shared_forward: np.ndarray
+    shared_backward: np.ndarray
+    shared_entry_gradient: np.ndarray
+    below_forward: float = 0.0
+    below_backward: float = 0.0
+    above_forward: float = 0.0
+    above_weight_gradient: float = 0.0
+    above_input_gradient: float = 0.0
+    below_trains: bool = False
+    forward_only_cost: float | None = None
+
+    @property
+    def costs(self) -> np.ndarray:
+        """FLOPs per sample of each operation, [K, 3] with columns by `Operation`; what a block shares is spread over
+        its subnets. This is what policies see: additive, the same in every micro-batch."""
+        subnets_in_block = np.bincount(self.blocks, minlength=len(self.shared_forward))
+        share = 1 / subnets_in_block[self.blocks]
+        forward = self.forward + share * self.shared_forward[self.blocks]
+        full = forward + self.backward + share * self.shared_backward[self.blocks]
+        table = np.zeros((len(self.blocks), len(Operation)))
+        table[:, Operation.FULL] = full
+        table[:, Operation.FORWARD_ONLY] = forward if self.forward_only_cost is None else self.forward_only_cost * full
+        return table
+
+    def step_flops(self, operations: np.ndarray, samples: np.ndarray) -> float:
+        """FLOPs of a step, exactly: with the passes that blocks share, the embeddings and head of the micro-batches
+        that run, and without the input gradient that the lowest trained block does not need.
+
+        Args:
+            operations: Operation of each cell, int [N, K].
+            samples: Size of each micro-batch in samples, [N].
+        """
+        return float(sum(n * self._row_flops(row) for row, n in zip(operations, samples, strict=True)))
+
+    def full_flops(self, samples: np.ndarray) -> float:
+        """FLOPs of a step in which every cell is FULL."""
+        return self.step_flops(np.full((len(samples), len(self.blocks)), Operation.FULL), samples)
+
+    def schedule_flops(self, schedule: Schedule) -> float:
+        """FLOPs of a schedule whose weights are samples."""
+        return self.step_flops(schedule.operations, schedule.weights)
+
+    def _row_flops(self, row: np.ndarray) -> float:
+        if (row == Operation.SHORTCUT).all():
+            return 0.0
+        full, active = row == Operation.FULL, row != Operation.SHORTCUT
+        flops = self.below_forward + self.above_forward + self.above_weight_gradient + self.below_backward
+        flops += self.forward[active].sum() + self.backward[full].sum()
+        has_full = np.bincount(self.blocks[full], minlength=len(self.shared_forward)) > 0
+        has_forward_only = np.bincount(self.blocks[active & ~full], minlength=len(self.shared_forward)) > 0
+        flops += (self.shared_forward * (has_full + has_forward_only.astype(int))).sum()
+        flops += self.shared_backward[has_full].sum()
+        if full.any() or self.below_trains:
+            flops += self.above_input_gradient
+        if full.any() and not self.below_trains:
+            lowest = self.blocks[full].min()
+            flops -= self.entry_gradient[full & (self.blocks == lowest)].sum() + self.shared_entry_gradient[lowest]
+        return flops

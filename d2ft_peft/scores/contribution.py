@@ -1,0 +1,186 @@
+"""Contribution scores of subnets (arXiv 2504.12471, section 3): how much a subnet matters for a sample.
+
+| score | of subnet k for a sample with loss L | source |
+|---|---|---|
+| ``weight_magnitude`` | sum of abs(w_k), the same for every sample | the paper's backward score |
+| ``fisher`` | sum of (dL/dw_k)^2, the empirical Fisher information | the paper's forward score |
+| ``gradient_magnitude`` | sum of abs(dL/dw_k) | |
+| ``taylor`` | sum of abs(w_k dL/dw_k), first-order change of L if w_k went to zero | |
+
+w_k are the weights that subnet k owns and trains: rows of column-parallel and columns of row-parallel projections; under
+LoRA rows of B and columns of A (the other factor is shared by all heads). The magnitude of weights is always that of the
+projections themselves, since LoRA's B starts at zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..partition import Partition, Projection, unwrap
+from ..tuners import D2FTLayer
+from ..tuners.subset_linear import HeadAxis
+
+
+GRADIENT_SCORES = ("fisher", "gradient_magnitude", "taylor")
+
+
+@torch.no_grad()
+def weight_magnitude(model: nn.Module, partition: Partition) -> np.ndarray:
+    """Sum of the absolute weights of every subnet, float [K]."""
+    base = _base_model(model)
+    heads = _HeadSums(partition)
+    for index, branch in enumerate(partition.branches):
+        for projection in branch.projections:
+            module = base.get_submodule(projection.name)
+            layer = module.active_layer() if isinstance(module, D2FTLayer) else unwrap(module)
+            axis = HeadAxis(projection.kind, projection.layout, projection.transposed)
+            heads.add(index, _by_head(layer.weight.abs(), axis))
+            if projection.kind == "column" and layer.bias is not None:
+                heads.add(index, _by_head(layer.bias.abs(), HeadAxis("column", projection.layout)))
+    return heads.by_subnet()
+
+
+def gradient_scores(
+    model: nn.Module, partition: Partition, batch: dict[str, Tensor], score: str, per_sample: bool = True
+) -> np.ndarray:
+    """Score subnets by the gradients of one batch's loss, with the model as it is at inference.
+
+    Weights, their ``.grad``, training flags and random state stay as they are.
+
+    Args:
+        model: A D2FT model, or a plain one whose projections train.
+        partition: Its subnets.
+        batch: Inputs with labels, samples on the first axis.
+        score: ``"fisher"``, ``"gradient_magnitude"`` or ``"taylor"``.
+        per_sample: Score every sample by the gradient of its own loss (the batch's loss is taken as the mean over its
+            samples), or the batch as a whole.
+
+    Returns:
+        float [samples, K], or [1, K] for the batch as a whole.
+
+    Raises:
+        ValueError: If the score is unknown, the model returns no loss, or no projection trains.
+    """
+    if score not in GRADIENT_SCORES:
+        raise ValueError(f"score={score!r} is not a gradient score; choose one of {', '.join(GRADIENT_SCORES)}.")
+    base = _base_model(model)
+    carriers = [(index, *c) for index, b in enumerate(partition.branches) for p in b.projections for c in _carriers(base, p)]
+    if not carriers:
+        raise ValueError("no projection of the subnets trains, so gradients score nothing; unfreeze the model.")
+    with _inference(model), torch.enable_grad(), _record([module for _, module, _ in carriers]) as records:
+        loss = model(**batch)["loss"]
+        if loss is None:
+            raise ValueError("the model returned no loss, so gradients score nothing; give labels in the batch.")
+        seen = [record for record in records if record is not None]
+        output_gradients = iter(torch.autograd.grad(loss, [output for _, output in seen]))
+    samples = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+    rows = [_HeadSums(partition) for _ in range(samples if per_sample else 1)]
+    for (index, module, axis), record in zip(carriers, records, strict=True):
+        if record is None:
+            continue
+        x, gradient = record[0], next(output_gradients)
+        for i, row in enumerate(rows):
+            part = slice(i, i + 1) if per_sample else slice(None)
+            # The loss is a mean: a sample's own gradient is as many times larger as there are samples.
+            row.add_gradients(index, module, axis, x[part], gradient[part] * len(rows), score)
+    return np.stack([row.by_subnet() for row in rows])
+
+
+class _HeadSums:
+    """Sums per (branch, head), and what they make per subnet."""
+
+    def __init__(self, partition: Partition):
+        self.partition = partition
+        self.sums: dict[int, Tensor] = {}
+
+    def add(self, branch: int, values: Tensor) -> None:
+        """Add values [heads] to a branch."""
+        values = values.detach().double().cpu()
+        self.sums[branch] = self.sums[branch] + values if branch in self.sums else values
+
+    def add_gradients(self, branch: int, module: nn.Module, axis: HeadAxis, x: Tensor, grad: Tensor, score: str) -> None:
+        """Add one layer's score from its input [.., I] and the gradient of its output [.., O]."""
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        weight = x.t() @ grad if axis.transposed else grad.t() @ x
+        self.add(branch, _by_head(_measure(weight, module.weight, score), axis))
+        if axis.kind == "column" and module.bias is not None and module.bias.requires_grad:
+            bias = _measure(grad.sum(0), module.bias, score)
+            self.add(branch, _by_head(bias, HeadAxis("column", axis.layout)))
+
+    def by_subnet(self) -> np.ndarray:
+        """float [K]"""
+        scores = np.zeros(self.partition.num_scheduled)
+        by_block: dict[int, list[Tensor]] = {}
+        for index, sums in self.sums.items():
+            by_block.setdefault(self.partition.branches[index].block, []).append(sums)
+        for subnet in self.partition.subnets:
+            scores[subnet.index] = sum(float(s[list(subnet.heads)].sum()) for s in by_block.get(subnet.block, []))
+        return scores
+
+
+def _measure(gradient: Tensor, parameter: Tensor, score: str) -> Tensor:
+    if score == "fisher":
+        return gradient.square()
+    return (gradient if score == "gradient_magnitude" else gradient * parameter.detach()).abs()
+
+
+def _by_head(values: Tensor, axis: HeadAxis) -> Tensor:
+    """Sum values in the shape of a weight (or bias) over all but the heads: [heads]."""
+    position = axis.axis if values.ndim > 1 else 0
+    layout = axis.layout
+    by_head = values.unflatten(position, (layout.parts, layout.heads, layout.width)).movedim(position + 1, 0)
+    return by_head.flatten(1).sum(1)
+
+
+def _carriers(base: nn.Module, projection: Projection) -> list[tuple[nn.Module, HeadAxis]]:
+    """The linear layers whose trained weights belong to the heads of a projection."""
+    module = base.get_submodule(projection.name)
+    if isinstance(module, LoraLayer):
+        factors = module.lora_B if projection.kind == "column" else module.lora_A
+        layers = [factors[name] for name in module.active_adapters if name in factors]
+        axis = HeadAxis(projection.kind, projection.layout)
+    else:
+        layers = [module.active_layer() if isinstance(module, D2FTLayer) else module]
+        axis = HeadAxis(projection.kind, projection.layout, projection.transposed)
+    return [(layer, axis) for layer in layers if layer.weight.requires_grad]
+
+
+@contextmanager
+def _record(modules: list[nn.Module]) -> Iterator[list]:
+    """Note (input, output) of each module's next call; None where it is not called."""
+    records: list = [None] * len(modules)
+
+    def hook(position):
+        def note(module: nn.Linear | Conv1D, args: tuple, output: Tensor) -> None:
+            records[position] = (args[0].detach(), output)
+
+        return note
+
+    handles = [module.register_forward_hook(hook(position)) for position, module in enumerate(modules)]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _inference(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,212 @@
+"""Seconds, FLOPs and memory of whole training steps under D2FT, side by side with the plain step of the same model.
+
+    python examples/benchmarks/step_time.py                          # ViT-small at 224 px, full fine-tuning and LoRA
+    python examples/benchmarks/step_time.py --model llama --hidden 512 --heads 8 --kv-heads 4 --layers 8 --length 512
+
+A step is all forward and backward passes of N micro-batches, ready for the optimizer. Variants take turns within every
+repeat, so that a busy machine slows all of them; each ratio is the median over the repeats of the variant's time
+over the plain step's time of the same repeat. Weights are random: speed does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import time
+import warnings
+
+import numpy as np
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2ft_peft import D2FTConfig, partition_model
+from d2ft_peft.schedule import Budget, Problem, get_policy
+from d2ft_peft.tuners import compile_plan, get_runtime
+
+
+def build_model(args: argparse.Namespace) -> torch.nn.Module:
+    """A randomly initialised model of the given shape."""
+    shape = {"hidden_size": args.hidden, "num_attention_heads": args.heads, "num_hidden_layers": args.layers}
+    shape["intermediate_size"] = args.intermediate or 4 * args.hidden
+    torch.manual_seed(0)
+    if args.model == "vit":
+        return tf.ViTForImageClassification(tf.ViTConfig(**shape, image_size=args.image_size, num_labels=100))
+    if args.model == "bert":
+        config = tf.BertConfig(**shape, num_labels=2, max_position_embeddings=max(512, args.length))
+        return tf.BertForSequenceClassification(config)
+    shape["num_key_value_heads"] = args.kv_heads or args.heads
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**shape, vocab_size=args.vocabulary, use_cache=False))
+
+
+def make_batch(args: argparse.Namespace, device: torch.device) -> dict[str, torch.Tensor]:
+    n = args.micro_batch_size
+    if args.model == "vit":
+        pixels = torch.randn(n, 3, args.image_size, args.image_size, device=device)
+        return {"pixel_values": pixels, "labels": torch.randint(100, (n,), device=device)}
+    ids = torch.randint(10, 1000, (n, args.length), device=device)
+    labels = ids if args.model == "llama" else torch.randint(2, (n,), device=device)
+    return {"input_ids": ids, "labels": labels}
+
+
+def adapt(model: torch.nn.Module, mode: str, rank: int, d2ft: bool) -> torch.nn.Module:
+    """The model as it is fine-tuned: plainly or by D2FT, in full or by LoRA; the head trains in every case."""
+    model = copy.deepcopy(model)
+    head = [name for name in ("classifier", "lm_head") if hasattr(model, name)]
+    if d2ft:
+        config = D2FTConfig(r=rank, modules_to_save=head) if mode == "lora" else D2FTConfig(modules_to_save=head)
+        return get_peft_model(model, config)
+    projections = partition_model(model).projections
+    if mode == "lora":
+        return get_peft_model(model, LoraConfig(r=rank, target_modules=list(projections), modules_to_save=head))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[0] in projections or name.split(".")[0] in head)
+    return model
+
+
+def make_plans(partition, num_micro_batches: int, num_full: int, num_forward_only: int, placement: str):
+    """Plans of a step with the given counts: ``spread`` (every micro-batch partly active) or ``aligned``."""
+    shape = (num_micro_batches, partition.num_scheduled)
+    problem = Problem(
+        forward_scores=np.ones(shape),
+        backward_scores=np.ones(shape),
+        budget=Budget(num_full=num_full, num_forward_only=num_forward_only),
+        blocks=partition.subnet_blocks,
+    )
+    schedule = get_policy("round_robin" if placement == "spread" else "bilevel")(problem)
+    return [compile_plan(partition, row) for row in schedule.operations]
+
+
+def run_step(model, batch, plans, args) -> None:
+    """All forward and backward passes; a micro-batch that is skipped as a whole is not run."""
+    autocast = torch.autocast(args.device, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+    for plan in plans:
+        if plan is not None and plan.skipped:
+            continue
+        with get_runtime(model).use(plan) if plan is not None else contextlib.nullcontext():
+            with autocast:
+                loss = model(**batch).loss / len(plans)
+            if loss.requires_grad:
+                loss.backward()
+
+
+def seconds(step, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak_memory(step, device: str) -> int:
+    """Bytes that a step allocates on top of what it finds (weights and gradients), at its peak."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return int(np.maximum(np.cumsum(changes), 0).max())
+
+
+def count_flops(step) -> int:
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def measure(args: argparse.Namespace, mode: str) -> list[dict]:
+    """Rows of one mode, the plain step first."""
+    device = torch.device(args.device)
+    base = build_model(args).to(device)
+    batch = make_batch(args, device)
+    plain = adapt(base, mode, args.rank, d2ft=False).train()
+    ours = adapt(base, mode, args.rank, d2ft=True).train()
+    partition = partition_model(base, args.heads_per_subnet)
+    n = args.micro_batches
+    steps = {"plain": lambda: run_step(plain, batch, [None] * n, args)}
+    for mix in args.mixes.split(","):
+        num_full, num_forward_only = (int(count) for count in mix.split("+"))
+        plans = make_plans(partition, n, num_full, num_forward_only, args.placement)
+        steps[(num_full, num_forward_only)] = lambda plans=plans: run_step(ours, batch, plans, args)
+    for step in steps.values():
+        step()  # warm-up; also allocates the gradients, which are then no part of the peak
+    flops = {name: count_flops(step) for name, step in steps.items()}
+    memory = {name: peak_memory(step, args.device) for name, step in steps.items()}
+    times = [{name: seconds(step, args.device) for name, step in steps.items()} for _ in range(args.repeats)]
+    rows = []
+    for name in steps:
+        num_full, num_forward_only = (n, 0) if name == "plain" else name
+        rows.append(
+            {
+                "mode": mode,
+                "variant": "plain" if name == "plain" else "d2ft",
+                "num_full": num_full,
+                "num_forward_only": num_forward_only,
+                "num_micro_batches": n,
+                "seconds": statistics.median(t[name] for t in times),
+                "time_ratio": statistics.median(t[name] / t["plain"] for t in times),
+                "flops_ratio": flops[name] / flops["plain"],
+                "memory_ratio": memory[name] / memory["plain"],
+                "tflops_per_second": flops[name] / statistics.median(t[name] for t in times) / 1e12,
+            }
+        )
+    return rows
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["vit", "bert", "llama"], default="vit")
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--kv-heads", type=int, default=None)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--intermediate", type=int, default=None, help="width of the FFN, 4 x hidden by default")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--micro-batches", type=int, default=5)
+    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser.add_argument("--heads-per-subnet", type=int, default=1)
+    parser.add_argument("--modes", default="full,lora")
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--mixes", default="5+0,3+0,2+2,1+4", help="FULL+FORWARD_ONLY micro-batches of each subnet")
+    parser.add_argument("--placement", choices=["spread", "aligned"], default="spread")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--json", default=None, help="file for the rows")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
+    rows = []
+    print(f"{'mode':6}{'step':>16}{'seconds':>10}{'time':>8}{'FLOPs':>8}{'memory':>8}   (ratios to the plain step)")
+    for mode in args.modes.split(","):
+        for row in measure(args, mode):
+            rows.append(row)
+            skipped = row["num_micro_batches"] - row["num_full"] - row["num_forward_only"]
+            name = "plain" if row["variant"] == "plain" else f"{row['num_full']}F+{row['num_forward_only']}O+{skipped}S"
+            ratios = "".join(f"{row[key]:8.3f}" for key in ("time_ratio", "flops_ratio", "memory_ratio"))
+            print(f"{mode:6}{name:>16}{row['seconds']:10.3f}{ratios}", flush=True)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(rows, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""D2FT (arXiv 2504.12471) for the Hugging Face ecosystem: fine-tuning that runs part of the model per micro-batch."""
+
+from .config import D2FTConfig
+from .partition import Architecture, BranchSpec, partition_model, register_architecture
+from .peft_type import D2FTType, register
+from .planner import D2FTPlanner
+from .schedule import Operation, Schedule, register_policy
+from .tuners import D2FTLoraModel, D2FTModel
+from .trainer import D2FTCallback, D2FTTrainer, D2FTTrainerMixin
+from .version import __version__ as __version__
+
+
+register(D2FTType.D2FT, D2FTConfig, D2FTModel)
+register(D2FTType.D2FT_LORA, D2FTConfig, D2FTLoraModel)
+
+__all__ = [
+    "Architecture",
+    "BranchSpec",
+    "D2FTCallback",
+    "D2FTConfig",
+    "D2FTPlanner",
+    "D2FTTrainer",
+    "D2FTTrainerMixin",
+    "Operation",
+    "Schedule",
+    "partition_model",
+    "register_architecture",
+    "register_policy",
+]

@@ -1,0 +1,240 @@
+"""D2FTConfig: PEFT's words for the adapter, and D2FT's for what each step may cost."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig, PeftConfig
+
+from .peft_type import D2FTType
+from .schedule import Budget, get_policy
+
+
+D2FT_CONFIG_NAME = "d2ft_config.json"
+SCORES = ("weight_magnitude", "fisher", "gradient_magnitude", "taylor")
+DEFAULT_COMPUTE_BUDGET = 0.6
+
+# What a LoraConfig can ask for and the head-wise execution of LoRA does not do.
+_UNSUPPORTED_LORA = (
+    "use_dora", "use_qalora", "use_bdlora", "megatron_config", "layer_replication", "target_parameters",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+)  # fmt: skip
+# LoraConfig fields that mean the same for full fine-tuning.
+_SHARED = {f.name for f in dataclasses.fields(PeftConfig)} | {
+    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "runtime_config",
+}  # fmt: skip
+
+
+@dataclass
+class D2FTConfig(LoraConfig):
+    """Configuration of D2FT, for full fine-tuning (``r=None``) and for LoRA (``r`` set).
+
+    Fields of `peft.LoraConfig` keep their meaning (``target_modules``, ``modules_to_save``, ``lora_alpha``, ...).
+    ``target_modules=None`` targets every projection of the subnets.
+
+    Args:
+        r: Rank of LoRA, or None for full fine-tuning.
+        train_boundary: Full fine-tuning: also train and save what lies outside the subnets (embeddings, norms, head).
+        heads_per_subnet: Heads that one subnet groups (key/value heads under grouped-query attention).
+        num_micro_batches: Micro-batches that are scheduled together where the Trainer accumulates no gradients;
+            otherwise its gradient accumulation steps.
+        compute_budget: Share of the full compute that a step may take, in (0, 1]; 0.6 if no budget is given.
+        communication_budget: Share of the full communication instead.
+        num_full: Number of micro-batches that each subnet runs FULL, instead of a budget.
+        num_forward_only: Number that it runs FORWARD_ONLY besides.
+        num_devices: Devices that the subnets are spread over, block by block; None is one device per subnet, the
+            paper's setting.
+        device_capacities: Compute budget of each device, one number in (0, 1] each, instead of ``compute_budget``.
+        policy: Name of the scheduling policy, see `d2ft_peft.schedule.policy_names`.
+        tie_break: ``"aligned"`` breaks ties towards the same micro-batches on every device, ``"spread"`` against it.
+        backward_score: Contribution score by which FULL is given.
+        forward_score: Contribution score by which FORWARD_ONLY is given.
+        score_fraction: Share of the training samples that are scored before training, in (0, 1].
+        shortcut: What stands in for skipped heads: ``"zero"`` (the paper), their running ``"mean"``, or
+            ``"rescale"``, which scales up the heads that run.
+        forward_only_cost: Cost of FORWARD_ONLY relative to FULL in the schedule; None takes it from the model's own
+            FLOPs, 0.4 is the paper's.
+        seed: Seed of policies that draw at random.
+    """
+
+    r: int | None = field(default=None, metadata={"help": "LoRA rank, or None for full fine-tuning"})
+    train_boundary: bool = False
+    heads_per_subnet: int = 1
+    num_micro_batches: int = 5
+    compute_budget: float | None = None
+    communication_budget: float | None = None
+    num_full: int | None = None
+    num_forward_only: int | None = None
+    num_devices: int | None = None
+    device_capacities: list[float] | None = None
+    policy: str = "bilevel"
+    tie_break: Literal["aligned", "spread"] = "aligned"
+    backward_score: str = "weight_magnitude"
+    forward_score: str = "fisher"
+    score_fraction: float = 1.0
+    shortcut: Literal["zero", "mean", "rescale"] = "zero"
+    forward_only_cost: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_own_fields()
+        if self.r is None:
+            self._check_full()
+            super().__post_init__()
+            self.peft_type = D2FTType.D2FT
+        else:
+            self._check_lora()
+            super().__post_init__()
+            self.peft_type = D2FTType.D2FT_LORA
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether this configures the LoRA variant."""
+        return self.r is not None
+
+    @property
+    def budget(self) -> Budget:
+        """The one budget that the fields state."""
+        if self.num_full is not None:
+            return Budget(num_full=self.num_full, num_forward_only=self.num_forward_only or 0)
+        if self.communication_budget is not None:
+            return Budget(communication=self.communication_budget)
+        if self.device_capacities is not None:
+            return Budget(compute=tuple(self.device_capacities))
+        return Budget(compute=DEFAULT_COMPUTE_BUDGET if self.compute_budget is None else self.compute_budget)
+
+    def _check_own_fields(self) -> None:
+        for name in ("heads_per_subnet", "num_micro_batches"):
+            _check_integer(name, getattr(self, name), 1)
+        if self.num_devices is not None:
+            _check_integer("num_devices", self.num_devices, 1, " or None")
+        _check_integer("seed", self.seed, 0)
+        _check(isinstance(self.train_boundary, bool), "train_boundary", self.train_boundary, "must be True or False")
+        fraction, cost = self.score_fraction, self.forward_only_cost
+        _check(_is_number(fraction) and 0 < fraction <= 1, "score_fraction", fraction, "must be a number in (0, 1]")
+        _check(
+            cost is None or (_is_number(cost) and 0 < cost < 1),
+            "forward_only_cost", cost, "must be a number in (0, 1), or None",
+        )  # fmt: skip
+        for name in ("backward_score", "forward_score"):
+            _check(getattr(self, name) in SCORES, name, getattr(self, name), f"must be one of {', '.join(SCORES)}")
+        for name, allowed in (("tie_break", ("aligned", "spread")), ("shortcut", ("zero", "mean", "rescale"))):
+            _check(getattr(self, name) in allowed, name, getattr(self, name), f"must be one of {', '.join(allowed)}")
+        _check(isinstance(self.policy, str), "policy", self.policy, "must be the name of a policy")
+        get_policy(self.policy)
+        given = [n for n in ("compute_budget", "communication_budget", "num_full", "device_capacities")
+                 if getattr(self, n) is not None]  # fmt: skip
+        _check(len(given) <= 1, " and ".join(given), [getattr(self, n) for n in given], "are both given; keep one")
+        _check(
+            self.num_forward_only is None or self.num_full is not None,
+            "num_forward_only", self.num_forward_only, "needs num_full beside it",
+        )  # fmt: skip
+        capacities = self.device_capacities
+        if capacities is not None:
+            _check(isinstance(capacities, (list, tuple)), "device_capacities", capacities, "must be a list of numbers")
+            _check(
+                self.num_devices == len(capacities),
+                "device_capacities", capacities, f"needs num_devices={len(capacities)}, not {self.num_devices}",
+            )  # fmt: skip
+        self.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
+
+    def _check_full(self) -> None:
+        for f in dataclasses.fields(LoraConfig):
+            if f.name in _SHARED or f.name == "r":
+                continue
+            _check(getattr(self, f.name) == _default(f), f.name, getattr(self, f.name), "is for LoRA; set r as well")
+
+    def _check_lora(self) -> None:
+        _check_integer("r", self.r, 1, " (LoRA) or None (full fine-tuning)")
+        _check(not self.train_boundary, "train_boundary", True, "is for full fine-tuning; name modules_to_save")
+        for name in _UNSUPPORTED_LORA:
+            _check(not getattr(self, name), name, getattr(self, name), "is not available under D2FT; leave it out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary, without the fields of LoRA where there is none."""
+        values = super().to_dict()
+        if not self.is_lora:
+            lora_only = {f.name for f in dataclasses.fields(LoraConfig)} - _SHARED - {"r"}
+            values = {name: value for name, value in values.items() if name not in lora_only}
+        return values
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``; under LoRA a plain LoRA adapter's, with ``d2ft_config.json`` beside it."""
+        base = self.base_model_name_or_path
+        if base and os.path.isdir(base):
+            warnings.warn(
+                f"the adapter's base model is the local path {base!r}; before you share it, set "
+                "model.peft_config['default'].base_model_name_or_path to the model's Hub id.",
+                stacklevel=2,
+            )
+        if not self.is_lora:
+            super().save_pretrained(save_directory, **kwargs)
+        else:
+            plain = LoraConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)})
+            plain.save_pretrained(save_directory, **kwargs)
+            own = {f.name: getattr(self, f.name) for f in _own_fields()}
+            with open(os.path.join(save_directory, D2FT_CONFIG_NAME), "w") as file:
+                json.dump(own, file, indent=2, sort_keys=True)
+        from .model_card import mark_model_card
+
+        mark_model_card(save_directory, is_lora=self.is_lora)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """Read the configuration of either variant back, from a folder or the Hub.
+
+        Raises:
+            ValueError: If the adapter there was not trained by D2FT.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, cls):
+            return config
+        path = os.path.join(pretrained_model_name_or_path, subfolder or "", D2FT_CONFIG_NAME)
+        if not os.path.isfile(path) and not os.path.isdir(pretrained_model_name_or_path):
+            hub_kwargs, _, _ = cls._split_kwargs(kwargs)
+            with contextlib.suppress(EntryNotFoundError):
+                path = hf_hub_download(
+                    pretrained_model_name_or_path, D2FT_CONFIG_NAME, subfolder=subfolder, **hub_kwargs
+                )
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{pretrained_model_name_or_path!r} holds a {config.peft_type.value} adapter and no "
+                f"{D2FT_CONFIG_NAME}: it was not trained by D2FT. Give its LoRA fields to D2FTConfig by hand."
+            )
+        with open(path) as file:
+            own = json.load(file)
+        lora = {f.name: getattr(config, f.name) for f in dataclasses.fields(LoraConfig)}
+        known = {f.name for f in _own_fields()}
+        return cls(**lora, **{name: value for name, value in own.items() if name in known})
+
+
+def _own_fields() -> list[dataclasses.Field]:
+    theirs = {f.name for f in dataclasses.fields(LoraConfig)}
+    return [f for f in dataclasses.fields(D2FTConfig) if f.name not in theirs]
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_integer(name: str, value: Any, minimum: int, otherwise: str = "") -> None:
+    fits = isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum
+    _check(fits, name, value, f"must be an integer of at least {minimum}{otherwise}")
+
+
+def _check(condition: bool, name: str, value: Any, constraint: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r} {constraint}.")

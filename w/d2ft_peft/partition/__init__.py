@@ -1,0 +1,19 @@
+"""What a subnet is: discovery of blocks, heads and projections in a transformers model."""
+
+from .architecture import Architecture, BranchSpec, register_architecture
+from .discovery import partition_model, unwrap
+from .partition import Branch, FeatureLayout, Partition, Projection, Subnet
+
+
+__all__ = [
+    "Architecture",
+    "Branch",
+    "BranchSpec",
+    "FeatureLayout",
+    "Partition",
+    "Projection",
+    "Subnet",
+    "partition_model",
+    "register_architecture",
+    "unwrap",
+]

@@ -1,0 +1,185 @@
+"""What a subnet is: immutable descriptions of a transformer cut into heads. Names and shapes, no modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class FeatureLayout:
+    """How the features of one axis of a projection belong to heads.
+
+    The axis has ``parts * heads * width`` features, part-major: part p, head h owns the features
+    ``(p * heads + h) * width`` to ``(p * heads + h + 1) * width - 1``.
+
+    Attributes:
+        heads: Number of heads (key/value heads under grouped-query attention).
+        width: Features of one head in one part.
+        parts: Number of parts (3 for a fused query-key-value projection, else 1).
+    """
+
+    heads: int
+    width: int
+    parts: int = 1
+
+    @property
+    def size(self) -> int:
+        """Number of features on the axis."""
+        return self.parts * self.heads * self.width
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One linear layer of a branch.
+
+    Attributes:
+        name: Path of the module in the model.
+        kind: ``"column"``: heads own output features; ``"row"``: heads own input features.
+        layout: How that axis belongs to heads.
+        in_features: Width of the input.
+        out_features: Width of the output.
+        has_bias: Whether the layer has a bias.
+        transposed: True for ``Conv1D``, whose weight is [in_features, out_features].
+    """
+
+    name: str
+    kind: Literal["column", "row"]
+    layout: FeatureLayout
+    in_features: int
+    out_features: int
+    has_bias: bool
+    transposed: bool
+
+    @property
+    def head_axis(self) -> int:
+        """Axis of the weight that belongs to heads."""
+        return int((self.kind == "row") != self.transposed)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch (attention or FFN) of one block.
+
+    Attributes:
+        name: ``"attention"`` or ``"ffn"``.
+        block: Index of the block.
+        region: Path of the module that D2FT runs once per operation.
+        columns: Its column-parallel projections.
+        row: Its row-parallel projection.
+        scaled_attributes: See `BranchSpec`.
+        query_width: Width of one head's queries (attention), or 0: width that enters the attention products.
+    """
+
+    name: Literal["attention", "ffn"]
+    block: int
+    region: str
+    columns: tuple[Projection, ...]
+    row: Projection
+    scaled_attributes: tuple[str, ...] = ()
+    query_width: int = 0
+
+    @property
+    def heads(self) -> int:
+        """Number of heads that the branch is cut into."""
+        return self.row.layout.heads
+
+    @property
+    def row_inside(self) -> bool:
+        """Whether the row-parallel projection is part of the region."""
+        return self.row.name.startswith(self.region + ".")
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """All projections, column-parallel ones first."""
+        return (*self.columns, self.row)
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """F_k of the paper (arXiv 2504.12471, section 3): some heads of one block with their share of the FFN."""
+
+    index: int
+    block: int
+    heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A model cut into subnets.
+
+    Attributes:
+        model_type: ``config.model_type`` of the model.
+        branches: Every branch, block by block.
+        subnets: The subnets that are scheduled, block by block.
+        blocks: Paths of the blocks.
+        boundary: Paths of the modules outside the subnets (embeddings, norms, task head): they always run FULL.
+        heads_per_subnet: Heads (key/value heads) that one subnet groups.
+    """
+
+    model_type: str
+    branches: tuple[Branch, ...]
+    subnets: tuple[Subnet, ...]
+    blocks: tuple[str, ...]
+    boundary: tuple[str, ...]
+    heads_per_subnet: int
+
+    @property
+    def num_scheduled(self) -> int:
+        """Number of subnets that a schedule gives operations to: the columns K of its table."""
+        return len(self.subnets)
+
+    @property
+    def num_subnets(self) -> int:
+        """The paper's count: the scheduled subnets and two that always run FULL, the embedding and the task head."""
+        return self.num_scheduled + 2
+
+    @cached_property
+    def subnet_blocks(self) -> np.ndarray:
+        """Block of each scheduled subnet, int [K]."""
+        return np.array([subnet.block for subnet in self.subnets])
+
+    @cached_property
+    def projections(self) -> dict[str, Projection]:
+        """All projections by the path of their module."""
+        return {projection.name: projection for branch in self.branches for projection in branch.projections}
+
+    def summary(self, sequence_length: int = 1) -> str:
+        """A readable table: block, heads, features, parameters and forward FLOPs per token of the subnets.
+
+        Args:
+            sequence_length: Tokens that attend to each other; 1 leaves the attention products out of the FLOPs.
+        """
+        rows = [("block", "subnets", "heads each", "attention", "ffn", "parameters", "FLOPs/token")]
+        for block in range(len(self.blocks)):
+            subnets = [subnet for subnet in self.subnets if subnet.block == block]
+            branches = {branch.name: branch for branch in self.branches if branch.block == block}
+            share = len(subnets[0].heads)
+            parameters = sum(subnet_parameters(branch, share) for branch in branches.values())
+            flops = 2 * sum(subnet_weights(branch, share) for branch in branches.values())
+            flops += 4 * share * branches["attention"].query_width * sequence_length
+            features = [
+                str(share * branches[name].row.layout.width) if name in branches else "-"
+                for name in ("attention", "ffn")
+            ]
+            rows.append((str(block), str(len(subnets)), str(share), *features, f"{parameters:,}", f"{flops:,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        lines.append(
+            f"{self.num_subnets} subnets: {self.num_scheduled} scheduled; embedding and head, which always run FULL"
+        )
+        return "\n".join(lines)
+
+
+def subnet_weights(branch: Branch, heads: int) -> int:
+    """Weights (without biases) that `heads` heads own in a branch."""
+    return sum(p.in_features * p.out_features for p in branch.projections) * heads // branch.heads
+
+
+def subnet_parameters(branch: Branch, heads: int) -> int:
+    """Parameters that `heads` heads own in a branch; the row-parallel bias belongs to no head."""
+    biases = sum(p.out_features for p in branch.columns if p.has_bias)
+    return subnet_weights(branch, heads) + biases * heads // branch.heads

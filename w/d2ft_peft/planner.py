@@ -1,0 +1,330 @@
+"""From batches to plans: scores, cost model and policy make the schedule of each optimizer step.
+
+`D2FTPlanner` is what the Trainer, the callback and a bare loop share:
+
+    planner = D2FTPlanner(model)
+    schedule = planner.plan(batches)                   # the micro-batches of one optimizer step
+    for i, batch in enumerate(batches):
+        with planner.micro_batch(i) as micro_batch:
+            if not micro_batch.skipped:
+                loss = model(**batch).loss * micro_batch.weight
+                accelerator.backward(loss)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+from .schedule import Budget, CostModel, Operation, Problem, Schedule, get_policy
+from .scores import GRADIENT_SCORES, INDEX_KEY, ScoreTable, weight_magnitude
+from .tuners import Plan, compile_plan, get_runtime
+from .tuners.flops import Probe, cost_model, probe_model
+from .tuners.plan import executed_operations
+
+
+STATE_FILE = "d2ft_state.json"
+_SCORES_FILE = "d2ft_{}.safetensors"
+_MEANS_FILE = "d2ft_means.safetensors"
+# Policies that look at no score.
+_BLIND_POLICIES = ("random", "round_robin", "all_full")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a training loop has to know of one micro-batch.
+
+    Attributes:
+        plan: Its operations.
+        weight: Its share of the samples that run in this optimizer step, over all processes, times their number: the
+            factor on its mean loss, so that the step's gradient is the mean over the samples that ran. A subnet that
+            was FULL in some of them only gets the sum of their contributions, not scaled up.
+    """
+
+    plan: Plan
+    weight: float
+
+    @property
+    def skipped(self) -> bool:
+        """Whether it is not to be run at all."""
+        return self.plan.skipped
+
+
+class D2FTPlanner:
+    """Makes the schedule of every optimizer step, and counts what was executed.
+
+    Args:
+        model: A model wrapped with a `D2FTConfig`; its active adapter's configuration holds.
+        num_micro_batches: Micro-batches of a usual step; a shorter one is the rest of an epoch. By default those of
+            the first step.
+        progress: Whether scoring passes show a progress bar.
+
+    Attributes:
+        config: The `D2FTConfig`.
+        partition: The subnets.
+        schedule: The schedule of the current step, or None before the first.
+        executed: Schedules of the steps since the last `pop_logs`, as they were executed.
+        scores: Tables of sample scores by score name.
+    """
+
+    def __init__(self, model: nn.Module, num_micro_batches: int | None = None, progress: bool = True):
+        self.model, self.num_micro_batches, self.progress = model, num_micro_batches, progress
+        self.runtime = get_runtime(model)
+        adapter = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapters()[0]
+        self.config, self.partition = model.peft_config[adapter], self.runtime.partitions[adapter]
+        self.policy = get_policy(self.config.policy)
+        self.rng = np.random.default_rng(self.config.seed)
+        self.scores: dict[str, ScoreTable] = {}
+        self.probe: Probe | None = None
+        self.cost_model: CostModel | None = None
+        self.schedule: Schedule | None = None
+        self.executed: list[Schedule] = []
+        self.samples_seen = 0
+        self._micro_batches: list[MicroBatch] = []
+        self._rows: list[np.ndarray] = []
+
+    @property
+    def needed_scores(self) -> tuple[str, ...]:
+        """The gradient scores that the policy looks at: they need a pass over the training samples."""
+        if self.config.policy in _BLIND_POLICIES:
+            return ()
+        names = [self.config.backward_score]
+        if self.config.policy != "bilevel" or self._forward_only_fits():
+            names.append(self.config.forward_score)
+        return tuple(dict.fromkeys(name for name in names if name in GRADIENT_SCORES))
+
+    def _forward_only_fits(self) -> bool:
+        """Whether FORWARD_ONLY can occur beside the FULL cells that the outer knapsack takes first."""
+        budget, n = self.config.budget, self.num_micro_batches or self.config.num_micro_batches
+        if budget.counts is not None:
+            return budget.counts[1] > 0
+        if isinstance(budget.compute, tuple):
+            return True
+        share = budget.compute if budget.compute is not None else budget.communication
+        return (share * n) % 1 > 1e-9
+
+    def plan(self, batches: Sequence[dict[str, Any]]) -> Schedule:
+        """Schedule the micro-batches of one optimizer step; every process of a distributed run makes the same.
+
+        Args:
+            batches: The micro-batches. Those that carry ``d2ft_index`` are looked up in the score tables; the key is
+                removed from them.
+
+        Returns:
+            The schedule; `micro_batch` runs its rows.
+        """
+        if not batches:
+            raise ValueError("batches is empty; plan the micro-batches of one optimizer step.")
+        indices = [batch.pop(INDEX_KEY, None) for batch in batches]
+        sizes = np.array([batch_size(batch) for batch in batches], dtype=float)
+        self._prepare_costs(batches[0])
+        global_sizes = _all_reduce(sizes)
+        costs = self.cost_model.costs
+        shape = (len(batches), self.partition.num_scheduled)
+        problem = Problem(
+            forward_scores=self._scores_of(self.config.forward_score, indices, sizes, shape),
+            backward_scores=self._scores_of(self.config.backward_score, indices, sizes, shape),
+            budget=self._budget(len(batches)),
+            costs=costs / costs.max(),
+            weights=global_sizes,
+            devices=self._devices(),
+            blocks=self.partition.subnet_blocks,
+            tie_break=self.config.tie_break,
+            rng=self.rng,
+        )
+        self.use(self.policy(problem), sizes)
+        return self.schedule
+
+    def use(self, schedule: Schedule, sizes: np.ndarray | None = None) -> None:
+        """Take a schedule made elsewhere as the current step's.
+
+        Args:
+            schedule: Its weights are the sizes of the micro-batches over all processes.
+            sizes: Sizes in this process, [N]; the schedule's weights by default.
+        """
+        sizes = schedule.weights if sizes is None else sizes
+        ran = schedule.weights[~schedule.skipped].sum() if not schedule.skipped.all() else 1.0
+        self.schedule = schedule
+        self._rows = []
+        self._micro_batches = [
+            MicroBatch(compile_plan(self.partition, row), float(size * _world_size() / ran))
+            for row, size in zip(schedule.operations, sizes, strict=True)
+        ]
+
+    @contextmanager
+    def micro_batch(self, index: int) -> Iterator[MicroBatch]:
+        """Run forward and backward of one micro-batch under its row of the schedule."""
+        micro_batch = self._micro_batches[index]
+        with self.runtime.use(micro_batch.plan):
+            yield micro_batch
+            self._rows.append(executed_operations(self.partition, self.runtime.executed))
+        if len(self._rows) == len(self._micro_batches):
+            self._finish_step()
+
+    def peek(self, index: int) -> MicroBatch:
+        """The micro-batch, without running it."""
+        return self._micro_batches[index]
+
+    def _finish_step(self) -> None:
+        schedule = self.schedule
+        # What ran may exceed no capacity that planning kept: capacities are left out, they bind plans.
+        self.executed.append(
+            Schedule(np.stack(self._rows), schedule.weights, schedule.devices, schedule.costs, None, schedule.blocks)
+        )
+        self._rows = []
+
+    def pop_logs(self) -> dict[str, float]:
+        """Means over the steps since the last call, as executed: ``compute_ratio`` and ``communication_ratio`` of the
+        subnets, ``flops_ratio`` with embeddings and head, ``workload_variance`` over devices, ``step_flops``."""
+        steps, self.executed = self.executed, []
+        if not steps:
+            return {}
+        flops = np.array([self.cost_model.schedule_flops(step) for step in steps])
+        full = np.array([self.cost_model.full_flops(step.weights) for step in steps])
+        return {
+            "compute_ratio": float(np.mean([step.compute_ratio for step in steps])),
+            "communication_ratio": float(np.mean([step.communication_ratio for step in steps])),
+            "workload_variance": float(np.mean([step.workload_variance for step in steps])),
+            "flops_ratio": float(flops.sum() / full.sum()),
+            "step_flops": float(flops.mean()),
+        }
+
+    def last_flops(self) -> float:
+        """FLOPs of the last micro-batch in this process, as executed."""
+        if self._rows:
+            row, index = self._rows[-1], len(self._rows) - 1
+        elif self.executed:
+            row, index = self.executed[-1].operations[-1], -1
+        else:
+            return 0.0
+        samples = self.schedule.weights[index] / _world_size()
+        return self.cost_model.step_flops(row[None], np.array([samples]))
+
+    def _prepare_costs(self, batch: dict[str, Any]) -> None:
+        if self.cost_model is None:
+            self.probe = probe_model(self.model, self.partition, batch)
+            self.cost_model = cost_model(self.model, self.partition, self.probe, self.config.forward_only_cost)
+
+    def _devices(self) -> np.ndarray | None:
+        """Device of each subnet: contiguous, equally many each."""
+        if self.config.num_devices is None:
+            return None
+        subnets = self.partition.num_scheduled
+        if self.config.num_devices > subnets:
+            raise ValueError(
+                f"num_devices={self.config.num_devices} exceeds the {subnets} subnets of the model; "
+                f"use at most {subnets}, or lower heads_per_subnet."
+            )
+        return np.arange(subnets) * self.config.num_devices // subnets
+
+    def _budget(self, num_micro_batches: int) -> Budget:
+        """The configured budget; for the short rest of an epoch, the nearest number of FULL micro-batches."""
+        budget = self.config.budget
+        if self.num_micro_batches is None:
+            self.num_micro_batches = num_micro_batches
+        if num_micro_batches >= self.num_micro_batches:
+            return budget
+        if budget.counts is not None:
+            share = budget.counts[0] / self.num_micro_batches
+        else:
+            share = np.mean(budget.compute if budget.compute is not None else budget.communication)
+        return Budget(compute=float(np.clip(round(share * num_micro_batches), 1, num_micro_batches) / num_micro_batches))
+
+    def _scores_of(self, score: str, indices: list, sizes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """Scores [N, K] of the micro-batches: the mean over their samples, over all processes."""
+        if score == "weight_magnitude":
+            return np.broadcast_to(weight_magnitude(self.model, self.partition), shape)
+        table = self.scores.get(score)
+        if table is None or any(index is None for index in indices):
+            if score in self.needed_scores:
+                raise ValueError(
+                    f"score {score!r} depends on the samples, but " + ("no sample was scored" if table is None else
+                    f"the batches do not carry {INDEX_KEY!r}") + "; train with D2FTTrainer, give D2FTCallback to the "
+                    "Trainer's constructor, or choose backward_score='weight_magnitude'."
+                )  # fmt: skip
+            return np.ones(shape)
+        sums = np.stack([table.lookup(index.cpu().numpy()).sum(0) for index in indices])
+        return _all_reduce(sums) / _all_reduce(sizes)[:, None]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides scores and means; JSON-friendly."""
+        return {"rng": self.rng.bit_generator.state, "config": {"policy": self.config.policy, "seed": self.config.seed}}
+
+    def save(self, directory: str | os.PathLike, **extra: Any) -> None:
+        """Write random state, scores and feature means into a checkpoint folder."""
+        for name, table in self.scores.items():
+            table.save(os.path.join(directory, _SCORES_FILE.format(name)))
+        means = {}
+        for branch, mean in self.runtime.means.items():
+            mean.commit()
+            means |= {f"{branch}.value": mean.value.cpu().numpy(), f"{branch}.count": mean.count.cpu().numpy()}
+        if means:
+            save_file(means, os.path.join(directory, _MEANS_FILE))
+        with open(os.path.join(directory, STATE_FILE), "w") as file:
+            json.dump({**self.state_dict(), **extra}, file)
+
+    def load(self, directory: str | os.PathLike) -> dict[str, Any]:
+        """Continue from a checkpoint folder.
+
+        Returns:
+            The state, with what `save` was given besides.
+
+        Raises:
+            ValueError: If the folder has no state of D2FT.
+        """
+        path = os.path.join(directory, STATE_FILE)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{os.fspath(directory)!r} has no {STATE_FILE}: it was not written by a D2FT trainer, and a resumed run "
+                "would schedule differently. Resume from another checkpoint, or start anew from its adapter."
+            )
+        with open(path) as file:
+            state = json.load(file)
+        self.rng.bit_generator.state = state["rng"]
+        for score in GRADIENT_SCORES:
+            table = os.path.join(directory, _SCORES_FILE.format(score))
+            if os.path.isfile(table):
+                self.scores[score] = ScoreTable.load(table)
+        if self.runtime.means and os.path.isfile(os.path.join(directory, _MEANS_FILE)):
+            means = load_file(os.path.join(directory, _MEANS_FILE))
+            for branch, mean in self.runtime.means.items():
+                mean.value = torch.from_numpy(means[f"{branch}.value"])
+                mean.count = torch.from_numpy(means[f"{branch}.count"])
+        return state
+
+
+def batch_size(batch: dict[str, Any]) -> int:
+    """Samples in a batch: the length of its first tensor."""
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.ndim:
+            return len(value)
+    raise ValueError(f"a batch with keys {sorted(batch)} has no tensor; micro-batches are dictionaries of tensors.")
+
+
+def operations_from(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Rows of operations as they come back from JSON, int8 [N, K]."""
+    return np.array([[Operation(value) for value in row] for row in rows], dtype=np.int8)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _all_reduce(values: np.ndarray) -> np.ndarray:
+    """Sum over all processes, the same bits on each."""
+    if _world_size() == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(device)
+    dist.all_reduce(tensor)
+    return tensor.cpu().numpy()

@@ -1,0 +1,26 @@
+"""Who does what in a training step: numbers in, an immutable `Schedule` out. Pure numpy, never torch.
+
+A `Problem` holds scores, costs, sizes and the `Budget` of one step; a policy turns it into a `Schedule`.
+"""
+
+from .budget import Budget
+from .cost import CostModel
+from .operations import COMMUNICATION, Operation
+from .policies import bilevel_gap, get_policy, objective, policy_names, register_policy
+from .problem import Problem
+from .schedule import Schedule
+
+
+__all__ = [
+    "COMMUNICATION",
+    "Budget",
+    "CostModel",
+    "Operation",
+    "Problem",
+    "Schedule",
+    "bilevel_gap",
+    "get_policy",
+    "objective",
+    "policy_names",
+    "register_policy",
+]

@@ -1,0 +1,61 @@
+"""Checked, read-only copies of the arrays that schedules and problems are made of."""
+
+import numpy as np
+
+
+def real_array(field: str, value, shape: tuple[int, ...], advice: str) -> np.ndarray:
+    """Returns `value` as a read-only, finite, non-negative float64 array of `shape`.
+
+    Args:
+        field: name for messages.
+        value: anything `np.array` takes.
+        shape: required shape.
+        advice: what the caller of the public API should do; closes every message.
+
+    Raises:
+        ValueError: wrong shape, not numeric, an entry that is not finite or is negative.
+    """
+    try:
+        array = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{field} must be numbers of shape {shape}: {error}; {advice}") from error
+    _check_shape(field, array, shape, advice)
+    _refuse(field, array, ~np.isfinite(array), "must be finite", advice)
+    _refuse(field, array, array < 0, "must not be negative", advice)
+    # Turns -0.0 into 0.0, so that equal arrays have equal bytes.
+    return freeze(array + 0.0)
+
+
+def int_array(field: str, value, shape: tuple[int, ...], low: int, high: int | None, advice: str) -> np.ndarray:
+    """Returns `value` as a read-only int64 array of `shape` with every entry in low..high (both included).
+
+    Raises:
+        ValueError: wrong shape, not of an integer type, or out of range.
+    """
+    array = np.array(value)
+    _check_shape(field, array, shape, advice)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{field} has dtype {array.dtype}, it must be of an integer type; {advice}")
+    array = array.astype(np.int64)
+    span = f"must be in {low}..{high}" if high is not None else f"must be at least {low}"
+    _refuse(field, array, (array < low) | (array > (array if high is None else high)), span, advice)
+    return freeze(array)
+
+
+def freeze(array: np.ndarray) -> np.ndarray:
+    """Makes `array` C-contiguous and read-only and returns it."""
+    array = np.ascontiguousarray(array)
+    array.setflags(write=False)
+    return array
+
+
+def _check_shape(field: str, array: np.ndarray, shape: tuple[int, ...], advice: str) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{field} has shape {array.shape}, it must have shape {shape}; {advice}")
+
+
+def _refuse(field: str, array: np.ndarray, broken: np.ndarray, constraint: str, advice: str) -> None:
+    if broken.any():
+        where = tuple(int(i) for i in np.argwhere(broken)[0])
+        index = ", ".join(map(str, where))
+        raise ValueError(f"{field}[{index}]={array[where].item()!r} {constraint}; {advice}")

@@ -1,0 +1,210 @@
+"""Exact knapsacks over integer costs, for many devices at once (arXiv 2504.12471, section 3).
+
+Items come in the order in which ties prefer them. Among solutions of exactly equal value the solvers take the one that
+gives the first item its highest option, then the second, and so on. Values are compared as integers, so equal sums are
+equal in whatever order they are added.
+
+Legend: D devices, n items, R options of an item (option 0: nothing, costs 0, worth 0).
+"""
+
+import numpy as np
+
+from .core import OPTION, find_core
+
+
+FORBIDDEN = -np.inf
+"""Value of an option that must not be chosen."""
+
+_FEWEST_UNITS, _MOST_UNITS = 4096, 1 << 14
+_SMALL_DENOMINATOR = 256
+_GRID_STEPS = 10_000_000
+_MAX_TABLE_BYTES = 64 << 20
+_MAX_TABLE_STEPS = 200_000_000
+_MAX_TABLE_ITEMS = 10_000
+_VALUE_BITS = 61
+_EXACT = 1e-10
+SLACK = 4e-10
+"""Relative excess over a capacity that counts as rounding; within the tolerance of `Schedule`."""
+
+
+def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> np.ndarray:
+    """Solves D multiple-choice knapsacks over items with the same costs.
+
+    Args:
+        values: float [D, n, R], worth of each option; 0 for option 0, FORBIDDEN or at least 0 for the others.
+        costs: float [n, R], cost of each option, 0 for option 0, not decreasing.
+        capacities: float [D], most that the chosen options may cost together, same unit; exceeded by at most
+            5e-10 of itself where a sum rounds.
+
+    Returns:
+        int16 [D, n], the option of each item. Optimal if `integer_costs` is exact. Else optimal among the choices that
+        fit with costs rounded up, then raised wherever the true costs leave room.
+    """
+    num_options = values.shape[2]
+    if num_options == 2 and (costs[:, 1] == costs[0, 1]).all():
+        return top(values[:, :, 1], affordable(costs[0, 1], capacities, len(costs))).astype(OPTION)
+    cells = len(costs) * (num_options - 1) * len(values)
+    resolution = int(np.clip(_GRID_STEPS // cells, _FEWEST_UNITS, _MOST_UNITS))
+    units, unit = integer_costs(costs, float(capacities.max()), resolution)
+    limits = np.floor(capacities * (1 + SLACK) / unit)
+    limits = np.minimum(limits, units.max(axis=1).sum()).astype(np.int64)
+    worth = integer_values(values)
+    if (limits.max() + 1) * cells > _MAX_TABLE_STEPS or len(costs) > _MAX_TABLE_ITEMS:
+        chosen = np.stack([_choose_in_core(worth[d], units, int(limits[d])) for d in range(len(values))])
+    else:
+        chosen = _choose_in_chunks(worth, units, limits)
+    if (units * unit > costs * (1 + 2 * _EXACT)).any():
+        _use_what_rounding_left(chosen, values, costs, capacities)
+    return chosen
+
+
+def top(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """The `counts` most valuable items of each device: the 0/1 knapsack whose items all cost the same.
+
+    With equal costs a choice is feasible if and only if it is small enough, so taking the best is exact; a stable sort
+    leaves ties to the first items.
+
+    Args:
+        values: float [D, n], FORBIDDEN where an item must not be chosen.
+        counts: int [D], how many items fit.
+
+    Returns:
+        bool [D, n].
+    """
+    order = np.argsort(-values, axis=1, kind="stable")
+    chosen = np.zeros(values.shape, dtype=bool)
+    np.put_along_axis(chosen, order, np.arange(values.shape[1]) < np.asarray(counts)[:, None], axis=1)
+    return chosen & (values != FORBIDDEN)
+
+
+def affordable(cost: float, capacities: np.ndarray, most: int) -> np.ndarray:
+    """How many items of one cost fit into each capacity, at most `most`; int64 [D]."""
+    if cost == 0:
+        return np.full(len(capacities), most)
+    return np.floor(np.minimum(capacities * (1 + SLACK) / cost, most)).astype(np.int64)
+
+
+def integer_costs(costs: np.ndarray, capacity: float, resolution: int) -> tuple[np.ndarray, float]:
+    """Writes costs as whole numbers of a unit, rounded up where they are not.
+
+    The unit is the largest cost / q. The smallest q that makes every cost whole (to 1e-10) is taken if there is one
+    with at most 4 * `resolution` units in the capacity, or with q at most 256. Otherwise the q whose worst relative
+    rounding is least, among those with at most `resolution` units in the capacity (or q at most 256). The largest cost
+    itself is always exact. Rounding up never breaks a capacity.
+
+    Args:
+        costs: float, any shape, not negative.
+        capacity: the largest capacity, same unit.
+        resolution: about how many units the capacity may have.
+
+    Returns:
+        int64 costs of the same shape, and the unit.
+    """
+    largest = float(costs.max(initial=0.0))
+    if largest == 0:
+        return np.zeros(costs.shape, dtype=np.int64), 1.0
+    ratios = np.unique(costs[costs > 0]) / largest
+    fits = max(capacity / largest, 1.0)
+    exact_end, grid_end = (max(_SMALL_DENOMINATOR, int(most / fits)) for most in (4 * resolution, resolution))
+    best, least = 1, np.inf
+    for start in range(1, exact_end + 1, 64):
+        q = np.arange(start, min(start + 64, exact_end + 1))
+        scaled = ratios * q[:, None]
+        error = (np.ceil(scaled * (1 - _EXACT)) / scaled).max(axis=1) - 1
+        exact = np.flatnonzero(error <= _EXACT)
+        if exact.size:
+            best = int(q[exact[0]])
+            break
+        error = np.where(q <= grid_end, error, np.inf)
+        if error.min() < least:
+            best, least = int(q[np.argmin(error)]), error.min()
+    return np.ceil(costs / largest * best * (1 - _EXACT)).astype(np.int64), largest / best
+
+
+def integer_values(values: np.ndarray) -> np.ndarray:
+    """Scales each device's values by a power of two to int64 such that sums over its items stay below 2^62.
+
+    A float keeps all its bits unless it is below 2^-8 of the device's total; rounding moves none by more than 2^-61 of
+    the total.
+
+    Args:
+        values: float [D, n, R].
+
+    Returns:
+        int64 [D, n, R]; FORBIDDEN becomes a number below minus any sum.
+    """
+    forbidden = values == FORBIDDEN
+    total = np.where(forbidden, 0.0, values).max(axis=2).sum(axis=1)
+    exponent = np.where(total > 0, _VALUE_BITS - np.frexp(total)[1], 0)
+    scaled = np.ldexp(np.where(forbidden, 0.0, values), exponent[:, None, None])
+    return np.where(forbidden, -(1 << 62), np.rint(scaled).astype(np.int64))
+
+
+def _choose_in_chunks(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Runs the dynamic programme on as many devices at a time as the memory for its table allows."""
+    chunk = max(1, _MAX_TABLE_BYTES // (len(units) * (int(limits.max()) + 1) * OPTION().itemsize))
+    parts = [
+        _dynamic_programme(worth[start : start + chunk], units, limits[start : start + chunk])
+        for start in range(0, len(worth), chunk)
+    ]
+    return np.concatenate(parts)
+
+
+def _dynamic_programme(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """best[c, d] after step j: most that items j..n-1 are worth on device d within c units.
+
+    Items enter from the last to the first, so that reading the choices back starts with the item that ties prefer.
+    """
+    num_devices, num_items, num_options = worth.shape
+    most = int(limits.max())
+    best = np.zeros((most + 1, num_devices), dtype=np.int64)
+    option = np.zeros((num_items, most + 1, num_devices), dtype=OPTION)
+    for item in reversed(range(num_items)):
+        without = best
+        best = without.copy()
+        for choice in range(1, num_options):
+            cost = int(units[item, choice])
+            if cost > most:
+                continue
+            candidate = without[: most + 1 - cost] + worth[:, item, choice]
+            better = candidate >= best[cost:]
+            np.maximum(best[cost:], candidate, out=best[cost:])
+            np.copyto(option[item, cost:], OPTION(choice), where=better)
+    chosen = np.empty((num_devices, num_items), dtype=OPTION)
+    left, device = limits.copy(), np.arange(num_devices)
+    for item in range(num_items):
+        chosen[:, item] = option[item, left, device]
+        left -= units[item, chosen[:, item]]
+    return chosen
+
+
+def _use_what_rounding_left(chosen: np.ndarray, values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> None:
+    """Raises options in place, what gains most first, until no true cost fits any more."""
+    device, item = np.arange(len(chosen)), np.arange(len(costs))
+    left = capacities * (1 + SLACK) - costs[item, chosen].sum(axis=1)
+    higher = np.arange(costs.shape[1]) > chosen[:, :, None]
+    gain = values - np.take_along_axis(values, chosen[:, :, None], axis=2)
+    rise = costs - costs[item, chosen][:, :, None]
+    while True:
+        gains = np.where(higher & (rise <= left[:, None, None]), gain, -1.0).reshape(len(chosen), -1)
+        best = gains.argmax(axis=1)
+        better = gains[device, best] >= 0
+        if not better.any():
+            return
+        who, which, option = device[better], *np.divmod(best[better], costs.shape[1])
+        left[who] -= rise[who, which, option]
+        chosen[who, which] = option
+        higher[who, which] = np.arange(costs.shape[1]) > option[:, None]
+        gain[who, which] = values[who, which] - values[who, which, option][:, None]
+        rise[who, which] = costs[which] - costs[which, option][:, None]
+
+
+def _choose_in_core(worth: np.ndarray, units: np.ndarray, limit: int) -> np.ndarray:
+    """One device with very many items: settles most of them first, then solves for the few that are open."""
+    chosen, core = find_core(worth, units, limit)
+    if core.size:
+        chosen[core] = 0
+        left = limit - int(np.take_along_axis(units, chosen[:, None], axis=1).sum())
+        left = min(left, int(units[core].max(axis=1).sum()))
+        chosen[core] = _dynamic_programme(worth[None, core], units[core], np.array([left]))[0]
+    return chosen

@@ -1,0 +1,40 @@
+"""Applies a knapsack to each device's own cells."""
+
+import numpy as np
+
+from .knapsack import choose
+from .problem import Problem
+
+
+def choose_per_device(problem: Problem, values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> np.ndarray:
+    """Solves one multiple-choice knapsack per device over the cells of its subnets.
+
+    Devices whose cells cost the same are solved together. Cells are offered micro-batch by micro-batch in the order
+    that ties prefer, so a device that owns several subnets gets whole rows.
+
+    Args:
+        problem: gives weights, devices and the preference order.
+        values: float [N, K, R], worth of each option of each cell, see `knapsack.choose`.
+        costs: float [K, R], cost of each option per unit of weight.
+        capacities: float [M], unit of costs * weights.
+
+    Returns:
+        int8 [N, K], the option of each cell.
+    """
+    by_device = np.argsort(problem.devices, kind="stable")
+    owned = np.split(by_device, np.cumsum(np.bincount(problem.devices))[:-1])
+    alike: dict[tuple[bytes, bytes], list[int]] = {}
+    for device, subnets in enumerate(owned):
+        weights = problem.weights[problem.order(device)]
+        alike.setdefault((costs[subnets].tobytes(), weights.tobytes()), []).append(device)
+    chosen = np.empty(values.shape[:2], dtype=np.int8)
+    for devices in alike.values():
+        rows = np.stack([problem.order(device) for device in devices])[:, :, None]
+        columns = np.stack([owned[device] for device in devices])[:, None, :]
+        cells = (len(devices), -1, values.shape[2])
+        item_costs = problem.weights[rows[0]][:, :, None] * costs[columns[0]]
+        options = choose(
+            values[rows, columns].reshape(cells), item_costs.reshape(cells[1:]), capacities[np.array(devices)]
+        )
+        chosen[rows, columns] = options.reshape(len(devices), rows.shape[1], columns.shape[2])
+    return chosen

@@ -1,0 +1,259 @@
+"""The two tuners: D2FT on full fine-tuning and on PEFT's LoRA. Both put interceptions before the same modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
+from torch import Tensor, nn
+
+from ..config import D2FTConfig
+from ..partition import Partition, partition_model
+from .intercept import Intercept, ProjectionForward, RegionForward, TouchLoss
+from .layer import D2FTLayer
+from .runtime import FeatureMean, Runtime, unbind_checkpointing
+
+
+def get_runtime(model: nn.Module) -> Runtime:
+    """The runtime of a model that D2FT was applied to, through whatever wraps it.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    runtime = _find_runtime(model)
+    if runtime is None:
+        raise ValueError(
+            f"{type(model).__name__} is not a D2FT model; wrap it with get_peft_model(model, D2FTConfig(...))."
+        )
+    return runtime
+
+
+def _find_runtime(model: nn.Module) -> Runtime | None:
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, Intercept):
+            return forward.runtime
+    return None
+
+
+def _transformed_blocks(config: D2FTConfig, partition: Partition) -> set[int]:
+    """Indices of the blocks that ``layers_to_transform`` names; all of them if it is None."""
+    layers, blocks = config.layers_to_transform, set(range(len(partition.blocks)))
+    if layers is None:
+        return blocks
+    chosen = {layers} if isinstance(layers, int) else set(layers)
+    if not chosen or not chosen <= blocks:
+        raise ValueError(f"layers_to_transform={layers!r} must name blocks from 0 to {len(blocks) - 1}.")
+    return chosen
+
+
+class SubnetTuner(BaseTuner):
+    """What both tuners add to a PEFT tuner: the partition, the runtime and the interceptions."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter's layers, then put the interceptions before the layers that there are now.
+
+        Raises:
+            ValueError: If the model cannot be cut, or PEFT refuses the config; adapters already there still work.
+        """
+        self.runtime = _find_runtime(model) or Runtime()
+        partitions = self.runtime.partitions
+        partitions[adapter_name] = partition_model(model, self.peft_config[adapter_name].heads_per_subnet)
+        self._remove_interceptions()
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            del partitions[adapter_name]
+            raise
+        finally:
+            if partitions:
+                # Adapters differ in how they group heads into subnets, not in where the heads are.
+                self._install_interceptions(next(iter(partitions.values())))
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate an adapter, and what its config puts in the place of skipped heads."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._follow_active_adapter()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter and its partition."""
+        super().delete_adapter(adapter_name)
+        self.runtime.partitions.pop(adapter_name, None)
+        self._follow_active_adapter()
+
+    def _follow_active_adapter(self) -> None:
+        runtime: Runtime = self.runtime
+        active = next((name for name in self.active_adapters if name in runtime.partitions), None)
+        if active is None:
+            return
+        runtime.shortcut = self.peft_config[active].shortcut
+        if runtime.shortcut != "mean":
+            runtime.means.clear()
+            return
+        for index, branch in enumerate(runtime.partitions[active].branches):
+            runtime.means.setdefault(index, FeatureMean(branch.heads, branch.row.layout.width))
+
+    def _partition_of(self, peft_config: D2FTConfig) -> Partition:
+        name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        return self.runtime.partitions[name]
+
+    def _prepare_adapter_config(self, peft_config: D2FTConfig, model_config: dict) -> D2FTConfig:
+        partition = self._partition_of(peft_config)
+        if peft_config.layers_to_transform is not None and not peft_config.layers_pattern:
+            # PEFT guesses where the index of a block stands, and does not find it in models without a task head.
+            peft_config.layers_pattern = partition.blocks[0].split(".")[-2]
+        if peft_config.target_modules is None:
+            blocks = _transformed_blocks(peft_config, partition)
+            branches = [branch for branch in partition.branches if branch.block in blocks]
+            peft_config.target_modules = {p.name for branch in branches for p in branch.projections}
+        return peft_config
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self._remove_interceptions()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def _install_interceptions(self, partition: Partition) -> None:
+        runtime: Runtime = self.runtime
+        runtime.blocks = [self.model.get_submodule(name) for name in partition.blocks]
+        for index, branch in enumerate(partition.branches):
+            region = RegionForward(self.model.get_submodule(branch.region), runtime, branch, index)
+            for projection in branch.projections:
+                inside = projection.kind == "column" or branch.row_inside
+                module = self.model.get_submodule(projection.name)
+                forward = ProjectionForward(module, runtime, projection, index, inside)
+                forward.install()
+            region.row = forward
+            region.install()
+        self.model.register_forward_hook(TouchLoss(self.model, runtime))
+
+    def _remove_interceptions(self) -> None:
+        hooks = self.model._forward_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, TouchLoss)]:
+            del hooks[key]
+        for module in self.model.modules():
+            if isinstance(module.__dict__.get("forward"), Intercept):
+                module.forward.remove()
+        for block in self.runtime.blocks:
+            unbind_checkpointing(block)
+
+
+class D2FTModel(SubnetTuner):
+    """Full fine-tuning by D2FT (arXiv 2504.12471): trainable copies of the subnets' projections.
+
+    Args:
+        model: The transformers model.
+        config: A `D2FTConfig` with ``r=None``.
+        adapter_name: Name of the adapter.
+    """
+
+    prefix = "d2ft_"
+    tuner_layer_cls = D2FTLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter: copies of the projections and, with ``train_boundary``, of everything around them."""
+        self._copies: dict[int, Any] = {}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            del self._copies
+
+    def _prepare_adapter_config(self, peft_config: D2FTConfig, model_config: dict) -> D2FTConfig:
+        self._boundary = frozenset(self._trained_boundary(peft_config))
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _trained_boundary(self, peft_config: D2FTConfig) -> list[str]:
+        """Modules to copy besides ``target_modules``. Not listed there: PEFT would save embeddings twice for it."""
+        if not peft_config.train_boundary:
+            return []
+        partition = self._partition_of(peft_config)
+        blocks = _transformed_blocks(peft_config, partition)
+        frozen = tuple(f"{name}." for index, name in enumerate(partition.blocks) if index not in blocks)
+        boundary = [name for name in partition.boundary if not name.startswith(frozen)]
+        for name in boundary:
+            if any(projection.startswith(f"{name}.") for projection in partition.projections):
+                raise ValueError(
+                    f"train_boundary=True cannot copy {name!r}: it has parameters of its own and holds projections of "
+                    "subnets; name what else is to be trained in modules_to_save instead."
+                )
+        return boundary
+
+    def _check_target_module_exists(self, peft_config: D2FTConfig, key: str) -> Any:
+        found = check_target_module_exists(peft_config, key)
+        return found if found or isinstance(found, _ExcludedModule) else key in self._boundary
+
+    def _check_merge_allowed(self) -> None:
+        # Tied weights are copied once and stay tied; where only one of them is trained, PEFT says so after merging.
+        pass
+
+    def _create_and_replace(
+        self,
+        peft_config: D2FTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, D2FTLayer):
+            target.update_layer(adapter_name, peft_config.inference_mode, self._copies)
+            return
+        layer = D2FTLayer(target, adapter_name, peft_config.inference_mode, self._copies)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # A copy is complete and lies where its original does; a container has no weight that PEFT could look at.
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # The copies stand in for the model's own layers, whose dtype the layers around them expect.
+        pass
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT expects the name next to the last part of a key; in a container's copy it stands further ahead.
+        return key.replace(f".d2ft_layers.{adapter_name}.", ".d2ft_layers.", 1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: D2FTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        known = model.state_dict(keep_vars=True)
+        own = {key for key in known if f".d2ft_layers.{adapter_name}." in key}
+        missing, unexpected = own - remapped.keys(), remapped.keys() - known.keys()
+        if missing or unexpected:
+            # PEFT would warn and leave the untrained copies in place.
+            raise ValueError(
+                f"the checkpoint does not fit adapter {adapter_name!r}: {len(missing)} of its {len(own)} tensors are "
+                f"missing (e.g. {min(missing, default='-')}) and {len(unexpected)} are unknown "
+                f"(e.g. {min(unexpected, default='-')}); load it with the base model and the config that it was saved "
+                "with."
+            )
+        # low_cpu_mem_usage puts what it loads in the place of the copies: one parameter for those that are tied.
+        tied: dict[int, nn.Parameter] = {}
+        for key in own & remapped.keys():
+            if isinstance(known[key], nn.Parameter):
+                remapped[key] = tied.setdefault(id(known[key]), nn.Parameter(remapped[key], requires_grad=False))
+        return remapped
+
+
+class D2FTLoraModel(SubnetTuner, LoraModel):
+    """LoRA by D2FT: PEFT's own LoRA layers, run on some of their heads.
+
+    Args:
+        model: The transformers model.
+        config: A `D2FTConfig` with a rank ``r``.
+        adapter_name: Name of the adapter.
+    """
+
+    def _prepare_adapter_config(self, peft_config: D2FTConfig, model_config: dict) -> D2FTConfig:
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        projections = self._partition_of(peft_config).projections.values()
+        peft_config.fan_in_fan_out = all(projection.transposed for projection in projections)
+        return peft_config

@@ -1,0 +1,201 @@
+"""The one mutable object that all D2FT modules of a model share: the current plan, and what was executed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..partition import Partition
+from .plan import Cell, Heads, Plan
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass through a region: what its projections compute.
+
+    Attributes:
+        heads: Heads that run: the FULL or the FORWARD_ONLY ones.
+        with_bias: Whether this pass adds what belongs to no head: the row-parallel bias and the skipped heads' mean.
+        scale: Factor on the heads' contributions (``shortcut="rescale"``).
+        skipped: Heads whose mean stands in for them (``shortcut="mean"``).
+    """
+
+    heads: Heads
+    with_bias: bool = True
+    scale: float = 1.0
+    skipped: Heads = Heads()
+
+
+@dataclass(frozen=True)
+class Follow:
+    """What a row-parallel projection outside of its region has yet to do.
+
+    Attributes:
+        full: Pass over the FULL heads; its input is what the region returned. None if there are none.
+        forward_only: Pass over the FORWARD_ONLY heads, or None.
+        output: Output of the region's FORWARD_ONLY pass.
+        nothing: Pass over no head, if none is active.
+    """
+
+    full: Run | None
+    forward_only: Run | None
+    output: Tensor | None
+    nothing: Run | None
+
+
+class FeatureMean:
+    """Running mean of the row-parallel input features of one branch, for ``shortcut="mean"``.
+
+    What a micro-batch shows is taken over when the next one begins, so that recomputation under gradient
+    checkpointing sees the same values as the forward pass.
+
+    Attributes:
+        value: Mean of every feature, float [heads, width].
+        count: Micro-batches that each head was seen in, [heads].
+    """
+
+    horizon = 100
+    """Micro-batches after which the mean becomes an exponential average, since the weights move."""
+
+    def __init__(self, heads: int, width: int):
+        self.value = torch.zeros(heads, width)
+        self.count = torch.zeros(heads)
+        self._seen: list[tuple[Heads, Tensor]] = []
+
+    def observe(self, heads: Heads, x: Tensor) -> None:
+        """Note the features [..., len(heads) * width] of `heads`."""
+        mean = x.detach().float().flatten(0, -2).mean(0)
+        self._seen.append((heads, mean.reshape(len(heads), -1)))
+
+    def commit(self) -> None:
+        """Take over what was observed since the last commit."""
+        for heads, mean in self._seen:
+            self.value, self.count = self.value.to(mean.device), self.count.to(mean.device)
+            index = heads.index(mean.device)
+            self.count[index] = (self.count[index] + 1).clamp(max=self.horizon)
+            self.value[index] += (mean - self.value[index]) / self.count[index, None]
+        self._seen.clear()
+
+
+class Runtime:
+    """What the D2FT modules of one model share while they run.
+
+    Attributes:
+        partitions: Partition of each adapter, by adapter name.
+        shortcut: What stands in for skipped heads: ``"zero"``, ``"mean"`` or ``"rescale"``.
+        plan: The current micro-batch's plan, or None outside of a micro-batch.
+        run: The pass of the region that is running, or None outside of one.
+        follow: What row-parallel projections outside of their regions have yet to do, by branch.
+        executed: What each branch did in the last training forward, by branch; None for all FULL.
+        driven: Whether a D2FT trainer drives the model, so that a forward without a plan is an error.
+        touch_gradients: Whether every trainable parameter must receive a gradient (DistributedDataParallel).
+    """
+
+    def __init__(self) -> None:
+        self.partitions: dict[str, Partition] = {}
+        self.shortcut = "zero"
+        self.plan: Plan | None = None
+        self.run: Run | None = None
+        self.follow: dict[int, Follow] = {}
+        self.executed: dict[int, Cell | None] = {}
+        self.driven = False
+        self.touch_gradients = False
+        self.means: dict[int, FeatureMean] = {}
+        self.blocks: list[nn.Module] = []
+        self._warned = False
+
+    @contextmanager
+    def use(self, plan: Plan) -> Iterator[None]:
+        """Run one micro-batch, forward and backward, under `plan`."""
+        previous = self.plan
+        for mean in self.means.values():
+            mean.commit()
+        self.executed.clear()
+        self.follow.clear()
+        self.plan = plan
+        for block in self.blocks:
+            _bind_checkpointing(block, self)
+        try:
+            yield
+        finally:
+            self.plan = previous
+
+    def cell(self, branch: int) -> Cell | None:
+        """The current plan's operations for a branch of a model in training; None if every head is FULL."""
+        if self.plan is None:
+            self._speak()
+            cell = None
+        else:
+            cell = self.plan.cells[branch]
+        self.executed[branch] = cell
+        return cell
+
+    def _speak(self) -> None:
+        """A training forward without a plan must not pass in silence: D2FT would silently do nothing."""
+        if _in_backward():
+            raise RuntimeError(
+                "gradient checkpointing recomputes a D2FT block outside of its micro-batch: call backward inside the "
+                "micro-batch's context."
+            )
+        if self.driven:
+            raise RuntimeError(
+                "a D2FT model ran a training forward without a plan although a D2FT trainer drives it: run it under "
+                "the trainer's training_step, or call model.eval() first."
+            )
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "a D2FT model runs a training forward without a schedule: every subnet is FULL and nothing is saved. "
+                "Train with D2FTTrainer, D2FTCallback or D2FTPlanner.micro_batch.",
+                stacklevel=3,
+            )
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class PlannedCheckpoint:
+    """A block's checkpointing function that recomputes under the plan of the forward pass.
+
+    Recomputation happens in backward, when another plan may be current; without this the gradients would be those of
+    other heads, without an error.
+    """
+
+    def __init__(self, checkpoint, runtime: Runtime):
+        self.checkpoint, self.runtime = checkpoint, runtime
+
+    def __call__(self, function, *args):
+        return self.checkpoint(_UnderPlan(self.runtime, function), *args)
+
+
+class _UnderPlan:
+    def __init__(self, runtime: Runtime, function):
+        self.runtime, self.function = runtime, function
+        self.plan = runtime.plan
+
+    def __call__(self, *args):
+        current, self.runtime.plan = self.runtime.plan, self.plan
+        try:
+            return self.function(*args)
+        finally:
+            self.runtime.plan = current
+
+
+def _bind_checkpointing(block: nn.Module, runtime: Runtime) -> None:
+    # Checkpointing is switched on at any time and sets the function anew, hence the look at every micro-batch.
+    function = block.__dict__.get("_gradient_checkpointing_func")
+    if function is not None and not isinstance(function, PlannedCheckpoint):
+        block._gradient_checkpointing_func = PlannedCheckpoint(function, runtime)
+
+
+def unbind_checkpointing(block: nn.Module) -> None:
+    """Give a block its own checkpointing function back."""
+    function = block.__dict__.get("_gradient_checkpointing_func")
+    if isinstance(function, PlannedCheckpoint):
+        block._gradient_checkpointing_func = function.checkpoint
