@@ -163,7 +163,7 @@ class D2FTConfig(LoraConfig):
         """The configuration as a dictionary, without the fields of LoRA where there is none."""
         values = super().to_dict()
         if not self.is_lora:
-            lora_only = {f.name for f in dataclasses.fields(LoraConfig)} - _SHARED - {"r"}
+            lora_only = {f.name for f in dataclasses.fields(LoraConfig)} - _SHARED
             values = {name: value for name, value in values.items() if name not in lora_only}
         return values
 

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from .planner import D2FTPlanner, operations_from
 from .schedule import Schedule
 from .scores import INDEX_KEY, IndexedCollator, IndexedDataset, preserved_rng, score_samples
+from .tuners.flops import inference
 
 
 class D2FTTrainerMixin:
@@ -57,6 +58,7 @@ class D2FTTrainerMixin:
             self.planner.runtime.touch_gradients = self.args.world_size > 1
             self._window: list[tuple[dict, int]] = []
             self._upcoming: list[int] = []
+            self._divides_by_items: bool | None = None
         return self.planner
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,6 +117,8 @@ class D2FTTrainerMixin:
             self._current = micro_batch
             if micro_batch.skipped:
                 return torch.zeros((), device=self.args.device)
+            if self._divides_by_items is None:
+                self._divides_by_items = self._probe_loss(self._prepare_inputs(inputs))
             return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -133,10 +137,20 @@ class D2FTTrainerMixin:
         return (result[0] * factor, result[1]) if return_outputs else result * factor
 
     def _loss_is_normalized(self, num_items_in_batch: Any) -> bool:
-        if self.loss_is_scaled_for_ga is not None:
-            return self.loss_is_scaled_for_ga
-        by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        return by_model or self.compute_loss_func is not None
+        """Whether the loss is already a sum over this micro-batch's items divided by those of the whole step."""
+        if num_items_in_batch is None:
+            return False
+        return self.compute_loss_func is not None or self._divides_by_items
+
+    @torch.no_grad()
+    def _probe_loss(self, inputs: dict[str, Any]) -> bool:
+        """Whether the model divides its loss by ``num_items_in_batch``. The Trainer takes every model that accepts
+        keyword arguments for one that does, but some ignore them (BERT's classifier)."""
+        if not self.model_accepts_loss_kwargs or "labels" not in inputs:
+            return False
+        with inference(self.planner.model):
+            losses = [self.planner.model(**inputs, num_items_in_batch=items)["loss"] for items in (1, 2)]
+        return bool(losses[0] != losses[1])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with what was executed beside the training loss."""

@@ -133,7 +133,7 @@ def test_trained_weights_equal_the_reference(tmp_path, policy):
 
 
 def test_trainer_callback_and_bare_loop_end_with_equal_weights(tmp_path):
-    data = doubles(samples("bert"))
+    data = doubles(samples())
     kwargs = {"policy": "random", "compute_budget": 0.5}
     args = arguments(tmp_path, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0)
 
@@ -141,11 +141,11 @@ def test_trainer_callback_and_bare_loop_end_with_equal_weights(tmp_path):
         def _get_train_sampler(self, *args):
             return None
 
-    by_trainer = adapt("bert", **kwargs)
+    by_trainer = adapt(**kwargs)
     RecordingTrainer(model=by_trainer, args=args, train_dataset=data).train()
-    by_callback = adapt("bert", **kwargs)
+    by_callback = adapt(**kwargs)
     InOrder(model=by_callback, args=args, train_dataset=data, callbacks=[D2FTCallback()]).train()
-    by_loop = adapt("bert", **kwargs)
+    by_loop = adapt(**kwargs)
     bare_loop(by_loop, data, args)
     assert_equal(trained(by_callback), trained(by_trainer))
     assert_close(trained(by_loop), trained(by_trainer))

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..partition import Partition, Projection, unwrap
 from ..tuners import D2FTLayer
+from ..tuners.flops import base_model, inference
 from ..tuners.subset_linear import HeadAxis
 
 
@@ -34,7 +35,7 @@ GRADIENT_SCORES = ("fisher", "gradient_magnitude", "taylor")
 @torch.no_grad()
 def weight_magnitude(model: nn.Module, partition: Partition) -> np.ndarray:
     """Sum of the absolute weights of every subnet, float [K]."""
-    base = _base_model(model)
+    base = base_model(model)
     heads = _HeadSums(partition)
     for index, branch in enumerate(partition.branches):
         for projection in branch.projections:
@@ -70,11 +71,11 @@ def gradient_scores(
     """
     if score not in GRADIENT_SCORES:
         raise ValueError(f"score={score!r} is not a gradient score; choose one of {', '.join(GRADIENT_SCORES)}.")
-    base = _base_model(model)
+    base = base_model(model)
     carriers = [(index, *c) for index, b in enumerate(partition.branches) for p in b.projections for c in _carriers(base, p)]
     if not carriers:
         raise ValueError("no projection of the subnets trains, so gradients score nothing; unfreeze the model.")
-    with _inference(model), torch.enable_grad(), _record([module for _, module, _ in carriers]) as records:
+    with inference(model), torch.enable_grad(), _record([module for _, module, _ in carriers]) as records:
         loss = model(**batch)["loss"]
         if loss is None:
             raise ValueError("the model returned no loss, so gradients score nothing; give labels in the batch.")
@@ -169,18 +170,3 @@ def _record(modules: list[nn.Module]) -> Iterator[list]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-def _base_model(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,7 +55,7 @@ def probe_model(model: nn.Module, partition: Partition, batch: dict[str, Tensor]
         entry = (2 * weight.numel() * positions, weight.requires_grad)
         (probe.above if probe.sequence_length else probe.below).append(entry)
 
-    base = _base_model(model)
+    base = base_model(model)
     inside = tuple(name + "." for name in partition.projections)
     handles = [base.get_submodule(partition.blocks[0]).register_forward_pre_hook(enter_blocks, with_kwargs=True)]
     for name, module in base.named_modules():
@@ -61,14 +63,11 @@ def probe_model(model: nn.Module, partition: Partition, batch: dict[str, Tensor]
             inside
         ):
             handles.append(module.register_forward_hook(note))
-    training = [(module, module.training) for module in model.modules()]
     sample = {name: value[:1] if isinstance(value, Tensor) and value.ndim else value for name, value in batch.items()}
     try:
-        model.eval()
-        model(**sample)
+        with inference(model):
+            model(**sample)
     finally:
-        for module, flag in training:
-            module.training = flag
         for handle in handles:
             handle.remove()
     return probe
@@ -88,7 +87,7 @@ def cost_model(
         probe: What one sample showed, see `probe_model`.
         forward_only_cost: Relative cost of FORWARD_ONLY to make schedules with, instead of the model's own.
     """
-    base, tokens = _base_model(model), probe.sequence_length
+    base, tokens = base_model(model), probe.sequence_length
     blocks, shape = partition.subnet_blocks, len(partition.blocks)
     attention_backward = _ATTENTION_BACKWARD.get(model.config._attn_implementation, _FUSED_ATTENTION_BACKWARD)
     per_head = {name: np.zeros(shape) for name in ("forward", "backward", "entry")}
@@ -152,6 +151,18 @@ def _below(partition: Partition) -> list[str]:
     return list(partition.boundary[:first])
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Run a model as at inference, then give every module its training flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def base_model(model: nn.Module) -> nn.Module:
     """The transformers model under PEFT's wrapper, whose paths the partition names."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

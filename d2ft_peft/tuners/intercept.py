@@ -240,7 +240,8 @@ class TouchLoss:
         if self.runtime.touch_gradients:
             value = _Touch.apply(value, *(p for p in self.model.parameters() if p.requires_grad))
         elif not value.requires_grad:
-            value.requires_grad_()
+            # Not a leaf itself: the Trainer scales losses in place.
+            value = value.requires_grad_().clone()
         if is_tensor:
             return value
         outputs[name] = value

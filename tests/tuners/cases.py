@@ -1,4 +1,4 @@
-"""What the PEFT tests share: the table of cases, adapted models, logits, and one training step under a partial plan."""
+"""What the PEFT tests share: a table of modes, adapted models, logits, and a little training under partial plans."""
 
 from __future__ import annotations
 
@@ -59,6 +59,12 @@ def trained(name: str, mode: str, **kwargs):
     model = adapted(name, mode, **kwargs)
     train_briefly(model, name)
     return model
+
+
+@cache
+def shared(name: str, mode: str):
+    """A trained model for tests that only read or save it."""
+    return trained(name, mode)
 
 
 def logits(model, name: str) -> torch.Tensor:

@@ -113,11 +113,12 @@ def test_merge_and_unmerge(case):
         close(value, before[key])
 
 
-def test_disabling_a_merged_adapter_unmerges_it(case):
-    model = case.copy()
+@each_mode
+def test_disabling_a_merged_adapter_unmerges_it(mode):
+    model = trained("vit", mode)
     model.merge_adapter()
     with model.disable_adapter():
-        close(logits(model, case.name), case.untrained)
+        close(logits(model, "vit"), logits(plain_model("vit"), "vit"))
 
 
 def test_merge_and_unload_gives_the_plain_model(case):
