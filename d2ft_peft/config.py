@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
 
+import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftConfig
@@ -86,6 +87,10 @@ class D2FTConfig(LoraConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, np.generic):  # JSON knows Python's numbers only
+                setattr(self, f.name, value.item())
         self._check_own_fields()
         if self.r is None:
             self._check_full()

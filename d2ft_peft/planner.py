@@ -107,7 +107,8 @@ class D2FTPlanner:
         """Whether FORWARD_ONLY can occur beside the FULL cells that the outer knapsack takes first."""
         budget, n = self.config.budget, self.num_micro_batches or self.config.num_micro_batches
         if budget.counts is not None:
-            return budget.counts[1] > 0
+            # Where both fill the step, what is not FULL is FORWARD_ONLY: no score has a say.
+            return 0 < budget.counts[1] < n - budget.counts[0]
         if isinstance(budget.compute, tuple):
             return True
         share = budget.compute if budget.compute is not None else budget.communication

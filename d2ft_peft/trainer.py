@@ -56,6 +56,9 @@ class D2FTTrainerMixin:
                 progress=not self.args.disable_tqdm and self.is_world_process_zero(),
             )
             self.planner.runtime.touch_gradients = self.args.world_size > 1
+            if self.args.ddp_find_unused_parameters is None:
+                # Every parameter receives a gradient, if only zero: there is nothing to look for.
+                self.accelerator.ddp_handler.find_unused_parameters = False
             self._window: list[tuple[dict, int]] = []
             self._upcoming: list[int] = []
             self._divides_by_items: bool | None = None

@@ -128,7 +128,9 @@ def test_trained_weights_equal_the_reference(tmp_path, policy):
     trainer.train()
     partition = partition_model(base)
     reference_training(base, data, args, trainer.schedules, partition)
-    ours = {n.removeprefix("base_model.model.").replace("d2ft_layers.default.", ""): p for n, p in trained(model).items()}
+    ours = {
+        n.removeprefix("base_model.model.").replace("d2ft_layers.default.", ""): p for n, p in trained(model).items()
+    }
     assert_close(ours, trained(base))
 
 

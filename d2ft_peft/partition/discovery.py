@@ -76,8 +76,18 @@ def _has_module(block: nn.Module, path: str) -> bool:
     return True
 
 
+def _submodule(block: nn.Module, prefix: str, path: str) -> nn.Module:
+    try:
+        return block.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(
+            f"{prefix} has no module {path!r}: it differs from what the model type promises, or learns a parameter "
+            "that is tied to heads; such a model cannot be cut into heads."
+        ) from error
+
+
 def _attention_branch(model: nn.Module, block: nn.Module, prefix: str, index: int, spec: BranchSpec) -> Branch:
-    region = block.get_submodule(spec.region)
+    region = _submodule(block, prefix, spec.region)
     head_dim = _head_dim(model, region)
     shapes = [_linear_shape(block, prefix, path) for path in spec.columns]
     # Query, key and value differ in width under grouped-query attention; the narrowest counts key/value heads.
@@ -87,6 +97,14 @@ def _attention_branch(model: nn.Module, block: nn.Module, prefix: str, index: in
         raise ValueError(
             f"{prefix}.{spec.region} cannot be cut into heads: its projections return {widths} features, which "
             f"must be multiples of head_dim={head_dim} and of the key/value heads."
+        )
+    row_width = _linear_shape(block, prefix, spec.row)[0]
+    if row_width != max(widths):
+        # Queries are as wide as what attention returns; anything else fuses several things in one projection.
+        raise ValueError(
+            f"{prefix}.{spec.region} cannot be cut into heads: {spec.row} takes {row_width} features, but the queries "
+            f"have {max(widths)}; a fused projection can be cut only if its parts follow one another (`parts` in "
+            "d2ft_peft.register_architecture)."
         )
     _check_region_parameters(region, prefix, spec, head_dim)
     return _branch("attention", block, prefix, index, spec, heads, query_width=max(widths) // heads)
@@ -121,7 +139,7 @@ def _projection(block: nn.Module, prefix: str, path: str, kind: str, heads: int,
 
 def _linear_shape(block: nn.Module, prefix: str, path: str) -> tuple[int, int, bool, bool]:
     """(in_features, out_features, has bias, is transposed) of a projection."""
-    module = unwrap(block.get_submodule(path))
+    module = unwrap(_submodule(block, prefix, path))
     if type(module) is nn.Linear:
         return module.in_features, module.out_features, module.bias is not None, False
     if type(module) is Conv1D:

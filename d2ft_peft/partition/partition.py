@@ -151,7 +151,7 @@ class Partition:
         """A readable table: block, heads, features, parameters and forward FLOPs per token of the subnets.
 
         Args:
-            sequence_length: Tokens that attend to each other; 1 leaves the attention products out of the FLOPs.
+            sequence_length: Tokens that each token attends to; the attention products grow with it.
         """
         rows = [("block", "subnets", "heads each", "attention", "ffn", "parameters", "FLOPs/token")]
         for block in range(len(self.blocks)):

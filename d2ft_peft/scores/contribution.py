@@ -76,7 +76,7 @@ def gradient_scores(
     if not carriers:
         raise ValueError("no projection of the subnets trains, so gradients score nothing; unfreeze the model.")
     with inference(model), torch.enable_grad(), _record([module for _, module, _ in carriers]) as records:
-        loss = model(**batch)["loss"]
+        loss = getattr(model(**batch), "loss", None)
         if loss is None:
             raise ValueError("the model returned no loss, so gradients score nothing; give labels in the batch.")
         seen = [record for record in records if record is not None]

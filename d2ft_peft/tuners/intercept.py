@@ -254,7 +254,7 @@ class _Touch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, *parameters):
         ctx.save_for_backward(*parameters)
-        return value.view_as(value)
+        return value.clone()  # no view: the Trainer scales losses in place
 
     @staticmethod
     def backward(ctx, grad):

@@ -23,11 +23,11 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from d2ft_peft import D2FTConfig, partition_model
 from d2ft_peft.schedule import Budget, Problem, get_policy
 from d2ft_peft.tuners import compile_plan, get_runtime
+from d2ft_peft.tuners.flop_counter import flop_counter
 
 
 def build_model(args: argparse.Namespace) -> torch.nn.Module:
@@ -120,7 +120,7 @@ def peak_memory(step, device: str) -> int:
 
 
 def count_flops(step) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         step()
     return counter.get_total_flops()
 

@@ -57,6 +57,13 @@ def test_the_core_alone_reaches_the_optimum_of_the_whole(instance, proportional)
     assert values[items, by_core].sum() == values[items, whole].sum()
 
 
+def test_the_core_holds_several_items_of_one_kind():
+    # One unit is left after all items of cost 5; the optimum gives one of them up for two of cost 3.
+    costs = np.array([[0, 5]] * 4 + [[0, 3]] * 4)
+    values = np.array([[0, 5000]] * 4 + [[0, 2997]] * 4)
+    assert knapsack._choose_in_core(values, costs, 21)[4:].sum() == 2
+
+
 def test_the_core_of_a_large_problem_is_small():
     rng = np.random.default_rng(0)
     values = np.sort(rng.integers(0, 10**6, (100_000, 3)), axis=1) * [0, 1, 1]

@@ -1,0 +1,147 @@
+"""D2FTConfig: its defaults, and what it says to values that cannot be."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from peft import LoraConfig
+
+from d2ft_peft import D2FTConfig
+from d2ft_peft.schedule import Budget
+
+
+DEFAULTS = {
+    "r": None,
+    "train_boundary": False,
+    "heads_per_subnet": 1,
+    "num_micro_batches": 5,
+    "compute_budget": None,
+    "communication_budget": None,
+    "num_full": None,
+    "num_forward_only": None,
+    "num_devices": None,
+    "device_capacities": None,
+    "policy": "bilevel",
+    "tie_break": "aligned",
+    "backward_score": "weight_magnitude",
+    "forward_score": "fisher",
+    "score_fraction": 1.0,
+    "shortcut": "zero",
+    "forward_only_cost": None,
+    "seed": 0,
+}
+
+BAD = [
+    ({"r": 0}, "r=0 must be an integer of at least 1"),
+    ({"r": 2.5}, "r=2.5 must be an integer"),
+    ({"r": True}, "r=True must be an integer"),
+    ({"train_boundary": 1}, "train_boundary=1 must be True or False"),
+    ({"r": 4, "train_boundary": True}, "train_boundary=True is for full fine-tuning; name modules_to_save"),
+    ({"heads_per_subnet": 0}, "heads_per_subnet=0 must be an integer of at least 1"),
+    ({"heads_per_subnet": "2"}, "heads_per_subnet='2' must be an integer"),
+    ({"num_micro_batches": 0}, "num_micro_batches=0 must be an integer of at least 1"),
+    ({"num_micro_batches": 2.0}, "num_micro_batches=2.0 must be an integer"),
+    ({"num_devices": 0}, "num_devices=0 must be an integer of at least 1 or None"),
+    ({"num_devices": 1.5}, "num_devices=1.5 must be an integer"),
+    ({"seed": -1}, "seed=-1 must be an integer of at least 0"),
+    ({"seed": None}, "seed=None must be an integer"),
+    ({"compute_budget": 0}, r"compute_budget=0 must be in \(0, 1\]"),
+    ({"compute_budget": 1.1}, r"compute_budget=1.1 must be in \(0, 1\]"),
+    ({"compute_budget": "0.6"}, r"compute_budget='0.6' must be a number in \(0, 1\]"),
+    ({"compute_budget": float("nan")}, r"compute_budget=nan must be a number in \(0, 1\]"),
+    ({"communication_budget": -0.5}, r"communication_budget=-0.5 must be in \(0, 1\]"),
+    ({"num_full": 0}, "num_full=0 must be at least 1"),
+    ({"num_full": 1.5}, "num_full=1.5 must be a whole number"),
+    ({"num_full": 1, "num_forward_only": -1}, "num_forward_only=-1 must not be negative"),
+    ({"num_forward_only": 2}, "num_forward_only=2 needs num_full beside it"),
+    ({"compute_budget": 0.5, "num_forward_only": 2}, "num_forward_only=2 needs num_full beside it"),
+    ({"compute_budget": 0.5, "num_full": 2}, r"compute_budget and num_full=\[0.5, 2\] are both given; keep one"),
+    ({"compute_budget": 0.5, "communication_budget": 0.5}, "compute_budget and communication_budget=.* keep one"),
+    ({"compute_budget": 0.5, "num_devices": 1, "device_capacities": [0.5]}, "compute_budget and device_capacities="),
+    ({"device_capacities": 0.5}, "device_capacities=0.5 must be a list of numbers"),
+    ({"device_capacities": [0.5, 0.6]}, r"device_capacities=\[0.5, 0.6\] needs num_devices=2, not None"),
+    ({"num_devices": 1, "device_capacities": [0.5, 0.6]}, "needs num_devices=2, not 1"),
+    ({"num_devices": 2, "device_capacities": [0.5, 0]}, r"device_capacities\[1\]=0 must be in \(0, 1\]"),
+    ({"policy": "best"}, "policy='best' is unknown; choose one of .*bilevel"),
+    ({"policy": ["bilevel"]}, r"policy=\['bilevel'\] must be the name of a policy"),
+    ({"tie_break": "even"}, "tie_break='even' must be one of aligned, spread"),
+    ({"backward_score": "l2"}, "backward_score='l2' must be one of weight_magnitude, fisher"),
+    ({"forward_score": None}, "forward_score=None must be one of weight_magnitude, fisher"),
+    ({"score_fraction": 0}, r"score_fraction=0 must be a number in \(0, 1\]"),
+    ({"score_fraction": 1.5}, r"score_fraction=1.5 must be a number in \(0, 1\]"),
+    ({"score_fraction": "all"}, r"score_fraction='all' must be a number in \(0, 1\]"),
+    ({"shortcut": "skip"}, "shortcut='skip' must be one of zero, mean, rescale"),
+    ({"forward_only_cost": 1}, r"forward_only_cost=1 must be a number in \(0, 1\), or None"),
+    ({"forward_only_cost": "low"}, r"forward_only_cost='low' must be a number in \(0, 1\), or None"),
+    ({"task_type": "SPEECH"}, "Invalid task type: 'SPEECH'"),
+]
+
+NEEDS_RANK = {
+    "lora_alpha": 16,
+    "lora_dropout": 0.1,
+    "use_rslora": True,
+    "init_lora_weights": False,
+    "bias": "all",
+    "rank_pattern": {"q_proj": 2},
+    "fan_in_fan_out": True,
+    "use_dora": True,
+}
+NOT_UNDER_D2FT = {
+    "use_dora": True,
+    "use_qalora": True,
+    "layer_replication": [(0, 2)],
+    "target_parameters": ["mlp.weight"],
+}
+
+
+def test_defaults():
+    config = D2FTConfig()
+    own = {f.name for f in dataclasses.fields(D2FTConfig)} - {f.name for f in dataclasses.fields(LoraConfig)}
+    assert own | {"r"} == DEFAULTS.keys()
+    assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    assert config.budget == Budget(compute=0.6)
+
+
+@pytest.mark.parametrize("values, message", BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_bad_values_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        D2FTConfig(**values)
+
+
+@pytest.mark.parametrize("field", NEEDS_RANK)
+def test_fields_of_lora_need_a_rank(field):
+    with pytest.raises(ValueError, match=f"{field}=.* is for LoRA; set r as well"):
+        D2FTConfig(**{field: NEEDS_RANK[field]})
+
+
+@pytest.mark.parametrize("field", NOT_UNDER_D2FT)
+def test_variants_of_lora_that_heads_do_not_fit(field):
+    with pytest.raises(ValueError, match=f"{field}=.* is not available under D2FT; leave it out"):
+        D2FTConfig(r=4, **{field: NOT_UNDER_D2FT[field]})
+
+
+@pytest.mark.parametrize(
+    "values, budget",
+    [
+        ({"compute_budget": 1}, Budget(compute=1.0)),
+        ({"communication_budget": 0.5}, Budget(communication=0.5)),
+        ({"num_full": 3}, Budget(num_full=3)),
+        ({"num_full": 3, "num_forward_only": 1}, Budget(num_full=3, num_forward_only=1)),
+        ({"num_devices": 2, "device_capacities": [0.5, 1]}, Budget(compute=(0.5, 1.0))),
+    ],
+)
+def test_the_budget_that_the_fields_state(values, budget):
+    assert D2FTConfig(**values).budget == budget
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    config = D2FTConfig(r=np.int64(4), heads_per_subnet=np.int32(2), score_fraction=np.float32(0.5))
+    config.save_pretrained(tmp_path)
+    restored = D2FTConfig.from_pretrained(tmp_path)
+    assert (restored.r, restored.heads_per_subnet, restored.score_fraction) == (4, 2, 0.5)
+
+
+def test_the_rank_decides_the_variant():
+    assert (D2FTConfig().peft_type, D2FTConfig().is_lora) == ("D2FT", False)
+    assert (D2FTConfig(r=8).peft_type, D2FTConfig(r=8).is_lora) == ("D2FT_LORA", True)
+    assert "r" not in D2FTConfig().to_dict() and D2FTConfig(r=8).to_dict()["r"] == 8
