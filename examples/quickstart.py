@@ -1,11 +1,11 @@
 """D2FT in about two minutes on two CPU cores, without a network: seven ways to fine-tune one small ViT.
 
     python examples/quickstart.py             # writes to out/quickstart
-    python examples/quickstart.py --quick     # a toy model and a few steps, in seconds: does everything run?
+    python examples/quickstart.py --quick     # a toy model, two steps: does everything run?
 
-A ViT learns the digits 0-4 of scikit-learn's data set; that is the pre-trained model, kept for the next run. It is then
-fine-tuned on the digits 5-9: in full and by LoRA, plainly, plainly on fewer samples, and by D2FT. Fewer samples at the
-same compute is the judge: whoever skips work has to beat the simplest way of skipping work.
+A ViT learns the digits 0-4 of scikit-learn's data set; that is the pre-trained model, kept for the next run. It is
+then fine-tuned on the digits 5-9, in full and by LoRA: plainly, plainly on fewer samples, and by D2FT. Fewer samples
+at the same compute is the judge: whoever skips work has to beat the simplest way of skipping work.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch.profiler import ProfilerActivity, profile
@@ -34,34 +36,42 @@ from d2ft_peft.report import format_table, plot_device_loads, plot_loss_curves, 
 from d2ft_peft.tuners.flops import base_model, cost_model, probe_model
 
 
-MICRO_BATCHES, MICRO_BATCH_SIZE, BUDGET, NUM_TRAIN = 5, 8, 0.6, 400
-RATES = {"full": 1e-3, "lora": 3e-3}
-"""Learning rates: the best of the plain run, for each kind of fine-tuning; D2FT gets the same."""
+MICRO_BATCHES, MICRO_BATCH_SIZE = 5, 16
+RATES = {"full": 5e-4, "lora": 5e-3}
+"""Learning rates: the best of three for the plain run of each kind, on another split; D2FT gets the same."""
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to fine-tune: what trains ("full" or "lora"), the share of samples and steps, and D2FT's settings."""
+    """One way to fine-tune: what trains ("full" or "lora"), micro-batches of a step, and D2FT's settings if any."""
 
     name: str
     kind: str
-    share: float = 1.0
+    micro_batches: int = MICRO_BATCHES
     d2ft: dict | None = None
 
 
-FEWER = f"fewer samples ({BUDGET:.0%})"
 BY_HEAD = {"num_full": 2, "num_forward_only": 3, "backward_score": "fisher"}
-"""Every head trains on the 2 of 5 micro-batches with the most Fisher information for it and only runs forward in the
-others; a forward pass is a third of the work, so this is 60 % too."""
+"""Every head trains on the 2 of 5 micro-batches with the most Fisher information about it and only runs forward in the
+others; forward is a third of the work, so this is 60 % as well."""
 WAYS = [
-    Way("full fine-tuning", "full"),
-    Way(f"full, {FEWER}", "full", share=BUDGET),
-    Way("D2FT", "full", d2ft={"compute_budget": BUDGET}),
+    Way("full", "full"),
+    Way("full, fewer samples", "full", micro_batches=3),
+    Way("D2FT", "full", d2ft={"compute_budget": 0.6}),
     Way("D2FT, head by head", "full", d2ft=BY_HEAD),
     Way("LoRA", "lora"),
-    Way(f"LoRA, {FEWER}", "lora", share=BUDGET),
-    Way("D2FT-LoRA", "lora", d2ft={"compute_budget": BUDGET}),
+    Way("LoRA, fewer samples", "lora", micro_batches=3),
+    Way("D2FT-LoRA", "lora", d2ft={"compute_budget": 0.6}),
 ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a way came to: its row of the table, its trainer, and points (FLOPs so far, loss)."""
+
+    row: dict
+    trainer: Trainer
+    losses: list[tuple[float, float]]
 
 
 def digits(classes: range, size: int) -> list[dict]:
@@ -90,11 +100,11 @@ class Bar(TrainerCallback):
         self.bar.close()
 
 
-def make_trainer(model, data: list[dict], name: str, rate: float, steps: int, cls: type = Trainer) -> Trainer:
-    """A Trainer; the same seed means the same order of the samples."""
+def make_trainer(model, data: list[dict], name: str, rate: float, steps: int, micro_batches: int, cls=Trainer):
+    """A Trainer of class `cls`; the same seed means the same order of the samples."""
     args = TrainingArguments(
         output_dir="unused", max_steps=steps, learning_rate=rate, per_device_train_batch_size=MICRO_BATCH_SIZE,
-        gradient_accumulation_steps=MICRO_BATCHES, warmup_steps=steps // 10, lr_scheduler_type="cosine", seed=0,
+        gradient_accumulation_steps=micro_batches, warmup_steps=steps // 10, lr_scheduler_type="cosine", seed=0,
         logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     trainer = cls(model=model, args=args, train_dataset=data, callbacks=[Bar(name)])
@@ -102,15 +112,17 @@ def make_trainer(model, data: list[dict], name: str, rate: float, steps: int, cl
     return trainer
 
 
-def pretrained(config: ViTConfig, steps: int, folder: Path) -> tuple[ViTForImageClassification, Path]:
-    """The model that knows the digits 0-4, from its file if this very recipe was run before; with a fresh head."""
-    recipe = {"config": config.to_diff_dict(), "steps": steps, "rate": RATES["full"], "batch": MICRO_BATCH_SIZE}
+def pretrained(sizes: dict, steps: int, folder: Path) -> tuple[ViTForImageClassification, Path]:
+    """The model that knows the digits 0-4, with a new head, and its file, from which a second run of the same recipe
+    reads it."""
+    recipe = {"config": sizes, "steps": steps, "rate": 5e-4, "batch": MICRO_BATCH_SIZE}
     fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
     path = folder / f"pretrained-{fingerprint}.safetensors"
     torch.manual_seed(0)
-    model = ViTForImageClassification(config)
+    model = ViTForImageClassification(ViTConfig(**sizes))
     if not path.exists():
-        make_trainer(model, digits(range(5), config.image_size), "pre-training", RATES["full"], steps).train()
+        data = digits(range(5), sizes["image_size"])
+        make_trainer(model, data, "pre-training", recipe["rate"], steps, micro_batches=1).train()
         save_file(model.state_dict(), path)
     model.load_state_dict(load_file(path))
     torch.manual_seed(0)
@@ -119,69 +131,66 @@ def pretrained(config: ViTConfig, steps: int, folder: Path) -> tuple[ViTForImage
 
 
 def adapt(base: ViTForImageClassification, way: Way) -> torch.nn.Module:
-    """A copy of the model, ready to be trained in this way."""
+    """A copy of the model that is ready to be trained in this way."""
     model = copy.deepcopy(base)
     torch.manual_seed(0)
     lora = {"r": 8, "lora_alpha": 16, "modules_to_save": ["classifier"]}
     if way.d2ft is not None:
-        return get_peft_model(model, D2FTConfig(**way.d2ft, **(lora if way.kind == "lora" else {"train_boundary": True})))
+        what = lora if way.kind == "lora" else {"train_boundary": True}
+        return get_peft_model(model, D2FTConfig(**what, **way.d2ft))
     if way.kind == "lora":
         return get_peft_model(model, LoraConfig(**lora, target_modules=set(partition_model(model).projections)))
     return model
 
 
-def logits(model: torch.nn.Module, data: list[dict]) -> torch.Tensor:
-    model.eval()
-    with torch.inference_mode():
-        images = torch.stack([sample["pixel_values"] for sample in data])
-        return torch.cat([model(pixel_values=part).logits for part in images.split(64)])
-
-
-def run(way: Way, base: ViTForImageClassification, train: list[dict], test: list[dict], steps: int):
-    """Fine-tune in one way.
-
-    Returns:
-        The row of the table, the trainer, and the loss after so many FLOPs: pairs (FLOPs, loss).
-    """
-    steps, train = round(way.share * steps), train[: round(way.share * len(train))]
+def run(way: Way, base: ViTForImageClassification, train: list[dict], test: list[dict], steps: int) -> Run:
+    """Fine-tune in one way and measure."""
     model = adapt(base, way)
-    trainer = make_trainer(model, train, way.name, RATES[way.kind], steps, Trainer if way.d2ft is None else D2FTTrainer)
+    cls = Trainer if way.d2ft is None else D2FTTrainer
+    trainer = make_trainer(model, train, way.name, RATES[way.kind], steps, way.micro_batches, cls)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    right = logits(model, test).argmax(1) == torch.stack([sample["labels"] for sample in test])
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    sample_flops = flops_per_sample(model, train[0])
-    full_step = sample_flops * MICRO_BATCHES * MICRO_BATCH_SIZE
-    flops = np.cumsum([entry.get("step_flops", full_step) for entry in logs])
-    if way.d2ft is not None:  # Scores that look at samples take a forward and a backward pass of each first.
-        flops += sample_flops * sum(len(table.samples) for table in trainer.planner.scores.values())
+    per_sample = flops_per_sample(model, train[0])
+    plain_step = per_sample * way.micro_batches * MICRO_BATCH_SIZE
+    flops = np.cumsum([entry.get("step_flops", plain_step) for entry in logs])
+    if way.d2ft is not None:  # Where the policy looks at samples, each took a forward and a backward pass before.
+        flops += per_sample * sum(len(table.samples) for table in trainer.planner.scores.values())
+    right = logits(model, test).argmax(1) == torch.stack([sample["labels"] for sample in test])
     row = {
-        "way": way.name, "test accuracy": right.float().mean().item(), "seconds": seconds, "compute": flops[-1],
-        "peak memory (MiB)": peak_memory(trainer, train) / 2**20,
+        "fine-tuning": way.name, "test accuracy": right.float().mean().item(), "seconds": seconds,
+        "compute": flops[-1], "peak memory, MiB": peak_memory(trainer, train, way) / 2**20,
     }  # fmt: skip
-    print(f"  {way.name}: {seconds:.0f} s, {row['test accuracy']:.1%} of {len(test)} test images right", flush=True)
-    return row, trainer, list(zip(flops, [entry["loss"] for entry in logs], strict=True))
+    print(f"  {way.name}: {seconds:.0f} s, {row['test accuracy']:.1%}", flush=True)
+    return Run(row, trainer, list(zip(flops, [entry["loss"] for entry in logs], strict=True)))
+
+
+def logits(model: torch.nn.Module, data: list[dict]) -> torch.Tensor:
+    model.eval()
+    images = torch.stack([sample["pixel_values"] for sample in data])
+    with torch.inference_mode():
+        return torch.cat([model(pixel_values=part).logits for part in images.split(64)])
 
 
 def flops_per_sample(model: torch.nn.Module, sample: dict) -> float:
-    """FLOPs of one forward and backward pass where nothing is skipped, from the shapes of the layers."""
+    """FLOPs of one forward and backward pass in which nothing is skipped, from the shapes of the layers."""
     partition = partition_model(base_model(model))
     probe = probe_model(model, partition, {key: value[None] for key, value in sample.items()})
     return cost_model(model, partition, probe).full_flops(np.ones(1))
 
 
-def peak_memory(trainer: Trainer, train: list[dict]) -> int:
-    """Bytes at the peak of one more optimizer step: weights, gradients, AdamW's state and activations."""
-    model, planner = trainer.model.train(), getattr(trainer, "planner", None)
-    batches = [trainer.data_collator(train[i * MICRO_BATCH_SIZE :][:MICRO_BATCH_SIZE]) for i in range(MICRO_BATCHES)]
+def peak_memory(trainer: Trainer, train: list[dict], way: Way) -> int:
+    """Bytes at the peak of one more step: weights, gradients, AdamW's state and activations."""
+    model, size = trainer.model.train(), MICRO_BATCH_SIZE
+    batches = [trainer.data_collator(train[i * size : (i + 1) * size]) for i in range(way.micro_batches)]
     model.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for index, batch in enumerate(batches):
-            if planner is None:
+            if way.d2ft is None:
                 model(**batch).loss.backward()
                 continue
-            with planner.micro_batch(index) as micro_batch:  # As scheduled in the last step.
+            with trainer.planner.micro_batch(index) as micro_batch:  # By the schedule of the last step.
                 if not micro_batch.skipped:
                     model(**batch).loss.backward()
         torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).step()
@@ -190,54 +199,82 @@ def peak_memory(trainer: Trainer, train: list[dict]) -> int:
     return sum(p.nbytes for p in model.parameters()) + int(np.cumsum(changes).max())
 
 
-def save_and_reload(trainer: Trainer, base: ViTForImageClassification, test: list[dict], folder: Path) -> None:
-    """Save an adapter, load it with PEFT onto the pre-trained model, and compare what the two predict."""
+def save_and_reload(name: str, trainer: Trainer, base: ViTForImageClassification, test: list[dict], folder: Path):
+    """Save an adapter, load it by PEFT onto the pre-trained model, and compare what the two predict."""
+    folder = folder / name.lower().replace(",", "").replace(" ", "-")
     trainer.model.save_pretrained(folder)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder)
     difference = (logits(loaded, test) - logits(trainer.model, test)).abs().max().item()
     if difference > 1e-5:
-        raise RuntimeError(f"{folder}: the loaded adapter's logits differ by {difference:.2g} from those saved")
-    kind = type(loaded.base_model).__name__
-    print(f"  {folder}: loads as {kind}, logits differ by {difference:.1g}")
+        raise RuntimeError(f"{folder}: the logits of the loaded adapter are off by {difference:.2g}.")
+    kind = "a plain LoRA adapter" if type(loaded.base_model) is LoraModel else "D2FT's own adapter type"
+    print(f"  {folder}: {kind}, loaded back, largest difference of a logit {difference:.1g}")
 
 
-def draw(trainers: dict[str, Trainer], curves: dict[str, list], unit: float, folder: Path) -> list[Path]:
-    """The pictures: schedules and device loads of the two D2FT runs in full, and all losses over FLOPs."""
-    schedules = {name: trainers[name].planner.schedule for name in ("D2FT", "D2FT, head by head")}
-    curves = {name: [(flops / unit, loss) for flops, loss in points] for name, points in curves.items()}
-    return [
-        plot_schedule(schedules["D2FT"], folder / "schedule.png"),
-        plot_schedule(schedules["D2FT, head by head"], folder / "schedule_head_by_head.png"),
-        plot_device_loads(schedules["D2FT, head by head"], folder / "device_loads.png"),
-        plot_loss_curves(curves, folder / "losses.png", "compute (1 = one step of full fine-tuning)", window=9),
+def draw(runs: dict[str, Run], unit: float, folder: Path) -> None:
+    """The pictures; `unit` is what a step of full fine-tuning takes, in FLOPs."""
+    aligned, by_head = (runs[name].trainer.planner.schedule for name in ("D2FT", "D2FT, head by head"))
+    losses = {name: [(flops / unit, loss) for flops, loss in run.losses] for name, run in runs.items()}
+    paths = [
+        plot_schedule(aligned, folder / "schedule.png"),
+        plot_schedule(by_head, folder / "schedule-head-by-head.png"),
+        plot_device_loads(by_head, folder / "device-loads.png"),
+        plot_loss_curves(losses, folder / "losses.png", "compute (1 = one step of full fine-tuning)", window=5),
     ]
+    print("\n".join(f"  {path}" for path in paths))
+
+
+def explain(accuracy: dict[str, float], num_test: int) -> None:
+    """What the table shows, in words, whoever wins."""
+    print("\nWhat the table shows, from one seed:")
+    for ours, judge in (("D2FT", "full"), ("D2FT, head by head", "full"), ("D2FT-LoRA", "LoRA")):
+        judge += ", fewer samples"
+        a, b = accuracy[ours], accuracy[judge]
+        gap, noise = 100 * (a - b), 200 * math.sqrt((a * (1 - a) + b * (1 - b)) / num_test)
+        verdict = "no difference" if abs(gap) <= noise else "better" if gap > 0 else "worse"
+        print(f"- {ours}: {gap:+.1f} points against {judge!r}, where chance alone makes {noise:.1f}: {verdict}.")
+    print(CAVEATS)
+
+
+CAVEATS = """\
+- By default D2FT gives FULL by the magnitude of weights, which is the same for every sample. All heads then pick the
+  same micro-batches, and the others are skipped as a whole (schedule.png): on one machine that is training on fewer
+  samples, and no more than that.
+- Head by head, Fisher scores let every head pick its own micro-batches (schedule-head-by-head.png). No device waits
+  for another (device-loads.png), but gradients are no longer complete, heads run as small matrix products, and the
+  scores cost a pass over the samples first; compute and seconds include it.
+- Compute is FLOPs as executed, relative to full fine-tuning. Peak memory is one step's: weights, gradients, optimizer
+  and activations; D2FT in full keeps the original weights beside the trained ones."""
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
+    """Run all ways and return the rows of the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of a plain run")
-    parser.add_argument("--quick", action="store_true", help="a toy model and 5 steps")
-    parser.add_argument("--output", type=Path, default=Path("out/quickstart"))
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each way")
+    parser.add_argument("--quick", action="store_true", help="a toy model, 2 steps: a check that everything runs")
+    parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="folder of all files")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
-    steps, width, blocks = (5, 32, 6) if args.quick else (args.steps, 128, 6)
-    config = ViTConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=blocks, num_attention_heads=4,
-        image_size=24, patch_size=4, num_channels=1, num_labels=5,
-    )  # fmt: skip
-    base, base_path = pretrained(config, steps, args.output)
-    samples = digits(range(5, 10), config.image_size)
-    train, test = samples[:NUM_TRAIN], samples[NUM_TRAIN:]
-    rows, trainers, curves = [], {}, {}
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT reads it.
+    width, blocks, steps, num_train = (16, 2, 2, 160) if args.quick else (128, 6, args.steps, 480)
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": blocks}
+    sizes |= {"num_attention_heads": 4, "image_size": 24, "patch_size": 6, "num_channels": 1, "num_labels": 5}
+    base, path = pretrained(sizes, 2 if args.quick else 300, args.output)
+    samples = digits(range(5, 10), sizes["image_size"])
+    train, test = samples[:num_train], samples[480:]
+    print(f"{len(train)} images to train on, {len(test)} to test, {steps} optimizer steps each")
+    runs = {way.name: run(way, base, train, test, steps) for way in WAYS}
+    rows = [run.row for run in runs.values()]
+    total = rows[0]["compute"]
+    rows = [{**row, "compute": row["compute"] / total} for row in rows]
+    formats = {"test accuracy": ".1%", "seconds": ".1f", "compute": ".1%", "peak memory, MiB": ".1f"}
+    print(f"\n{format_table(rows, formats=formats)}")
+    explain({row["fine-tuning"]: row["test accuracy"] for row in rows}, len(test))
+    print(f"\nWritten:\n  {path}: the pre-trained model")
     for way in WAYS:
-        row, trainers[way.name], curves[way.name] = run(way, base, train, test, steps)
-        rows.append(row)
-    unit = rows[0]["compute"]
-    for row in rows: row["compute"] /= unit
-    print(format_table(rows, formats={"test accuracy": ".1%", "seconds": ".1f", "compute": ".1%", "peak memory (MiB)": ".1f"}))
-    for way in WAYS:
-        if way.d2ft: save_and_reload(trainers[way.name], base, test, args.output / way.name.lower().replace(" ", "_").replace(",", ""))
-    print(draw(trainers, curves, unit/steps, args.output))
+        if way.d2ft is not None:
+            save_and_reload(way.name, runs[way.name].trainer, base, test, args.output)
+    draw(runs, total / steps, args.output)
     return rows
 
 

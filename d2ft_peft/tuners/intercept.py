@@ -199,20 +199,19 @@ class ProjectionForward(Intercept):
         if isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged:
             for adapter in layer.active_adapters:
                 if adapter in layer.lora_A:
-                    out = out + self._lora(layer, adapter, x, run, with_bias).to(out.dtype)
+                    out = self._add_lora(out, layer, adapter, x, run)
         return out
 
-    def _lora(self, layer: LoraLayer, adapter: str, x: Tensor, run: Run, with_bias: bool) -> Tensor:
-        """The low-rank part: heads own rows of B in a column-parallel layer and columns of A in a row-parallel one."""
+    def _add_lora(self, out: Tensor, layer: LoraLayer, adapter: str, x: Tensor, run: Run) -> Tensor:
+        """Add the low-rank part: heads own rows of B in a column-parallel layer, columns of A in a row-parallel one."""
         lora_A, lora_B, scaling = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
         head_axis = HeadAxis(self.projection.kind, self.projection.layout)
         x = layer.lora_dropout[adapter](layer._cast_input_dtype(x, lora_A.weight.dtype))
-        bias = lora_B.bias if with_bias else None
-        bias = bias if bias is None else bias * scaling
+        bias = None if lora_B.bias is None else lora_B.bias * scaling
         if self.projection.kind == "column":
-            return subset_linear(lora_A(x) * scaling, lora_B.weight, bias, head_axis, run.heads)
+            return subset_linear(lora_A(x) * scaling, lora_B.weight, bias, head_axis, run.heads, addend=out)
         hidden = subset_linear(x, lora_A.weight, None, head_axis, run.heads) * scaling
-        return nn.functional.linear(hidden, lora_B.weight, bias)
+        return out + nn.functional.linear(hidden, lora_B.weight, bias if run.with_bias else None).to(out.dtype)
 
 
 def _active_layer(module: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ from PIL import Image as Picture
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from examples.image_classification import collate, main, transform
+from examples.image_classification import MethodArguments, adapt, collate, main, transform
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:the adapter's base model is the local path")
@@ -88,17 +88,16 @@ def test_what_is_saved_is_what_was_evaluated(assets, run, tmp_path, method, args
     assert result["accuracy"] > 0.5
 
 
-def test_d2ft_and_plain_train_the_same_parameters(run):
-    """LoRA adapters of both hold the same tensors, and so do full runs where all of the model is trained."""
-    for args in (("--r", "4"), ()):
-        _, ours = run(*args, output=f"d2ft{len(args)}")
-        _, theirs = run("--method", "plain", *args, output=f"plain{len(args)}")
-        ours, theirs = (
-            {key.removeprefix("base_model.model.").replace("d2ft_layers.", ""): tuple(value.shape)
-             for path in output.glob("*.safetensors") for key, value in load_file(path).items()}
-            for output in (ours, theirs)
-        )  # fmt: skip
-        assert ours == theirs
+@pytest.mark.parametrize("given", [{}, {"train_boundary": False}, {"r": 4}])
+def test_d2ft_and_plain_train_the_same_parameters(assets, given):
+    trained = []
+    for method in ("d2ft", "plain"):
+        model = AutoModelForImageClassification.from_pretrained(assets / "model")
+        model = adapt(model, MethodArguments(method=method, **given), seed=0)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        trained.append({name.removeprefix("base_model.model.").replace("d2ft_layers.default.", "")
+                           .replace("modules_to_save.default.", "") for name in names})  # fmt: skip
+    assert trained[0] == trained[1] and "classifier.weight" in trained[0]
 
 
 def test_other_sources_of_images(run):
@@ -108,7 +107,9 @@ def test_other_sources_of_images(run):
     assert result["accuracy"] > 0.5
 
 
-def test_a_resumed_run_ends_with_the_same_weights(run):
+def test_a_resumed_run_ends_with_the_same_weights(run, monkeypatch):
+    # The loader is a batch ahead of the random state that the Trainer saves: flips would differ, plainly too.
+    monkeypatch.setattr("random.random", lambda: 1.0)
     args = ("--num_full", 2, "--num_forward_only", 1, "--save_strategy", "steps", "--save_steps", 2)
     whole, whole_output = run(*args, output="whole")
     resumed, output = run(*args, "--resume_from_checkpoint", whole_output / "checkpoint-2", output="resumed")

@@ -77,11 +77,11 @@ def enable_checkpointing(model, kind):
         model.enable_input_require_grads()
 
 
-def assert_same_gradients(model, twin, mode):
+def assert_same_gradients(model, twin, mode, **tolerance):
     ours, theirs = gradients(model, mode), gradients(twin, mode)
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
-        torch.testing.assert_close(ours[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(ours[name], gradient, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)

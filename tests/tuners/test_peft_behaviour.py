@@ -263,11 +263,13 @@ def test_layers_to_transform(name, mode):
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_layers_to_transform_without_a_task_head(mode):
+@pytest.mark.parametrize("layers", [1, [1, 2]])
+def test_layers_to_transform_without_a_task_head(mode, layers):
     """Paths of a bare model begin with the stack of blocks, where PEFT looks for no index."""
-    model = get_peft_model(fresh("gpt2").transformer, config_for(mode, layers_to_transform=1))
-    assert {m.split(".")[1] for m in adapted_modules(model)} == {"1"}
-    assert len(adapted_modules(model)) == 4
+    model = get_peft_model(fresh("llama").model, config_for(mode, layers_to_transform=layers))
+    expected = {layers} if isinstance(layers, int) else set(layers)
+    assert {int(module.split(".")[1]) for module in adapted_modules(model)} == expected
+    assert len(adapted_modules(model)) == 7 * len(expected)
 
 
 def test_exclude_modules_hold_for_the_boundary_too():

@@ -1,0 +1,160 @@
+"""What execution saves and what it leaves alone: memory, graphs, shortcut modes, autocast, recomputation."""
+
+import numpy as np
+import pytest
+import torch
+
+from d2ft_peft import Operation, partition_model
+from d2ft_peft.tuners import compile_plan, get_runtime
+from d2ft_peft.tuners.reference import reference_forward
+from tests.models import TINY
+from tests.tuners.test_equality import (
+    assert_same_gradients,
+    d2ft_model,
+    enable_checkpointing,
+    gradients,
+    plain_twin,
+    random_rows,
+    step,
+)
+
+
+def build(name, mode="full", dtype=torch.float64, **kwargs):
+    """(D2FT model, plain twin, its base, partition, batch), in training."""
+    model = TINY[name].build().to(dtype)
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in TINY[name].batch().items()}
+    twin = plain_twin(model, mode, train_boundary=False).train()
+    base = twin.base_model.model if mode == "lora" else twin
+    return d2ft_model(model, mode, **kwargs).train(), twin, base, partition_model(base), batch
+
+
+def saved_bytes(model, batch, plan):
+    """Bytes that autograd keeps for backward, weights and inputs aside."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()} | {
+        value.untyped_storage().data_ptr() for value in batch.values()
+    }
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with get_runtime(model).use(plan), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(**batch).loss.backward()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", TINY)
+def test_only_full_heads_are_kept_for_backward(name, mode):
+    """FORWARD_ONLY enters no graph: it keeps what SHORTCUT keeps; half of the heads FULL keeps about half."""
+    model, _, _, partition, batch = build(name, mode)
+    kept = {}
+    for label, operations in {
+        "all": (2, 2), "half": (2, 0), "half, rest forward": (2, 1), "forward": (1, 1), "nothing": (0, 0),
+    }.items():  # fmt: skip
+        row = np.resize(np.array(operations), partition.num_scheduled)
+        kept[label] = saved_bytes(model, batch, compile_plan(partition, row))
+    blocks = kept["all"] - kept["nothing"]
+    assert kept["forward"] <= kept["nothing"] + 0.02 * blocks
+    assert kept["half"] - kept["nothing"] < 0.8 * blocks
+    assert kept["half, rest forward"] == pytest.approx(kept["half"], rel=0.1)
+
+
+@pytest.mark.parametrize("shortcut", ["mean", "rescale"])
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", ["vit", "bert", "gpt2"])
+def test_shortcut_modes_equal_the_reference(name, mode, shortcut):
+    model, twin, base, partition, batch = build(name, mode, shortcut=shortcut)
+    runtime = get_runtime(model)
+    full = np.full(partition.num_scheduled, Operation.FULL)
+    with runtime.use(compile_plan(partition, full)):
+        step(model, batch)
+    for row in random_rows(partition, seed=1, n=3):
+        with runtime.use(compile_plan(partition, row)):
+            means = {branch: mean.value.flatten().clone() for branch, mean in runtime.means.items()}
+            outputs = step(model, batch)
+        with reference_forward(base, partition, row, shortcut, means):
+            expected = step(twin, batch)
+        torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-5, atol=1e-6)
+        assert_same_gradients(model, twin, mode, rtol=1e-4, atol=1e-6)
+    if shortcut == "mean":
+        assert all(value.abs().sum() > 0 for value in means.values())
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", TINY)
+def test_both_attention_kernels_run_on_some_heads(name, attention):
+    model, twin, base, partition, batch = build(name)
+    base.set_attn_implementation(attention)
+    model.get_base_model().set_attn_implementation(attention)
+    row = random_rows(partition, seed=3)[0]
+    with reference_forward(base, partition, row):
+        expected = step(twin, batch)
+    with get_runtime(model).use(compile_plan(partition, row)):
+        outputs = step(model, batch)
+    torch.testing.assert_close(outputs.logits, expected.logits)
+    assert_same_gradients(model, twin, "full")
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", TINY)
+def test_autocast_to_bfloat16(name, mode):
+    """As near to the reference under autocast as rounding to eight bits allows; gradients come in float32."""
+    model, twin, base, partition, batch = build(name, mode, dtype=torch.float32)
+    row = random_rows(partition, seed=5)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        with reference_forward(base, partition, row):
+            expected = step(twin, batch)
+        with get_runtime(model).use(compile_plan(partition, row)):
+            outputs = step(model, batch)
+    torch.testing.assert_close(outputs.logits.float(), expected.logits.float(), rtol=0.1, atol=0.1)
+    ours, theirs = gradients(model, mode), gradients(twin, mode)
+    norm = torch.stack([g.norm() for g in theirs.values()]).norm()
+    difference = torch.stack([(ours[name] - g).norm() for name, g in theirs.items()]).norm()
+    assert difference < 0.05 * norm
+    assert all(gradient.dtype == torch.float32 for gradient in ours.values())
+
+
+@pytest.mark.parametrize("checkpointing", ["non-reentrant", "reentrant"])
+def test_recomputation_uses_the_plan_of_its_own_forward_pass(checkpointing):
+    """Backward after the context, and two forwards before one backward: each block recomputes what it ran."""
+    model, twin, base, partition, batch = build("vit")
+    enable_checkpointing(model, checkpointing)
+    rows = random_rows(partition, seed=2)[:2]
+    losses = []
+    for row in rows:
+        with get_runtime(model).use(compile_plan(partition, row)):
+            losses.append(model(**batch).loss)
+    model.zero_grad()
+    sum(losses).backward()
+    twin.zero_grad()
+    for row in rows:
+        with reference_forward(base, partition, row):
+            twin(**batch).loss.backward()
+    assert_same_gradients(model, twin, "full")
+
+
+def test_evaluation_runs_every_head_whatever_the_plan():
+    model, twin, _, partition, batch = build("vit")
+    model.eval(), twin.eval()
+    with get_runtime(model).use(compile_plan(partition, np.zeros(partition.num_scheduled, dtype=int))):
+        assert torch.equal(model(**batch).logits, twin(**batch).logits)
+
+
+def test_a_cache_that_a_training_forward_fills_does_no_harm():
+    model, twin, base, partition, batch = build("llama")
+    row = random_rows(partition, seed=4)[0]
+    with reference_forward(base, partition, row):
+        expected = step(twin, {**batch, "use_cache": False})
+    with get_runtime(model).use(compile_plan(partition, row)):
+        outputs = step(model, {**batch, "use_cache": True})
+    torch.testing.assert_close(outputs.logits, expected.logits)
+
+
+def test_a_row_of_another_partition_is_refused():
+    _, _, _, partition, _ = build("vit")
+    with pytest.raises(ValueError, match=r"operations has shape \[3\]; the partition has 12 scheduled subnets"):
+        compile_plan(partition, np.zeros(3))
