@@ -5,8 +5,8 @@ from .partition import Architecture, BranchSpec, partition_model, register_archi
 from .peft_type import D2FTType, register
 from .planner import D2FTPlanner
 from .schedule import Operation, Schedule, register_policy
-from .tuners import D2FTLoraModel, D2FTModel
 from .trainer import D2FTCallback, D2FTTrainer, D2FTTrainerMixin
+from .tuners import D2FTLoraModel, D2FTModel
 from .version import __version__ as __version__
 
 

@@ -26,18 +26,16 @@ import torch.distributed as dist
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from .schedule import Budget, CostModel, Operation, Problem, Schedule, get_policy
+from .schedule import Budget, CostModel, Operation, Problem, Schedule, get_policy, policy_reads
 from .scores import GRADIENT_SCORES, INDEX_KEY, ScoreTable, weight_magnitude
 from .tuners import Plan, compile_plan, get_runtime
-from .tuners.flops import Probe, cost_model, probe_model
+from .tuners.flops import Probe, base_model, cost_model, probe_model
 from .tuners.plan import executed_operations
 
 
 STATE_FILE = "d2ft_state.json"
 _SCORES_FILE = "d2ft_{}.safetensors"
 _MEANS_FILE = "d2ft_means.safetensors"
-# Policies that look at no score.
-_BLIND_POLICIES = ("random", "round_robin", "all_full")
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,7 @@ class D2FTPlanner:
         schedule: The schedule of the current step, or None before the first.
         executed: Schedules of the steps since the last `pop_logs`, as they were executed.
         scores: Tables of sample scores by score name.
+        each_is_a_step: Whether an optimizer step follows every micro-batch instead of the last one.
     """
 
     def __init__(self, model: nn.Module, num_micro_batches: int | None = None, progress: bool = True):
@@ -89,19 +88,26 @@ class D2FTPlanner:
         self.cost_model: CostModel | None = None
         self.schedule: Schedule | None = None
         self.executed: list[Schedule] = []
-        self.samples_seen = 0
+        self.each_is_a_step = False
+        base = base_model(model)
+        projections = [base.get_submodule(name) for name in self.partition.projections]
+        self._subnet_parameters = [p for module in projections for p in module.parameters()]
         self._micro_batches: list[MicroBatch] = []
         self._rows: list[np.ndarray] = []
 
     @property
     def needed_scores(self) -> tuple[str, ...]:
         """The gradient scores that the policy looks at: they need a pass over the training samples."""
-        if self.config.policy in _BLIND_POLICIES:
-            return ()
-        names = [self.config.backward_score]
-        if self.config.policy != "bilevel" or self._forward_only_fits():
-            names.append(self.config.forward_score)
+        names = [getattr(self.config, f"{kind}_score") for kind in self._kinds_read]
         return tuple(dict.fromkeys(name for name in names if name in GRADIENT_SCORES))
+
+    @property
+    def _kinds_read(self) -> tuple[str, ...]:
+        """Which of the backward and forward score the policy looks at, given the budget."""
+        reads = policy_reads(self.config.policy)
+        if self.config.policy == "bilevel" and not self._forward_only_fits():
+            reads = ("backward",)
+        return reads
 
     def _forward_only_fits(self) -> bool:
         """Whether FORWARD_ONLY can occur beside the FULL cells that the outer knapsack takes first."""
@@ -133,8 +139,8 @@ class D2FTPlanner:
         costs = self.cost_model.costs
         shape = (len(batches), self.partition.num_scheduled)
         problem = Problem(
-            forward_scores=self._scores_of(self.config.forward_score, indices, sizes, shape),
-            backward_scores=self._scores_of(self.config.backward_score, indices, sizes, shape),
+            forward_scores=self._scores_of("forward", indices, sizes, shape),
+            backward_scores=self._scores_of("backward", indices, sizes, shape),
             budget=self._budget(len(batches)),
             costs=costs / costs.max(),
             weights=global_sizes,
@@ -169,6 +175,8 @@ class D2FTPlanner:
         with self.runtime.use(micro_batch.plan):
             yield micro_batch
             self._rows.append(executed_operations(self.partition, self.runtime.executed))
+        if self.each_is_a_step and not micro_batch.skipped:
+            self._zero_missing_gradients()
         if len(self._rows) == len(self._micro_batches):
             self._finish_step()
 
@@ -176,7 +184,16 @@ class D2FTPlanner:
         """The micro-batch, without running it."""
         return self._micro_batches[index]
 
+    def _zero_missing_gradients(self) -> None:
+        """A projection that was FULL nowhere in a step has a gradient of zero, like the heads that were not FULL in one
+        that was: an optimizer with momentum then treats them alike, on one process as on several."""
+        for parameter in self._subnet_parameters:
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+
     def _finish_step(self) -> None:
+        if not self.each_is_a_step and not self.schedule.skipped.all():
+            self._zero_missing_gradients()
         schedule = self.schedule
         # What ran may exceed no capacity that planning kept: capacities are left out, they bind plans.
         self.executed.append(
@@ -239,27 +256,25 @@ class D2FTPlanner:
             share = budget.counts[0] / self.num_micro_batches
         else:
             share = np.mean(budget.compute if budget.compute is not None else budget.communication)
-        return Budget(compute=float(np.clip(round(share * num_micro_batches), 1, num_micro_batches) / num_micro_batches))
+        count = np.clip(round(share * num_micro_batches), 1, num_micro_batches)
+        return Budget(compute=float(count / num_micro_batches))
 
-    def _scores_of(self, score: str, indices: list, sizes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    def _scores_of(self, kind: str, indices: list, sizes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         """Scores [N, K] of the micro-batches: the mean over their samples, over all processes."""
+        score = getattr(self.config, f"{kind}_score")
+        if kind not in self._kinds_read:
+            return np.ones(shape)
         if score == "weight_magnitude":
             return np.broadcast_to(weight_magnitude(self.model, self.partition), shape)
         table = self.scores.get(score)
         if table is None or any(index is None for index in indices):
-            if score in self.needed_scores:
-                raise ValueError(
-                    f"score {score!r} depends on the samples, but " + ("no sample was scored" if table is None else
-                    f"the batches do not carry {INDEX_KEY!r}") + "; train with D2FTTrainer, give D2FTCallback to the "
-                    "Trainer's constructor, or choose backward_score='weight_magnitude'."
-                )  # fmt: skip
-            return np.ones(shape)
+            missing = "no sample was scored" if table is None else f"the batches do not carry {INDEX_KEY!r}"
+            raise ValueError(
+                f"score {score!r} depends on the samples, but {missing}; train with D2FTTrainer, give D2FTCallback to "
+                "the Trainer's constructor, or choose backward_score='weight_magnitude'."
+            )
         sums = np.stack([table.lookup(index.cpu().numpy()).sum(0) for index in indices])
         return _all_reduce(sums) / _all_reduce(sizes)[:, None]
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs besides scores and means; JSON-friendly."""
-        return {"rng": self.rng.bit_generator.state, "config": {"policy": self.config.policy, "seed": self.config.seed}}
 
     def save(self, directory: str | os.PathLike, **extra: Any) -> None:
         """Write random state, scores and feature means into a checkpoint folder."""
@@ -272,7 +287,7 @@ class D2FTPlanner:
         if means:
             save_file(means, os.path.join(directory, _MEANS_FILE))
         with open(os.path.join(directory, STATE_FILE), "w") as file:
-            json.dump({**self.state_dict(), **extra}, file)
+            json.dump({"rng": self.rng.bit_generator.state, **extra}, file)
 
     def load(self, directory: str | os.PathLike) -> dict[str, Any]:
         """Continue from a checkpoint folder.
@@ -286,8 +301,8 @@ class D2FTPlanner:
         path = os.path.join(directory, STATE_FILE)
         if not os.path.isfile(path):
             raise ValueError(
-                f"{os.fspath(directory)!r} has no {STATE_FILE}: it was not written by a D2FT trainer, and a resumed run "
-                "would schedule differently. Resume from another checkpoint, or start anew from its adapter."
+                f"{os.fspath(directory)!r} has no {STATE_FILE}: it was not written by a D2FT trainer, and a resumed "
+                "run would schedule differently. Resume from another checkpoint, or start anew from its adapter."
             )
         with open(path) as file:
             state = json.load(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ class D2FTTrainerMixin:
                 num_micro_batches=steps if steps > 1 else None,
                 progress=not self.args.disable_tqdm and self.is_world_process_zero(),
             )
+            self.planner.each_is_a_step = steps == 1
             self.planner.runtime.touch_gradients = self.args.world_size > 1
             if self.args.ddp_find_unused_parameters is None:
                 # Every parameter receives a gradient, if only zero: there is nothing to look for.
@@ -179,7 +180,9 @@ class D2FTTrainerMixin:
             kwargs["sampler_fn"] = lambda _: sampler_fn(dataset)
         return self._indexed_dataloader(dataset, None, description, *args, **kwargs)
 
-    def _indexed_dataloader(self, dataset: Any, indices: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
+    def _indexed_dataloader(
+        self, dataset: Any, indices: Any, description: str, *args: Any, **kwargs: Any
+    ) -> DataLoader:
         collator = self.data_collator
         if isinstance(dataset, Dataset):
             dataset, inner = self._remove_unused_columns(dataset, description=description), collator
@@ -237,9 +240,9 @@ class D2FTTrainerMixin:
 class D2FTTrainer(D2FTTrainerMixin, Trainer):
     """A drop-in `transformers.Trainer` for models wrapped with a `D2FTConfig`.
 
-        model = get_peft_model(model, D2FTConfig(compute_budget=0.6, modules_to_save=["classifier"]))
-        trainer = D2FTTrainer(model=model, args=TrainingArguments(..., gradient_accumulation_steps=5), ...)
-        trainer.train()
+    model = get_peft_model(model, D2FTConfig(compute_budget=0.6, modules_to_save=["classifier"]))
+    trainer = D2FTTrainer(model=model, args=TrainingArguments(..., gradient_accumulation_steps=5), ...)
+    trainer.train()
     """
 
 
@@ -260,9 +263,7 @@ class D2FTCallback(TrainerCallback):
         if trainer is not None:
             self._adopt(trainer)
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adopt the Trainer that is being constructed."""
         if not self._adopted:
             self._adopt(_calling_trainer(self))

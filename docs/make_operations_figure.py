@@ -117,9 +117,7 @@ def _draw_example(axes: Axes) -> None:
     axes.set_xticks([1, 4, 7, 10], labels=[f"block {block}" for block in range(1, 5)])
     figure, center = axes.get_figure(), 0.797
     figure.text(center, 0.936, "A schedule", ha="center", va="center", fontsize=11, fontweight="bold", color=TEXT)
-    meaning = (
-        f"each head: 2 FULL, 2 FORWARD_ONLY, 1 SHORTCUT\nequal loads, {schedule.compute_ratio:.0%} of the compute"
-    )
+    meaning = f"each head: 2 FULL, 2 FORWARD_ONLY, 1 SHORTCUT\nequal loads, {schedule.compute_ratio:.0%} of the compute"
     figure.text(center, 0.901, meaning, ha="center", va="top", fontsize=8.5, color=TEXT)
     axes.set_xlabel("one column per subnet (3 heads per block)", fontsize=9, color=TEXT)
     axes.set_ylabel("micro-batch", fontsize=9, color=TEXT)

@@ -15,6 +15,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import time
 import warnings
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ def flops_per_sample(model: torch.nn.Module, sample: dict) -> float:
 
 
 def peak_memory(trainer: Trainer, train: list[dict], way: Way) -> int:
-    """Bytes at the peak of one more step: weights, gradients, AdamW's state and activations."""
+    """Bytes at the peak of one more forward and backward pass: weights, AdamW's state, gradients and activations."""
     model, size = trainer.model.train(), MICRO_BATCH_SIZE
     batches = [trainer.data_collator(train[i * size : (i + 1) * size]) for i in range(way.micro_batches)]
     model.zero_grad()
@@ -193,10 +194,10 @@ def peak_memory(trainer: Trainer, train: list[dict], way: Way) -> int:
             with trainer.planner.micro_batch(index) as micro_batch:  # By the schedule of the last step.
                 if not micro_batch.skipped:
                     model(**batch).loss.backward()
-        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]).step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return sum(p.nbytes for p in model.parameters()) + int(np.cumsum(changes).max())
+    # AdamW keeps two numbers for each trained weight.
+    return int(np.cumsum(changes).max()) + sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
 
 
 def save_and_reload(name: str, trainer: Trainer, base: ViTForImageClassification, test: list[dict], folder: Path):
@@ -231,7 +232,7 @@ def explain(accuracy: dict[str, float], num_test: int) -> None:
         judge += ", fewer samples"
         a, b = accuracy[ours], accuracy[judge]
         gap, noise = 100 * (a - b), 200 * math.sqrt((a * (1 - a) + b * (1 - b)) / num_test)
-        verdict = "no difference" if abs(gap) <= noise else "better" if gap > 0 else "worse"
+        verdict = "too close to call" if abs(gap) <= noise else "better" if gap > 0 else "worse"
         print(f"- {ours}: {gap:+.1f} points against {judge!r}, where chance alone makes {noise:.1f}: {verdict}.")
     print(CAVEATS)
 
@@ -243,8 +244,8 @@ CAVEATS = """\
 - Head by head, Fisher scores let every head pick its own micro-batches (schedule-head-by-head.png). No device waits
   for another (device-loads.png), but gradients are no longer complete, heads run as small matrix products, and the
   scores cost a pass over the samples first; compute and seconds include it.
-- Compute is FLOPs as executed, relative to full fine-tuning. Peak memory is one step's: weights, gradients, optimizer
-  and activations; D2FT in full keeps the original weights beside the trained ones."""
+- Compute is FLOPs as executed, relative to full fine-tuning. Peak memory is that of a training step: weights,
+  optimizer, gradients, activations; D2FT in full keeps the original weights beside the trained ones."""
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -255,12 +256,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="folder of all files")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler announces its starts and stops otherwise.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT reads it.
     width, blocks, steps, num_train = (16, 2, 2, 160) if args.quick else (128, 6, args.steps, 480)
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": blocks}
     sizes |= {"num_attention_heads": 4, "image_size": 24, "patch_size": 6, "num_channels": 1, "num_labels": 5}
     base, path = pretrained(sizes, 2 if args.quick else 300, args.output)
-    samples = digits(range(5, 10), sizes["image_size"])
+    samples = digits(range(5, 10), sizes["image_size"])  # 480 of them are whole steps, of 5 and of 3 micro-batches.
     train, test = samples[:num_train], samples[480:]
     print(f"{len(train)} images to train on, {len(test)} to test, {steps} optimizer steps each")
     runs = {way.name: run(way, base, train, test, steps) for way in WAYS}
@@ -269,6 +271,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
     rows = [{**row, "compute": row["compute"] / total} for row in rows]
     formats = {"test accuracy": ".1%", "seconds": ".1f", "compute": ".1%", "peak memory, MiB": ".1f"}
     print(f"\n{format_table(rows, formats=formats)}")
+    if args.quick:
+        print("\nTwo steps of a toy model: these figures mean nothing.")
     explain({row["fine-tuning"]: row["test accuracy"] for row in rows}, len(test))
     print(f"\nWritten:\n  {path}: the pre-trained model")
     for way in WAYS:

@@ -44,6 +44,12 @@ def trained(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def trained_as_plain(model):
+    """What a full D2FT model trained, by the names of the plain model."""
+    prefix, copy_of = "base_model.model.", "d2ft_layers.default."
+    return {name.removeprefix(prefix).replace(copy_of, ""): value for name, value in trained(model).items()}
+
+
 def assert_equal(ours, theirs):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -72,11 +78,7 @@ def test_all_full_is_bit_identical_to_the_plain_trainer(tmp_path, name, mode):
     torch.manual_seed(5)
     model = get_peft_model(copy.deepcopy(base), D2FTConfig(policy="all_full", r=4 if mode == "lora" else None))
     D2FTTrainer(model=model, args=arguments(tmp_path), train_dataset=data).train()
-    ours = {
-        n if mode == "lora" else n.removeprefix("base_model.model.").replace("d2ft_layers.default.", ""): p
-        for n, p in trained(model).items()
-    }
-    assert_equal(ours, trained(plain))
+    assert_equal(trained(model) if mode == "lora" else trained_as_plain(model), trained(plain))
 
 
 def reference_training(base, data, args, planner_schedules, partition):
@@ -102,6 +104,24 @@ def reference_training(base, data, args, planner_schedules, partition):
                 loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_a_model_that_ignores_the_number_of_items_is_weighted_all_the_same(tmp_path):
+    """The Trainer believes that BERT divides its loss by num_items_in_batch and does not divide by the micro-batches;
+    D2FT keeps that scale, and weights the micro-batches by their sizes within it."""
+    data, base = doubles(samples("bert", n=23)), TINY["bert"].build().double()
+    model = get_peft_model(copy.deepcopy(base), D2FTConfig(policy="random", compute_budget=0.6))
+    args = arguments(tmp_path, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0, learning_rate=1e-3)
+    trainer = RecordingTrainer(model=model, args=args, train_dataset=data)
+    trainer.train()
+    args.learning_rate *= args.gradient_accumulation_steps
+    partition = partition_model(base)
+    reference_training(base, data, args, trainer.schedules, partition)
+    assert any(len(set(schedule.weights)) > 1 for schedule in trainer.schedules)
+    ours = {
+        n.removeprefix("base_model.model.").replace("d2ft_layers.default.", ""): p for n, p in trained(model).items()
+    }
+    assert_close(ours, trained(base))
 
 
 class RecordingTrainer(D2FTTrainer):
@@ -247,3 +267,10 @@ def test_a_callback_that_comes_too_late_speaks(tmp_path):
     trainer.add_callback(D2FTCallback())
     with pytest.raises(ValueError, match="already exists"):
         trainer.train()
+
+
+@pytest.mark.parametrize("num_forward_only, needed", [(0, ()), (1, ("fisher",)), (2, ())])
+def test_scores_without_a_say_are_not_computed(num_forward_only, needed):
+    """Where two FULL and two FORWARD_ONLY fill a step of four, the forward score decides nothing."""
+    model = adapt(num_full=2, num_forward_only=num_forward_only)
+    assert D2FTPlanner(model, num_micro_batches=4).needed_scores == needed

@@ -11,9 +11,7 @@ from ..schedule import Schedule
 def check_schedule(schedule) -> None:
     """Raises ValueError unless it is a `Schedule`."""
     if not isinstance(schedule, Schedule):
-        raise ValueError(
-            f"schedule is a {type(schedule).__name__}, it must be a Schedule; build it with Schedule(...)"
-        )
+        raise ValueError(f"schedule is a {type(schedule).__name__}, it must be a Schedule; build it with Schedule(...)")
 
 
 def check_window(window) -> None:

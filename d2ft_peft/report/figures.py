@@ -36,6 +36,7 @@ _DPI = 150
 _MOST_BLOCK_LABELS = 32
 _MOST_ROWS_WITH_LINES, _MOST_COLUMNS_WITH_LINES = 64, 160
 _MOST_LABELLED_BARS = 16
+_WIDTH_OF_FOUR_ENTRIES = 9.5
 _CHARACTERS_PER_INCH = 11
 """How many characters of a title fit; rather too few, so that nothing is cut off."""
 
@@ -96,7 +97,9 @@ def schedule_figure(schedule: Schedule, title: str | None = None) -> Figure:
         )
     _set_title(axes, title, width)
     handles = _operation_handles(schedule)
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+    # A legend does not wrap; four entries in a row need more than the narrowest figure.
+    columns = 2 if len(handles) > 3 and width < _WIDTH_OF_FOUR_ENTRIES else len(handles)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     return figure
 
 

@@ -6,7 +6,7 @@ A `Problem` holds scores, costs, sizes and the `Budget` of one step; a policy tu
 from .budget import Budget
 from .cost import CostModel
 from .operations import COMMUNICATION, Operation
-from .policies import bilevel_gap, get_policy, objective, policy_names, register_policy
+from .policies import bilevel_gap, get_policy, objective, policy_names, policy_reads, register_policy
 from .problem import Problem
 from .schedule import Schedule
 
@@ -22,5 +22,6 @@ __all__ = [
     "get_policy",
     "objective",
     "policy_names",
+    "policy_reads",
     "register_policy",
 ]

@@ -65,8 +65,8 @@ class Budget:
     def capacities(self, costs: np.ndarray, weights: np.ndarray, devices: np.ndarray) -> np.ndarray:
         """Compute that each device may do; [M], unit of costs * weights.
 
-        For shares: share * load if all cells were FULL. For counts: weight of a micro-batch times the sum over the
-        device's subnets of num_full * cost(FULL) + num_forward_only * cost(FORWARD_ONLY).
+        For shares: share * load if all cells were FULL. For counts: mean weight of a micro-batch times the sum over
+        the device's subnets of num_full * cost(FULL) + num_forward_only * cost(FORWARD_ONLY).
 
         Args:
             costs: float [K, 3], see `Schedule.costs`.
@@ -74,7 +74,7 @@ class Budget:
             devices: int [K], see `Schedule.devices`.
 
         Raises:
-            ValueError: the budget is impossible, limits communication, or counts micro-batches of unequal weight.
+            ValueError: the budget is impossible or limits communication.
         """
         self.check(costs, weights, devices)
         if self.communication is not None:
@@ -84,15 +84,8 @@ class Budget:
             )
         if self.counts is None:
             return np.asarray(self.compute) * full_loads(costs, weights, devices)
-        if np.any(weights != weights[0]):
-            raise ValueError(
-                f"num_full={self.num_full} sets no capacity for micro-batches of unequal weight "
-                f"({weights.min():g} to {weights.max():g}); give compute_budget instead"
-            )
-        per_subnet = (
-            self.num_full * costs[:, Operation.FULL] + self.num_forward_only * costs[:, Operation.FORWARD_ONLY]
-        )
-        return np.bincount(devices, weights[0] * per_subnet)
+        per_subnet = self.num_full * costs[:, Operation.FULL] + self.num_forward_only * costs[:, Operation.FORWARD_ONLY]
+        return np.bincount(devices, weights.mean() * per_subnet)
 
     def communication_capacities(self, weights: np.ndarray, devices: np.ndarray) -> np.ndarray:
         """Communication that each device may do: share * (its subnets) * (sum of weights); [M], unit of weights.

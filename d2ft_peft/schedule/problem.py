@@ -87,11 +87,7 @@ class Problem:
 
     @cached_property
     def limits(self) -> np.ndarray:
-        """The most that each device may do, in the unit of limited_costs * weights; float [M].
-
-        Raises:
-            ValueError: a budget in counts with micro-batches of unequal weight.
-        """
+        """The most that each device may do, in the unit of limited_costs * weights; float [M]."""
         if self.budget.communication is not None:
             return freeze(self.budget.communication_capacities(self.weights, self.devices))
         return freeze(self.budget.capacities(self.costs, self.weights, self.devices))

@@ -5,11 +5,11 @@
 | ``weight_magnitude`` | sum of abs(w_k), the same for every sample | the paper's backward score |
 | ``fisher`` | sum of (dL/dw_k)^2, the empirical Fisher information | the paper's forward score |
 | ``gradient_magnitude`` | sum of abs(dL/dw_k) | |
-| ``taylor`` | sum of abs(w_k dL/dw_k), first-order change of L if w_k went to zero | |
+| ``taylor`` | sum of abs(w_k dL/dw_k), the change of L if w_k went to zero, to first order | |
 
-w_k are the weights that subnet k owns and trains: rows of column-parallel and columns of row-parallel projections; under
-LoRA rows of B and columns of A (the other factor is shared by all heads). The magnitude of weights is always that of the
-projections themselves, since LoRA's B starts at zero.
+w_k are the weights that subnet k owns and trains: rows of column-parallel and columns of row-parallel projections;
+under LoRA rows of B and columns of A (the other factor is shared by all heads). The magnitude of weights is always
+that of the projections themselves, since LoRA's B starts at zero.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def gradient_scores(
     if score not in GRADIENT_SCORES:
         raise ValueError(f"score={score!r} is not a gradient score; choose one of {', '.join(GRADIENT_SCORES)}.")
     base = base_model(model)
-    carriers = [(index, *c) for index, b in enumerate(partition.branches) for p in b.projections for c in _carriers(base, p)]
+    carriers = [
+        (index, *c) for index, b in enumerate(partition.branches) for p in b.projections for c in _carriers(base, p)
+    ]
     if not carriers:
         raise ValueError("no projection of the subnets trains, so gradients score nothing; unfreeze the model.")
     with inference(model), torch.enable_grad(), _record([module for _, module, _ in carriers]) as records:
@@ -106,7 +108,9 @@ class _HeadSums:
         values = values.detach().double().cpu()
         self.sums[branch] = self.sums[branch] + values if branch in self.sums else values
 
-    def add_gradients(self, branch: int, module: nn.Module, axis: HeadAxis, x: Tensor, grad: Tensor, score: str) -> None:
+    def add_gradients(
+        self, branch: int, module: nn.Module, axis: HeadAxis, x: Tensor, grad: Tensor, score: str
+    ) -> None:
         """Add one layer's score from its input [.., I] and the gradient of its output [.., O]."""
         x, grad = x.flatten(0, -2), grad.flatten(0, -2)
         weight = x.t() @ grad if axis.transposed else grad.t() @ x

@@ -2,18 +2,29 @@
 
 import tempfile
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from d2ft_peft import D2FTTrainer
+from d2ft_peft import D2FTTrainer, Operation, Schedule, register_policy
 from tests.distributed.launch import run
 from tests.test_trainer import adapt, arguments, doubles, samples
 
 
 pytestmark = pytest.mark.distributed
 
+
+@register_policy("test_random_block")
+def random_block(problem):
+    """One block FULL in a step, FORWARD_ONLY elsewhere: most projections have no gradient of their own."""
+    block = problem.rng.integers(problem.blocks.max() + 1)
+    row = np.where(problem.blocks == block, Operation.FULL, Operation.FORWARD_ONLY)
+    return Schedule([row] * problem.num_micro_batches, problem.weights, blocks=problem.blocks)
+
+
 CONFIGS = {
+    "one block": {"policy": "test_random_block", "seed": 3},
     "random": {"policy": "random", "compute_budget": 0.5},
     "fisher": {"backward_score": "fisher", "num_full": 2},
     "forward only": {"policy": "round_robin", "num_full": 1, "num_forward_only": 3},
@@ -45,7 +56,7 @@ def train(mode: str, config: str, batch_size: str) -> dict[str, torch.Tensor]:
     return {**weights, "operations": torch.tensor(trainer.planner.schedule.operations)}
 
 
-RUNS = [("full", "random"), ("full", "fisher"), ("lora", "forward only")]
+RUNS = [("full", "random"), ("full", "one block"), ("full", "fisher"), ("lora", "forward only")]
 
 
 def train_all(batch_size: str) -> list[dict[str, torch.Tensor]]:
@@ -62,4 +73,4 @@ def test_two_processes_equal_one(tmp_path):
                 torch.testing.assert_close(ours[name], value, rtol=1e-7, atol=1e-9, msg=f"{mode}, {config}: {name}")
     # Equality is not for want of a difference: another schedule gives other weights.
     name = next(name for name in single[0] if "layers.1" in name)
-    assert not torch.allclose(single[0][name], single[1][name])
+    assert not torch.allclose(single[0][name], single[2][name])

@@ -130,9 +130,9 @@ def test_fewer_samples_are_fewer_steps(run):
 
 
 def test_options_reach_model_and_data(run, capsys):
-    samples = ("--max_train_samples", 24, "--max_eval_samples", 6)
+    samples = ("--max_train_samples", 20, "--max_eval_samples", 6)
     result, output = run("--image_size", 32, "--heads_per_subnet", 2, "--compute_budget", 0.4, *samples)
-    assert result["compute_ratio"] == pytest.approx(0.4, abs=0.05)
+    assert result["compute_ratio"] == pytest.approx(0.4)
     assert json.loads((output / "adapter_config.json").read_text())["heads_per_subnet"] == 2
     assert f"d2ft, full: accuracy {result['accuracy']:.1%}" in capsys.readouterr().out.splitlines()[-1]
 

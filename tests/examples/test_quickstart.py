@@ -66,6 +66,23 @@ def test_the_pre_trained_model_is_kept_for_its_recipe(tmp_path):
         assert torch.equal(again.state_dict()[name], value), name
 
 
+def test_all_ways_see_the_same_samples_in_the_same_order():
+    """Before the first update all models agree, so equal losses mean equal samples."""
+    torch.manual_seed(0)
+    base, samples = ViTForImageClassification(ViTConfig(**SIZES)), quickstart.digits(range(5, 10), 24)[:160]
+    losses = {}
+    for way in quickstart.WAYS:
+        cls = quickstart.Trainer if way.d2ft is None else quickstart.D2FTTrainer
+        trainer = quickstart.make_trainer(quickstart.adapt(base, way), samples, "x", 1e-3, 1, way.micro_batches, cls)
+        trainer.train()
+        losses[way.name] = trainer.state.log_history[0]["loss"]
+    everything, three = losses["full"], losses["full, fewer samples"]
+    assert abs(everything - three) > 1e-4
+    for way in quickstart.WAYS:
+        skips = way.micro_batches == 3 or "compute_budget" in (way.d2ft or {})
+        assert losses[way.name] == pytest.approx(three if skips else everything, abs=1e-6), way.name
+
+
 def test_an_adapter_that_predicts_otherwise_is_an_error(tmp_path, monkeypatch):
     base = ViTForImageClassification(ViTConfig(**SIZES))
     samples = quickstart.digits(range(5, 10), 24)[:8]

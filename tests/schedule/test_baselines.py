@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from d2ft_peft.schedule import Budget, Operation, get_policy, policy_names, register_policy
+from d2ft_peft.schedule import Budget, Operation, get_policy, policy_names, policy_reads, register_policy
 from d2ft_peft.schedule.policies import registry
 
 from .oracle import deterministic, problems, zeros
@@ -29,6 +29,17 @@ def test_a_policy_can_be_registered_once(monkeypatch):
     assert get_policy("mine") is mine
     with pytest.raises(ValueError, match="policy='mine' is already registered"):
         register_policy("mine")(mine)
+
+
+def test_a_policy_says_which_scores_it_reads(monkeypatch):
+    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    monkeypatch.setattr(registry, "_READS", dict(registry._READS))
+    register_policy("blind")(get_policy("all_full"))
+    register_policy("reader", reads=("backward",))(get_policy("all_full"))
+    assert policy_reads("blind") == () and policy_reads("reader") == ("backward",)
+    assert policy_reads("bilevel") == ("backward", "forward")
+    with pytest.raises(ValueError, match=r"reads=\('fisher',\) must name"):
+        register_policy("other", reads=("fisher",))
 
 
 def test_all_full_ignores_the_budget():

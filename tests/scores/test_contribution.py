@@ -61,9 +61,7 @@ def autograd_scores(model, partition, mode, batch, score):
     model.eval()
     model.zero_grad()
     model(**batch).loss.backward()
-    values = {
-        name: MEASURES[score](p.grad, p.detach()) for name, p in model.named_parameters() if p.grad is not None
-    }
+    values = {name: MEASURES[score](p.grad, p.detach()) for name, p in model.named_parameters() if p.grad is not None}
     model.train()
     model.zero_grad()
     return by_subnet(model, partition, mode, values)

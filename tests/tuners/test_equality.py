@@ -56,9 +56,7 @@ def plain_name(name):
 
 
 def gradients(model, mode):
-    named = {
-        name if mode == "lora" else plain_name(name): p for name, p in model.named_parameters() if p.requires_grad
-    }
+    named = {name if mode == "lora" else plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
     return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
 
 

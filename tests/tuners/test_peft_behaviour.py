@@ -12,7 +12,7 @@ from d2ft_peft import D2FTConfig, partition_model
 from d2ft_peft.tuners import compile_plan, get_runtime
 from tests.models import TINY
 from tests.tuners.cases import (
-    MODES,
+    CASES,
     MODULES_TO_SAVE,
     SOME_TARGETS,
     adapted,
@@ -70,7 +70,7 @@ class Case:
         return copy.deepcopy(self.model)
 
 
-@pytest.fixture(scope="module", params=[(name, mode) for name in TINY for mode in MODES], ids="-".join)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request) -> Case:
     name, mode = request.param
     model = adapted(name, mode)
@@ -169,8 +169,7 @@ def test_safe_merge_refuses_infinities():
         model.merge_adapter(safe_merge=True)
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-@each_mode
+@pytest.mark.parametrize("name, mode", [("llama", "full"), ("llama", "lora"), ("bert", "boundary")])
 def test_several_adapters(name, mode):
     model = trained(name, mode)
     first = logits(model, name)

@@ -25,7 +25,7 @@ from d2ft_peft import D2FTConfig
 from d2ft_peft.tuners import get_runtime
 from tests.models import TINY
 from tests.tuners.cases import (
-    MODES,
+    CASES,
     MODULES_TO_SAVE,
     SOME_TARGETS,
     close,
@@ -57,7 +57,7 @@ def load(name, folder, **kwargs):
     return PeftModel.from_pretrained(fresh(name), folder, **kwargs)
 
 
-@pytest.mark.parametrize("name, mode", [(name, mode) for name in TINY for mode in MODES])
+@pytest.mark.parametrize("name, mode", CASES)
 def test_round_trip(name, mode, tmp_path):
     shared(name, mode).save_pretrained(tmp_path)
     loaded = load(name, tmp_path, adapter_name="other", low_cpu_mem_usage=name in ("vit", "gpt2"))

@@ -5,7 +5,7 @@ from .bilevel import bilevel
 from .depth import depth
 from .joint import bilevel_gap, joint, objective
 from .random import random
-from .registry import Policy, get_policy, policy_names, register_policy
+from .registry import Policy, get_policy, policy_names, policy_reads, register_policy
 from .round_robin import round_robin
 
 
@@ -19,6 +19,7 @@ __all__ = [
     "joint",
     "objective",
     "policy_names",
+    "policy_reads",
     "random",
     "register_policy",
     "round_robin",

@@ -10,7 +10,7 @@ from ..schedule import Schedule
 from .registry import register_policy
 
 
-@register_policy("bilevel")
+@register_policy("bilevel", reads=("backward", "forward"))
 def bilevel(problem: Problem) -> Schedule:
     """Picks FULL cells by backward score, then FORWARD_ONLY cells by forward score from what is left.
 

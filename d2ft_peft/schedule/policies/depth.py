@@ -9,7 +9,7 @@ from ..schedule import Schedule
 from .registry import register_policy
 
 
-@register_policy("depth")
+@register_policy("depth", reads=("backward", "forward"))
 def depth(problem: Problem) -> Schedule:
     """Each micro-batch is FULL from some block up and FORWARD_ONLY below, or skipped as a whole.
 
@@ -19,7 +19,7 @@ def depth(problem: Problem) -> Schedule:
     budget: the policy is for one machine, the schedule has all subnets on device 0.
 
     Raises:
-        ValueError: no micro-batch fits into the budget; or counts with micro-batches of unequal weight.
+        ValueError: no micro-batch fits into the budget.
     """
     pooled = problem.pooled()
     ladder = np.unique(pooled.blocks)[::-1]

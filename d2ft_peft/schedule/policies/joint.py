@@ -34,7 +34,7 @@ def bilevel_gap(problem: Problem) -> float:
     return max(0.0, (best - objective(problem, bilevel(problem))) / best) if best > 0 else 0.0
 
 
-@register_policy("joint")
+@register_policy("joint", reads=("backward", "forward"))
 def joint(problem: Problem) -> Schedule:
     """Maximises `objective` exactly, by a multiple-choice knapsack per device.
 
@@ -46,9 +46,7 @@ def joint(problem: Problem) -> Schedule:
         return problem.schedule(_by_counts(problem, *problem.budget.counts))
     chosen = choose_per_device(problem, cell_values(problem), problem.limited_costs, problem.limits)
     schedules = problem.schedule(chosen), bilevel(problem)
-    one, other = (
-        np.bincount(problem.devices, _chosen_values(problem, schedule).sum(axis=0)) for schedule in schedules
-    )
+    one, other = (np.bincount(problem.devices, _chosen_values(problem, schedule).sum(axis=0)) for schedule in schedules)
     worse = (other > one * (1 + _ROUNDING))[problem.devices]
     return problem.schedule(np.where(worse, schedules[1].operations, chosen)) if worse.any() else schedules[0]
 
