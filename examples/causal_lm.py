@@ -9,8 +9,9 @@ ends with one line, such as
     d2ft, LoRA r=16: perplexity 5.31, 410 s, compute ratio 0.60
 
 Leave ``--r`` out for full fine-tuning; add ``--method plain`` for ordinary fine-tuning of the same parameters, and to
-that ``--baseline_fewer_samples 0.6`` for the simplest way to spend 60 % of the compute. Text files go to
-``--train_file`` and ``--validation_file``. Any argument of `transformers.TrainingArguments` is taken.
+that one of the two simplest ways to spend 60 % of the compute: fewer steps, ``--baseline_fewer_samples 0.6``, or
+smaller batches, ``--gradient_accumulation_steps 3``. Text files go to ``--train_file`` and ``--validation_file``. Any
+argument of `transformers.TrainingArguments` is taken.
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ ends with one line, such as
 
     d2ft, full: accuracy 84.1 %, 95 s, compute ratio 0.60
 
-Add ``--r 16`` for LoRA, ``--method plain`` for ordinary fine-tuning of the same parameters, and to that
-``--baseline_fewer_samples 0.6`` for the simplest way to spend 60 % of the compute. Any argument of
-`transformers.TrainingArguments` is taken.
+Add ``--r 16`` for LoRA, ``--method plain`` for ordinary fine-tuning of the same parameters, and to that one of the two
+simplest ways to spend 60 % of the compute: fewer steps, ``--baseline_fewer_samples 0.6``, or smaller batches,
+``--gradient_accumulation_steps 3``. Any argument of `transformers.TrainingArguments` is taken.
 """
 
 from __future__ import annotations

@@ -29,6 +29,8 @@ from ..tuners.flops import base_model, inference
 from ..tuners.subset_linear import HeadAxis
 
 
+# Elements of per-sample weight gradients that are held at a time (256 MiB in float32).
+_GRADIENT_ELEMENTS = 1 << 26
 GRADIENT_SCORES = ("fisher", "gradient_magnitude", "taylor")
 
 
@@ -42,10 +44,10 @@ def weight_magnitude(model: nn.Module, partition: Partition) -> np.ndarray:
             module = base.get_submodule(projection.name)
             layer = module.active_layer() if isinstance(module, D2FTLayer) else unwrap(module)
             axis = HeadAxis(projection.kind, projection.layout, projection.transposed)
-            heads.add(index, _by_head(layer.weight.abs(), axis))
+            heads.add(index, _by_head(layer.weight.abs()[None], axis))
             if projection.kind == "column" and layer.bias is not None:
-                heads.add(index, _by_head(layer.bias.abs(), HeadAxis("column", projection.layout)))
-    return heads.by_subnet()
+                heads.add(index, _by_head(layer.bias.abs()[None], HeadAxis("column", projection.layout)))
+    return heads.by_subnet()[0]
 
 
 def gradient_scores(
@@ -83,50 +85,52 @@ def gradient_scores(
             raise ValueError("the model returned no loss, so gradients score nothing; give labels in the batch.")
         seen = [record for record in records if record is not None]
         output_gradients = iter(torch.autograd.grad(loss, [output for _, output in seen]))
-    samples = len(next(value for value in batch.values() if isinstance(value, Tensor)))
-    rows = [_HeadSums(partition) for _ in range(samples if per_sample else 1)]
+    heads = _HeadSums(partition)
     for (index, module, axis), record in zip(carriers, records, strict=True):
-        if record is None:
-            continue
-        x, gradient = record[0], next(output_gradients)
-        for i, row in enumerate(rows):
-            part = slice(i, i + 1) if per_sample else slice(None)
+        if record is not None:
+            x, gradient = record[0], next(output_gradients)
+            if not per_sample:
+                x, gradient = x.flatten(0, 1)[None], gradient.flatten(0, 1)[None]
             # The loss is a mean: a sample's own gradient is as many times larger as there are samples.
-            row.add_gradients(index, module, axis, x[part], gradient[part] * len(rows), score)
-    return np.stack([row.by_subnet() for row in rows])
+            heads.add_gradients(index, module, axis, x, gradient * len(gradient), score)
+    return heads.by_subnet()
 
 
 class _HeadSums:
-    """Sums per (branch, head), and what they make per subnet."""
+    """Sums per (sample, branch, head), and what they make per subnet."""
 
     def __init__(self, partition: Partition):
         self.partition = partition
         self.sums: dict[int, Tensor] = {}
 
     def add(self, branch: int, values: Tensor) -> None:
-        """Add values [heads] to a branch."""
-        values = values.detach().double().cpu()
+        """Add values [samples, heads] to a branch."""
+        values = values.detach().double()
         self.sums[branch] = self.sums[branch] + values if branch in self.sums else values
 
     def add_gradients(
         self, branch: int, module: nn.Module, axis: HeadAxis, x: Tensor, grad: Tensor, score: str
     ) -> None:
-        """Add one layer's score from its input [.., I] and the gradient of its output [.., O]."""
-        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-        weight = x.t() @ grad if axis.transposed else grad.t() @ x
-        self.add(branch, _by_head(_measure(weight, module.weight, score), axis))
+        """Add one layer's score from its input [samples, tokens, I] and its output's gradient [samples, tokens, O]."""
+        # A sample's weight gradient is as large as the weight: so many samples at a time as stay within a budget.
+        chunk = max(1, _GRADIENT_ELEMENTS // module.weight.numel())
+        parts = []
+        for x_part, grad_part in zip(x.split(chunk), grad.split(chunk), strict=True):
+            weight = x_part.mT @ grad_part if axis.transposed else grad_part.mT @ x_part
+            parts.append(_by_head(_measure(weight, module.weight, score), axis))
+        self.add(branch, torch.cat(parts))
         if axis.kind == "column" and module.bias is not None and module.bias.requires_grad:
-            bias = _measure(grad.sum(0), module.bias, score)
+            bias = _measure(grad.sum(1), module.bias, score)
             self.add(branch, _by_head(bias, HeadAxis("column", axis.layout)))
 
     def by_subnet(self) -> np.ndarray:
-        """float [K]"""
-        scores = np.zeros(self.partition.num_scheduled)
-        by_block: dict[int, list[Tensor]] = {}
-        for index, sums in self.sums.items():
-            by_block.setdefault(self.partition.branches[index].block, []).append(sums)
+        """float [samples, K]"""
+        sums = {index: values.cpu().numpy() for index, values in self.sums.items()}
+        scores = np.zeros((len(next(iter(sums.values()))), self.partition.num_scheduled))
         for subnet in self.partition.subnets:
-            scores[subnet.index] = sum(float(s[list(subnet.heads)].sum()) for s in by_block.get(subnet.block, []))
+            for index, values in sums.items():
+                if self.partition.branches[index].block == subnet.block:
+                    scores[:, subnet.index] += values[:, list(subnet.heads)].sum(1)
         return scores
 
 
@@ -137,11 +141,11 @@ def _measure(gradient: Tensor, parameter: Tensor, score: str) -> Tensor:
 
 
 def _by_head(values: Tensor, axis: HeadAxis) -> Tensor:
-    """Sum values in the shape of a weight (or bias) over all but the heads: [heads]."""
-    position = axis.axis if values.ndim > 1 else 0
+    """Sum values [samples, ...] in the shape of a weight (or bias) over all but samples and heads: [samples, heads]."""
+    position = 1 + (axis.axis if values.ndim > 2 else 0)
     layout = axis.layout
-    by_head = values.unflatten(position, (layout.parts, layout.heads, layout.width)).movedim(position + 1, 0)
-    return by_head.flatten(1).sum(1)
+    by_head = values.unflatten(position, (layout.parts, layout.heads, layout.width)).movedim(position + 1, 1)
+    return by_head.flatten(2).sum(2)
 
 
 def _carriers(base: nn.Module, projection: Projection) -> list[tuple[nn.Module, HeadAxis]]:
