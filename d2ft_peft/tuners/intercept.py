@@ -139,6 +139,8 @@ class ProjectionForward(Intercept):
     def __init__(self, module: nn.Module, runtime: Runtime, projection: Projection, index: int, inside: bool):
         super().__init__(module, runtime)
         self.projection, self.index, self.inside = projection, index, inside
+        self._head_axis = HeadAxis(projection.kind, projection.layout, projection.transposed)
+        self._lora_axis = HeadAxis(projection.kind, projection.layout)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.inside:
@@ -191,11 +193,8 @@ class ProjectionForward(Intercept):
     def _subset(self, x: Tensor, run: Run) -> Tensor:
         layer = _active_layer(self.module)
         base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-        projection = self.projection
-        with_bias = run.with_bias or projection.kind == "column"
-        head_axis = HeadAxis(projection.kind, projection.layout, projection.transposed)
-        bias = base.bias if with_bias else None
-        out = subset_linear(x, base.weight, bias, head_axis, run.heads)
+        with_bias = run.with_bias or self.projection.kind == "column"
+        out = subset_linear(x, base.weight, base.bias if with_bias else None, self._head_axis, run.heads)
         if isinstance(layer, LoraLayer) and not layer.disable_adapters and not layer.merged:
             for adapter in layer.active_adapters:
                 if adapter in layer.lora_A:
@@ -205,12 +204,11 @@ class ProjectionForward(Intercept):
     def _add_lora(self, out: Tensor, layer: LoraLayer, adapter: str, x: Tensor, run: Run) -> Tensor:
         """Add the low-rank part: heads own rows of B in a column-parallel layer, columns of A in a row-parallel one."""
         lora_A, lora_B, scaling = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
-        head_axis = HeadAxis(self.projection.kind, self.projection.layout)
         x = layer.lora_dropout[adapter](layer._cast_input_dtype(x, lora_A.weight.dtype))
         bias = None if lora_B.bias is None else lora_B.bias * scaling
         if self.projection.kind == "column":
-            return subset_linear(lora_A(x) * scaling, lora_B.weight, bias, head_axis, run.heads, addend=out)
-        hidden = subset_linear(x, lora_A.weight, None, head_axis, run.heads) * scaling
+            return subset_linear(lora_A(x) * scaling, lora_B.weight, bias, self._lora_axis, run.heads, addend=out)
+        hidden = subset_linear(x, lora_A.weight, None, self._lora_axis, run.heads) * scaling
         return out + nn.functional.linear(hidden, lora_B.weight, bias if run.with_bias else None).to(out.dtype)
 
 

@@ -26,12 +26,6 @@ class Heads:
     def __len__(self) -> int:
         return len(self.indices)
 
-    @property
-    def start(self) -> int | None:
-        """First head if the heads are consecutive and ascending, so that a view holds their features."""
-        first = self.indices[0] if self.indices else 0
-        return first if self.indices == tuple(range(first, first + len(self.indices))) else None
-
     def index(self, device: torch.device) -> torch.Tensor:
         """The indices as a tensor, int64 [len(self)], on `device`."""
         return _index(self.indices, device)

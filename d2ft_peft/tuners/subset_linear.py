@@ -6,6 +6,7 @@ Shape suffixes: M tokens, I input features, O output features, A features of the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -37,24 +38,59 @@ class HeadAxis:
         return int((self.kind == "row") != self.transposed)
 
 
-def select_features(tensor: Tensor, axis: int, layout: FeatureLayout, heads: Heads) -> Tensor:
-    """The features of `heads` along one axis: a view where the heads are consecutive, else a copy."""
-    if layout.parts == 1 and heads.start is not None:
-        return tensor.narrow(axis, heads.start * layout.width, len(heads) * layout.width)
-    by_head = tensor.unflatten(axis, (layout.parts, layout.heads, layout.width))
-    return by_head.index_select(axis + 1, heads.index(tensor.device)).flatten(axis, axis + 2)
+@dataclass(frozen=True)
+class Selection:
+    """The features of some heads along one axis of tensors, prepared: execution is a few calls into PyTorch.
+
+    A tensor is viewed as [outer, heads, inner], in which each head is one slice of the middle axis.
+
+    Attributes:
+        layout: How the features of the axis belong to heads.
+        heads: The heads.
+        start: First feature, if the heads are consecutive and a view holds their features; else None.
+        length: Number of their features.
+    """
+
+    layout: FeatureLayout
+    heads: Heads
+    start: int | None
+    length: int
+
+    def take(self, tensor: Tensor, axis: int) -> Tensor:
+        """The features of the heads along `axis`, 0 or 1: a view where the heads are consecutive, else a copy."""
+        if self.start is not None:
+            return tensor.narrow(axis, self.start, self.length)
+        outer, inner, shape = self._view(tensor.shape, axis)
+        by_head = tensor.view(outer, self.layout.heads, inner)
+        return by_head.index_select(1, self.heads.index(tensor.device)).view(shape)
+
+    def put(self, values: Tensor, shape: torch.Size, axis: int) -> Tensor:
+        """Inverse of `take`: a tensor of this shape with `values` for the heads, and zeros elsewhere."""
+        tensor = values.new_zeros(shape)
+        if self.start is not None:
+            tensor.narrow(axis, self.start, self.length).copy_(values)
+            return tensor
+        outer, inner, _ = self._view(shape, axis)
+        by_head = tensor.view(outer, self.layout.heads, inner)
+        by_head.index_copy_(1, self.heads.index(tensor.device), values.view(outer, len(self.heads), inner))
+        return tensor
+
+    def _view(self, shape: torch.Size, axis: int) -> tuple[int, int, list[int]]:
+        """(outer, inner, shape of what is selected) of a tensor."""
+        layout, selected = self.layout, list(shape)
+        selected[axis] = self.length
+        if axis == 0:
+            return layout.parts, layout.width * (shape[1] if len(shape) > 1 else 1), selected
+        return shape[0] * layout.parts, layout.width, selected
 
 
-def scatter_features(selected: Tensor, size: torch.Size, axis: int, layout: FeatureLayout, heads: Heads) -> Tensor:
-    """Inverse of `select_features`: a tensor of shape `size` with the features of `heads`, and zeros elsewhere."""
-    tensor = selected.new_zeros(size)
-    if layout.parts == 1 and heads.start is not None:
-        tensor.narrow(axis, heads.start * layout.width, len(heads) * layout.width).copy_(selected)
-    else:
-        by_head = tensor.unflatten(axis, (layout.parts, layout.heads, layout.width))
-        values = selected.unflatten(axis, (layout.parts, len(heads), layout.width))
-        by_head.index_copy_(axis + 1, heads.index(tensor.device), values)
-    return tensor
+@lru_cache(maxsize=4096)
+def select(layout: FeatureLayout, heads: Heads) -> Selection:
+    """Prepare the selection of some heads' features."""
+    first = heads.indices[0] if heads.indices else 0
+    consecutive = layout.parts == 1 and heads.indices == tuple(range(first, first + len(heads)))
+    length = layout.parts * layout.width * len(heads)
+    return Selection(layout, heads, first * layout.width if consecutive else None, length)
 
 
 def subset_linear(
@@ -90,12 +126,15 @@ def subset_linear(
 class _SubsetLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, head_axis, heads, addend):
-        if bias is not None and head_axis.kind == "column":
-            bias = select_features(bias, 0, head_axis.layout, heads)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.head_axis, ctx.heads = head_axis, heads
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        out = F.linear(x, _selected(weight, head_axis, heads, x.dtype), None if bias is None else bias.to(x.dtype))
+        selection = select(head_axis.layout, heads)
+        if bias is not None:
+            bias = selection.take(bias, 0) if head_axis.kind == "column" else bias
+            bias = bias.to(x.dtype)
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
+        ctx.head_axis, ctx.selection = head_axis, selection
+        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
+        out = F.linear(x, _selected(weight, head_axis, selection, x.dtype), bias)
         ctx.dtype = out.dtype
         return out if addend is None else out.to(addend.dtype).add_(addend)
 
@@ -103,26 +142,26 @@ class _SubsetLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        head_axis, heads, layout = ctx.head_axis, ctx.heads, ctx.head_axis.layout
-        grad_addend = grad if ctx.needs_input_grad[5] else None
+        head_axis, selection, needs = ctx.head_axis, ctx.selection, ctx.needs_input_grad
+        grad_addend = grad if needs[5] else None
         grad = grad.to(ctx.dtype)
         grad_MO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad_MO @ _selected(weight, head_axis, heads, grad.dtype)).reshape(*grad.shape[:-1], -1)
-        if ctx.needs_input_grad[1]:
+        if needs[0]:
+            grad_x = (grad_MO @ _selected(weight, head_axis, selection, grad.dtype)).view(*grad.shape[:-1], -1)
+        if needs[1]:
             x_MI = x.reshape(-1, x.shape[-1])
-            # The product comes in the layout of the weight, so that its features are scattered without transposing.
+            # The product comes in the layout of the weight, so that its features are put back without transposing.
             values = x_MI.t() @ grad_MO if head_axis.transposed else grad_MO.t() @ x_MI
-            grad_weight = scatter_features(values.to(weight.dtype), weight.shape, head_axis.axis, layout, heads)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad_MO.sum(0).to(ctx.bias_dtype)
+            grad_weight = selection.put(values.to(ctx.weight_dtype), ctx.weight_shape, head_axis.axis)
+        if needs[2]:
+            grad_bias = grad_MO.sum(0).to(ctx.weight_dtype)
             if head_axis.kind == "column":
-                grad_bias = scatter_features(grad_bias, torch.Size([layout.size]), 0, layout, heads)
+                grad_bias = selection.put(grad_bias, torch.Size([head_axis.layout.size]), 0)
         return grad_x, grad_weight, grad_bias, None, None, grad_addend
 
 
-def _selected(weight: Tensor, head_axis: HeadAxis, heads: Heads, dtype: torch.dtype) -> Tensor:
-    """The weight of `heads` as [O, I], with the sizes of the active features."""
-    selected = select_features(weight, head_axis.axis, head_axis.layout, heads).to(dtype)
+def _selected(weight: Tensor, head_axis: HeadAxis, selection: Selection, dtype: torch.dtype) -> Tensor:
+    """The weight of the selected heads as [O, I], with the sizes of their features."""
+    selected = selection.take(weight, head_axis.axis).to(dtype)
     return selected.t() if head_axis.transposed else selected
