@@ -13,8 +13,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,19 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from .schedule import Budget, CostModel, Operation, Problem, Schedule, get_policy, policy_reads
+from .schedule import Budget, CostModel, Problem, Schedule, get_policy, policy_reads
 from .scores import GRADIENT_SCORES, INDEX_KEY, ScoreTable, weight_magnitude
 from .tuners import Plan, compile_plan, get_runtime
 from .tuners.flops import Probe, base_model, cost_model, probe_model
 from .tuners.plan import executed_operations
-
-
-STATE_FILE = "d2ft_state.json"
-_SCORES_FILE = "d2ft_{}.safetensors"
-_MEANS_FILE = "d2ft_means.safetensors"
 
 
 @dataclass(frozen=True)
@@ -276,48 +268,6 @@ class D2FTPlanner:
         sums = np.stack([table.lookup(index.cpu().numpy()).sum(0) for index in indices])
         return _all_reduce(sums) / _all_reduce(sizes)[:, None]
 
-    def save(self, directory: str | os.PathLike, **extra: Any) -> None:
-        """Write random state, scores and feature means into a checkpoint folder."""
-        for name, table in self.scores.items():
-            table.save(os.path.join(directory, _SCORES_FILE.format(name)))
-        means = {}
-        for branch, mean in self.runtime.means.items():
-            mean.commit()
-            means |= {f"{branch}.value": mean.value.cpu().numpy(), f"{branch}.count": mean.count.cpu().numpy()}
-        if means:
-            save_file(means, os.path.join(directory, _MEANS_FILE))
-        with open(os.path.join(directory, STATE_FILE), "w") as file:
-            json.dump({"rng": self.rng.bit_generator.state, **extra}, file)
-
-    def load(self, directory: str | os.PathLike) -> dict[str, Any]:
-        """Continue from a checkpoint folder.
-
-        Returns:
-            The state, with what `save` was given besides.
-
-        Raises:
-            ValueError: If the folder has no state of D2FT.
-        """
-        path = os.path.join(directory, STATE_FILE)
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"{os.fspath(directory)!r} has no {STATE_FILE}: it was not written by a D2FT trainer, and a resumed "
-                "run would schedule differently. Resume from another checkpoint, or start anew from its adapter."
-            )
-        with open(path) as file:
-            state = json.load(file)
-        self.rng.bit_generator.state = state["rng"]
-        for score in GRADIENT_SCORES:
-            table = os.path.join(directory, _SCORES_FILE.format(score))
-            if os.path.isfile(table):
-                self.scores[score] = ScoreTable.load(table)
-        if self.runtime.means and os.path.isfile(os.path.join(directory, _MEANS_FILE)):
-            means = load_file(os.path.join(directory, _MEANS_FILE))
-            for branch, mean in self.runtime.means.items():
-                mean.value = torch.from_numpy(means[f"{branch}.value"])
-                mean.count = torch.from_numpy(means[f"{branch}.count"])
-        return state
-
 
 def batch_size(batch: dict[str, Any]) -> int:
     """Samples in a batch: the length of its first tensor."""
@@ -325,11 +275,6 @@ def batch_size(batch: dict[str, Any]) -> int:
         if isinstance(value, Tensor) and value.ndim:
             return len(value)
     raise ValueError(f"a batch with keys {sorted(batch)} has no tensor; micro-batches are dictionaries of tensors.")
-
-
-def operations_from(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Rows of operations as they come back from JSON, int8 [N, K]."""
-    return np.array([[Operation(value) for value in row] for row in rows], dtype=np.int8)
 
 
 def _world_size() -> int:

@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .planner import D2FTPlanner, operations_from
+from .checkpoint import load_state, operations_from, save_state
+from .planner import D2FTPlanner
 from .schedule import Schedule
 from .scores import INDEX_KEY, IndexedCollator, IndexedDataset, preserved_rng, score_samples
 from .tuners.flops import inference
@@ -226,12 +227,12 @@ class D2FTTrainerMixin:
             if self.args.gradient_accumulation_steps == 1 and self._window:
                 rows = [list(self.planner.peek(index).plan.operations) for _, index in self._window]
                 rest = {"operations": rows, "rng": self.planner.rng.bit_generator.state}
-            self.planner.save(output_dir, rest_of_window=rest)
+            save_state(self.planner, output_dir, rest_of_window=rest)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = self._start().load(checkpoint)
+            state = load_state(self._start(), checkpoint)
             self._window = []
             if state["rest_of_window"] is not None:
                 self._rest_of_window = state["rest_of_window"]

@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 
 from d2ft_peft import D2FTConfig, D2FTPlanner, D2FTTrainer
-from d2ft_peft.planner import STATE_FILE
+from d2ft_peft.checkpoint import STATE_FILE, load_state
 from tests.models import TINY
 from tests.test_trainer import adapt, arguments, assert_equal, samples, trained
 
@@ -82,4 +82,4 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, killed, case, monkeypat
 
 def test_a_checkpoint_without_our_state_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"has no {STATE_FILE}"):
-        D2FTPlanner(adapt()).load(tmp_path)
+        load_state(D2FTPlanner(adapt()), tmp_path)
