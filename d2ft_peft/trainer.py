@@ -159,7 +159,7 @@ class D2FTTrainerMixin:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with what was executed beside the training loss."""
-        if "loss" in logs and self.planner is not None:
+        if self.planner is not None and ("loss" in logs or "train_runtime" in logs):
             logs |= self.planner.pop_logs()
         super().log(logs, start_time)
 

@@ -4,9 +4,10 @@
         --output_dir smollm-stories --block_size 256 --per_device_train_batch_size 8 --gradient_accumulation_steps 5 \
         --max_steps 200 --learning_rate 1e-4 --r 16 --compute_budget 0.6 --logging_steps 10
 
-ends with one line, such as
+ends with one line. A Llama of 260,000 parameters after 60 steps on Shakespeare (``--train_file tinyshakespeare.txt
+--block_size 128 --lora_alpha 16 --learning_rate 3e-3``), on one CPU core:
 
-    d2ft, LoRA r=16: perplexity 5.31, 410 s, compute ratio 0.60
+    d2ft, LoRA r=16: perplexity 21.51, 45 s, compute ratio 0.60
 
 Leave ``--r`` out for full fine-tuning; add ``--method plain`` for ordinary fine-tuning of the same parameters, and to
 that one of the two simplest ways to spend 60 % of the compute: fewer steps, ``--baseline_fewer_samples 0.6``, or

@@ -4,9 +4,10 @@
         --dataset_name uoft-cs/cifar10 --output_dir vit-cifar10 --compute_budget 0.6 --max_steps 200 \
         --per_device_train_batch_size 16 --gradient_accumulation_steps 5 --learning_rate 3e-4 --logging_steps 10
 
-ends with one line, such as
+ends with one line. ViT-Tiny after 60 such steps on 4,000 images at 96 px (``--image_size 96 --max_train_samples 4000
+--max_eval_samples 1000 --r 8 --lora_alpha 16 --learning_rate 1e-3``), on one CPU core:
 
-    d2ft, full: accuracy 84.1 %, 95 s, compute ratio 0.60
+    d2ft, LoRA r=8: accuracy 63.6%, 85 s, compute ratio 0.60
 
 Add ``--r 16`` for LoRA, ``--method plain`` for ordinary fine-tuning of the same parameters, and to that one of the two
 simplest ways to spend 60 % of the compute: fewer steps, ``--baseline_fewer_samples 0.6``, or smaller batches,

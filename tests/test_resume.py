@@ -61,7 +61,8 @@ def kill_all(folder):
 def killed(tmp_path_factory):
     """Folder with the output of one killed run a case."""
     folder = tmp_path_factory.mktemp("killed")
-    program = f"from tests.test_resume import kill_all; kill_all({str(folder)!r})"
+    # The settings of these tests come along: sums are not the same bits with another number of threads.
+    program = f"import tests.conftest; from tests.test_resume import kill_all; kill_all({str(folder)!r})"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True)
     assert process.returncode == 0, process.stderr.decode()[-2000:]

@@ -8,6 +8,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from d2ft_peft import D2FTTrainer, Operation, Schedule, register_policy
+from d2ft_peft.schedule.policies import registry
 from tests.distributed.launch import run
 from tests.test_trainer import adapt, arguments, doubles, samples
 
@@ -15,7 +16,6 @@ from tests.test_trainer import adapt, arguments, doubles, samples
 pytestmark = pytest.mark.distributed
 
 
-@register_policy("test_random_block")
 def random_block(problem):
     """One block FULL in a step, FORWARD_ONLY elsewhere: most projections have no gradient of their own."""
     block = problem.rng.integers(problem.blocks.max() + 1)
@@ -61,10 +61,13 @@ RUNS = [("full", "random"), ("full", "one block"), ("full", "fisher"), ("lora", 
 
 def train_all(batch_size: str) -> list[dict[str, torch.Tensor]]:
     """Every run, one after the other, in the same processes."""
+    register_policy("test_random_block")(random_block)
     return [train(mode, config, batch_size) for mode, config in RUNS]
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
+    monkeypatch.setattr(registry, "_READS", dict(registry._READS))
     single, *ranks = train_all("4"), *run(__name__, "train_all", tmp_path, "2")
     for rank in ranks:
         for (mode, config), ours, theirs in zip(RUNS, rank, single, strict=True):
