@@ -44,7 +44,8 @@ def test_a_reload_is_harmless():
     """In a process of its own: a reload leaves two classes of every name behind."""
     program = """
 import importlib, d2ft_peft
-from tests.test_peft_type import MAPPINGS, PeftConfig
+from peft import PeftConfig
+from tests.test_peft_type import MAPPINGS
 sizes = [len(mapping) for mapping in MAPPINGS]
 importlib.reload(importlib.import_module("d2ft_peft.peft_type"))
 importlib.reload(d2ft_peft)
