@@ -85,7 +85,9 @@ class D2FTPlanner:
         projections = [base.get_submodule(name) for name in self.partition.projections]
         self._subnet_parameters = [p for module in projections for p in module.parameters()]
         self._micro_batches: list[MicroBatch] = []
-        self._rows: list[np.ndarray] = []
+        self._rows: dict[int, np.ndarray] = {}
+        self._last_index = 0
+        self._last_row: np.ndarray | None = None
 
     @property
     def needed_scores(self) -> tuple[str, ...]:
@@ -154,7 +156,7 @@ class D2FTPlanner:
         sizes = schedule.weights if sizes is None else sizes
         ran = schedule.weights[~schedule.skipped].sum() if not schedule.skipped.all() else 1.0
         self.schedule = schedule
-        self._rows = []
+        self._rows = {}
         self._micro_batches = [
             MicroBatch(compile_plan(self.partition, row), float(size * _world_size() / ran))
             for row, size in zip(schedule.operations, sizes, strict=True)
@@ -166,7 +168,9 @@ class D2FTPlanner:
         micro_batch = self._micro_batches[index]
         with self.runtime.use(micro_batch.plan):
             yield micro_batch
-            self._rows.append(executed_operations(self.partition, self.runtime.executed))
+            # By index: a loop may run the micro-batches in another order than they were planned in.
+            self._last_index, self._last_row = index, executed_operations(self.partition, self.runtime.executed)
+            self._rows[index] = self._last_row
         if self.each_is_a_step and not micro_batch.skipped:
             self._zero_missing_gradients()
         if len(self._rows) == len(self._micro_batches):
@@ -187,11 +191,10 @@ class D2FTPlanner:
         if not self.each_is_a_step and not self.schedule.skipped.all():
             self._zero_missing_gradients()
         schedule = self.schedule
+        rows = np.stack([self._rows[index] for index in range(len(self._rows))])
         # What ran may exceed no capacity that planning kept: capacities are left out, they bind plans.
-        self.executed.append(
-            Schedule(np.stack(self._rows), schedule.weights, schedule.devices, schedule.costs, None, schedule.blocks)
-        )
-        self._rows = []
+        self.executed.append(Schedule(rows, schedule.weights, schedule.devices, schedule.costs, None, schedule.blocks))
+        self._rows = {}
 
     def pop_logs(self) -> dict[str, float]:
         """Means over the steps since the last call, as executed: ``compute_ratio`` and ``communication_ratio`` of the
@@ -211,14 +214,10 @@ class D2FTPlanner:
 
     def last_flops(self) -> float:
         """FLOPs of the last micro-batch in this process, as executed."""
-        if self._rows:
-            row, index = self._rows[-1], len(self._rows) - 1
-        elif self.executed:
-            row, index = self.executed[-1].operations[-1], -1
-        else:
+        if self._last_row is None:
             return 0.0
-        samples = self.schedule.weights[index] / _world_size()
-        return self.cost_model.step_flops(row[None], np.array([samples]))
+        samples = self.schedule.weights[self._last_index] / _world_size()
+        return self.cost_model.step_flops(self._last_row[None], np.array([samples]))
 
     def _prepare_costs(self, batch: dict[str, Any]) -> None:
         if self.cost_model is None:
