@@ -75,6 +75,22 @@ class Selection:
         by_head.index_copy_(1, self.heads.index(tensor.device), values.view(outer, len(self.heads), inner))
         return tensor
 
+    def add(self, values: Tensor, tensor: Tensor, axis: int) -> None:
+        """Add `values` to the features of the heads in `tensor`."""
+        if self.start is not None:
+            tensor.narrow(axis, self.start, self.length).add_(values)
+            return
+        outer, inner, _ = self._view(tensor.shape, axis)
+        by_head = tensor.view(outer, self.layout.heads, inner)
+        by_head.index_add_(1, self.heads.index(tensor.device), values.view(outer, len(self.heads), inner))
+
+    def add_product(self, left: Tensor, right: Tensor, tensor: Tensor, axis: int) -> None:
+        """Add ``left @ right`` to the features of the heads in `tensor`, [O, I] or [I, O]."""
+        if self.start is not None and left.dtype == tensor.dtype:
+            tensor.narrow(axis, self.start, self.length).addmm_(left, right)
+        else:
+            self.add(_cast(left @ right, tensor.dtype), tensor, axis)
+
     def _view(self, shape: torch.Size, axis: int) -> tuple[int, int, list[int]]:
         """(outer, inner, shape of what is selected) of a tensor."""
         layout, selected = self.layout, list(shape)
@@ -129,14 +145,14 @@ class _SubsetLinear(torch.autograd.Function):
         selection = select(head_axis.layout, heads)
         if bias is not None:
             bias = selection.take(bias, 0) if head_axis.kind == "column" else bias
-            bias = bias.to(x.dtype)
+            bias = _cast(bias, x.dtype)
         needs = ctx.needs_input_grad
         ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
         ctx.head_axis, ctx.selection = head_axis, selection
         ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
         out = F.linear(x, _selected(weight, head_axis, selection, x.dtype), bias)
         ctx.dtype = out.dtype
-        return out if addend is None else out.to(addend.dtype).add_(addend)
+        return out if addend is None else _cast(out, addend.dtype).add_(addend)
 
     @staticmethod
     @once_differentiable
@@ -144,7 +160,7 @@ class _SubsetLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         head_axis, selection, needs = ctx.head_axis, ctx.selection, ctx.needs_input_grad
         grad_addend = grad if needs[5] else None
-        grad = grad.to(ctx.dtype)
+        grad = _cast(grad, ctx.dtype)
         grad_MO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = grad_bias = None
         if needs[0]:
@@ -152,16 +168,48 @@ class _SubsetLinear(torch.autograd.Function):
         if needs[1]:
             x_MI = x.reshape(-1, x.shape[-1])
             # The product comes in the layout of the weight, so that its features are put back without transposing.
-            values = x_MI.t() @ grad_MO if head_axis.transposed else grad_MO.t() @ x_MI
-            grad_weight = selection.put(values.to(ctx.weight_dtype), ctx.weight_shape, head_axis.axis)
+            left, right = (x_MI.t(), grad_MO) if head_axis.transposed else (grad_MO.t(), x_MI)
+            accumulated = _accumulated(ctx.next_functions[1][0])
+            if accumulated is None:
+                values = _cast(left @ right, ctx.weight_dtype)
+                grad_weight = selection.put(values, ctx.weight_shape, head_axis.axis)
+            else:
+                selection.add_product(left, right, accumulated, head_axis.axis)
         if needs[2]:
-            grad_bias = grad_MO.sum(0).to(ctx.weight_dtype)
+            grad_bias = _cast(grad_MO.sum(0), ctx.weight_dtype)
             if head_axis.kind == "column":
-                grad_bias = selection.put(grad_bias, torch.Size([head_axis.layout.size]), 0)
+                accumulated = _accumulated(ctx.next_functions[2][0])
+                if accumulated is None:
+                    grad_bias = selection.put(grad_bias, torch.Size([head_axis.layout.size]), 0)
+                else:
+                    selection.add(grad_bias, accumulated, 0)
+                    grad_bias = None
         return grad_x, grad_weight, grad_bias, None, None, grad_addend
+
+
+def _accumulated(node: torch.autograd.graph.Node | None) -> Tensor | None:
+    """The gradient of earlier micro-batches, if adding to it here equals what autograd does with a returned gradient.
+
+    Autograd would add a tensor as large as the weight, most of it zeros; the sum in place touches only what trained.
+    Not where somebody looks at the gradient on its way: a hook, or `torch.autograd.grad`. DistributedDataParallel looks
+    later, when the gradient is complete.
+    """
+    weight = getattr(node, "variable", None)
+    if weight is None or weight.grad is None or weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        return None
+    try:
+        executed = torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # under torch.autograd.grad the gradient of a leaf is captured, not accumulated
+        return None
+    return weight.grad if executed and weight.grad.is_contiguous() else None
 
 
 def _selected(weight: Tensor, head_axis: HeadAxis, selection: Selection, dtype: torch.dtype) -> Tensor:
     """The weight of the selected heads as [O, I], with the sizes of their features."""
-    selected = selection.take(weight, head_axis.axis).to(dtype)
+    selected = _cast(selection.take(weight, head_axis.axis), dtype)
     return selected.t() if head_axis.transposed else selected
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``, without the call where nothing is to be done: it is made six times per projection."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

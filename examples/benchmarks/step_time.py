@@ -3,8 +3,8 @@
     python examples/benchmarks/step_time.py                          # ViT-small at 224 px, full fine-tuning and LoRA
     python examples/benchmarks/step_time.py --model llama --hidden 512 --heads 8 --kv-heads 4 --layers 8 --length 512
 
-A step is all forward and backward passes of N micro-batches, ready for the optimizer. Variants take turns within every
-repeat, so that a busy machine slows all of them; each ratio is the median over the repeats of the variant's time
+A step is all forward and backward passes of N micro-batches, ready for the optimizer. The variants take turns at every
+micro-batch, so that a busy machine slows all of them; each ratio is the median over the repeats of the variant's time
 over the plain step's time of the same repeat. Weights are random: speed does not depend on them.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import statistics
 import time
@@ -82,27 +83,40 @@ def make_plans(partition, num_micro_batches: int, num_full: int, num_forward_onl
     return [compile_plan(partition, row) for row in schedule.operations]
 
 
-def run_step(model, batch, plans, args) -> None:
-    """All forward and backward passes; a micro-batch that is skipped as a whole is not run."""
+def run_micro_batch(model, batch, plan, args) -> None:
+    """Forward and backward of one micro-batch; one that is skipped as a whole is not run."""
+    if plan is not None and plan.skipped:
+        return
     autocast = torch.autocast(args.device, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
-    for plan in plans:
-        if plan is not None and plan.skipped:
-            continue
-        with get_runtime(model).use(plan) if plan is not None else contextlib.nullcontext():
-            with autocast:
-                loss = model(**batch).loss / len(plans)
-            if loss.requires_grad:
-                loss.backward()
+    with get_runtime(model).use(plan) if plan is not None else contextlib.nullcontext():
+        with autocast:
+            loss = model(**batch).loss / args.micro_batches
+        if loss.requires_grad:
+            loss.backward()
 
 
-def seconds(step, device: str) -> float:
+def seconds(run, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    step()
+    run()
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def step_seconds(steps: dict, device: str) -> dict:
+    """Seconds of a step of each variant, which take turns at every micro-batch."""
+    total = dict.fromkeys(steps, 0.0)
+    for micro_batches in zip(*steps.values(), strict=True):
+        for name, micro_batch in zip(steps, micro_batches, strict=True):
+            total[name] += seconds(micro_batch, device)
+    return total
+
+
+def whole(step) -> None:
+    for micro_batch in step:
+        micro_batch()
 
 
 def peak_memory(step, device: str) -> int:
@@ -110,10 +124,10 @@ def peak_memory(step, device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
+        whole(step)
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+        whole(step)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     return int(np.maximum(np.cumsum(changes), 0).max())
@@ -121,7 +135,7 @@ def peak_memory(step, device: str) -> int:
 
 def count_flops(step) -> int:
     with flop_counter() as counter:
-        step()
+        whole(step)
     return counter.get_total_flops()
 
 
@@ -134,16 +148,20 @@ def measure(args: argparse.Namespace, mode: str) -> list[dict]:
     ours = adapt(base, mode, args.rank, d2ft=True).train()
     partition = partition_model(base, args.heads_per_subnet)
     n = args.micro_batches
-    steps = {"plain": lambda: run_step(plain, batch, [None] * n, args)}
+
+    def step_of(model, plans):
+        return [functools.partial(run_micro_batch, model, batch, plan, args) for plan in plans]
+
+    steps = {"plain": step_of(plain, [None] * n)}
     for mix in args.mixes.split(","):
         num_full, num_forward_only = (int(count) for count in mix.split("+"))
         plans = make_plans(partition, n, num_full, num_forward_only, args.placement)
-        steps[(num_full, num_forward_only)] = lambda plans=plans: run_step(ours, batch, plans, args)
+        steps[(num_full, num_forward_only)] = step_of(ours, plans)
     for step in steps.values():
-        step()  # warm-up; also allocates the gradients, which are then no part of the peak
+        whole(step)  # warm-up; also allocates the gradients, which are then no part of the peak
     flops = {name: count_flops(step) for name, step in steps.items()}
     memory = {name: peak_memory(step, args.device) for name, step in steps.items()}
-    times = [{name: seconds(step, args.device) for name, step in steps.items()} for _ in range(args.repeats)]
+    times = [step_seconds(steps, args.device) for _ in range(args.repeats)]
     rows = []
     for name in steps:
         num_full, num_forward_only = (n, 0) if name == "plain" else name

@@ -1,5 +1,7 @@
 """What execution saves and what it leaves alone: memory, graphs, shortcut modes, autocast, recomputation."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -135,6 +137,39 @@ def test_recomputation_uses_the_plan_of_its_own_forward_pass(checkpointing):
         with reference_forward(base, partition, row):
             twin(**batch).loss.backward()
     assert_same_gradients(model, twin, "full")
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_whoever_looks_at_a_gradient_on_its_way_sees_it(mode):
+    """Gradients of later micro-batches are summed in place, but never past a hook or `torch.autograd.grad`."""
+    model, _, _, partition, batch = build("vit", mode)
+    plan = compile_plan(partition, np.resize([2, 1, 0], partition.num_scheduled))
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def backward():
+        with get_runtime(model).use(plan):
+            step(model, batch, accumulate=True)
+        return {name: p.grad.clone() for name, p in trainable.items()}
+
+    once, twice = backward(), backward()
+    seen, after = {}, {}
+    with contextlib.ExitStack() as hooks:
+        for name, p in trainable.items():
+            hooks.enter_context(p.register_hook(lambda gradient, name=name: seen.update({name: gradient})))
+        backward()
+    with contextlib.ExitStack() as hooks:
+        for name, p in trainable.items():
+            hook = p.register_post_accumulate_grad_hook(lambda p, name=name: after.update({name: p.grad.clone()}))
+            hooks.enter_context(hook)
+        backward()
+    with get_runtime(model).use(plan):
+        captured = torch.autograd.grad(model(**batch).loss, list(trainable.values()), materialize_grads=True)
+    for (name, parameter), gradient in zip(trainable.items(), captured, strict=True):
+        torch.testing.assert_close(twice[name], 2 * once[name])
+        torch.testing.assert_close(after[name], 4 * once[name])
+        torch.testing.assert_close(seen[name], once[name])
+        torch.testing.assert_close(gradient, once[name])
+        torch.testing.assert_close(parameter.grad, 4 * once[name])
 
 
 def test_evaluation_runs_every_head_whatever_the_plan():
