@@ -87,7 +87,8 @@ class Selection:
     def add_product(self, left: Tensor, right: Tensor, tensor: Tensor, axis: int) -> None:
         """Add ``left @ right`` to the features of the heads in `tensor`, [O, I] or [I, O]."""
         if self.start is not None and left.dtype == tensor.dtype:
-            tensor.narrow(axis, self.start, self.length).addmm_(left, right)
+            of_heads = tensor.narrow(axis, self.start, self.length)
+            torch.addmm(of_heads, left, right, out=of_heads)  # FlopCounterMode does not know addmm_
         else:
             self.add(_cast(left @ right, tensor.dtype), tensor, axis)
 
