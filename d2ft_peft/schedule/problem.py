@@ -29,6 +29,8 @@ class Problem:
         tie_break: who wins among choices of exactly equal value. "aligned": the micro-batch with the highest total
             score, on every device the same; "spread": that order rotated by the number of the device.
         rng: source of randomness of the policies that need one.
+        seed, step, interval: the seed of the run, the number of the optimizer step, and the number of steps for which
+            a policy keeps a choice that it does not make anew at every step.
 
     Raises:
         ValueError: a wrong shape or value, or a budget under which nothing could train.
@@ -43,6 +45,9 @@ class Problem:
     blocks: np.ndarray = None
     tie_break: Literal["aligned", "spread"] = "aligned"
     rng: np.random.Generator | None = None
+    seed: int = 0
+    step: int = 0
+    interval: int = 1
 
     def __post_init__(self):
         shape = np.shape(self.forward_scores)
@@ -59,6 +64,10 @@ class Problem:
             raise ValueError(f"tie_break={self.tie_break!r} must be one of {TIE_BREAKS}")
         if self.rng is not None and not isinstance(self.rng, np.random.Generator):
             raise ValueError(f"rng={self.rng!r} must be a numpy Generator or None; use numpy.random.default_rng(seed)")
+        for name, minimum in (("seed", 0), ("step", 0), ("interval", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}")
         if not isinstance(self.budget, Budget):
             raise ValueError(f"budget={self.budget!r} must be a Budget")
         self.budget.check(self.costs, self.weights, self.devices)
@@ -67,6 +76,10 @@ class Problem:
     def num_micro_batches(self) -> int:
         """N, the number of micro-batches."""
         return self.forward_scores.shape[0]
+
+    def interval_rng(self) -> np.random.Generator:
+        """A source of randomness that draws the same at every step of an interval."""
+        return np.random.default_rng([self.seed, self.step // self.interval])
 
     @property
     def num_subnets(self) -> int:
