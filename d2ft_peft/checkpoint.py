@@ -31,6 +31,8 @@ def save_state(planner: D2FTPlanner, directory: str | os.PathLike, **extra: Any)
     """
     for name, table in planner.scores.items():
         table.save(os.path.join(directory, _SCORES_FILE.format(name)))
+    for name, scores in planner.source.live.items():
+        scores.save(os.path.join(directory, _SCORES_FILE.format(name)))
     means = {}
     for branch, mean in planner.runtime.means.items():
         mean.commit()
@@ -38,7 +40,7 @@ def save_state(planner: D2FTPlanner, directory: str | os.PathLike, **extra: Any)
     if means:
         save_file(means, os.path.join(directory, _MEANS_FILE))
     with open(os.path.join(directory, STATE_FILE), "w") as file:
-        json.dump({"rng": planner.rng.bit_generator.state, **extra}, file)
+        json.dump({"rng": planner.rng.bit_generator.state, "step": planner.step, **extra}, file)
 
 
 def load_state(planner: D2FTPlanner, directory: str | os.PathLike) -> dict[str, Any]:
@@ -59,10 +61,13 @@ def load_state(planner: D2FTPlanner, directory: str | os.PathLike) -> dict[str, 
     with open(path) as file:
         state = json.load(file)
     planner.rng.bit_generator.state = state["rng"]
+    planner.step = state["step"]
     for score in GRADIENT_SCORES:
         table = os.path.join(directory, _SCORES_FILE.format(score))
         if os.path.isfile(table):
             planner.scores[score] = ScoreTable.load(table)
+    for name, scores in planner.source.live.items():
+        scores.load(os.path.join(directory, _SCORES_FILE.format(name)))
     if planner.runtime.means and os.path.isfile(os.path.join(directory, _MEANS_FILE)):
         means = load_file(os.path.join(directory, _MEANS_FILE))
         for branch, mean in planner.runtime.means.items():

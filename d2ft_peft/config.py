@@ -17,11 +17,11 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftConfig
 
 from .peft_type import D2FTType
-from .schedule import Budget, get_policy
+from .schedule import Budget, policy_facts
 
 
 D2FT_CONFIG_NAME = "d2ft_config.json"
-SCORES = ("weight_magnitude", "fisher", "gradient_magnitude", "taylor")
+SCORES = ("weight_magnitude", "fisher", "gradient_magnitude", "taylor", "loss", "el2n")
 DEFAULT_COMPUTE_BUDGET = 0.6
 
 # What a LoraConfig can ask for and the head-wise execution of LoRA does not do.
@@ -56,8 +56,13 @@ class D2FTConfig(LoraConfig):
             paper's setting.
         device_capacities: Compute budget of each device, one number in (0, 1] each, instead of ``compute_budget``.
         policy: Name of the scheduling policy, see `d2ft_peft.schedule.policy_names`.
+        rows: What the policy schedules: ``"micro_batches"`` as they come, or ``"samples"``, from which micro-batches
+            are then composed; None is what the policy is meant for.
+        interval: Optimizer steps for which a policy keeps what it does not choose anew at every step, and for which
+            the magnitude of the weights is kept.
         tie_break: ``"aligned"`` breaks ties towards the same micro-batches on every device, ``"spread"`` against it.
-        backward_score: Contribution score by which FULL is given.
+        backward_score: Contribution score by which FULL is given; None is the one that the policy is meant for.
+            ``"loss"`` and ``"el2n"`` follow training, the others but ``"weight_magnitude"`` take a pass before it.
         forward_score: Contribution score by which FORWARD_ONLY is given.
         score_fraction: Share of the training samples that are scored before training, in (0, 1].
         shortcut: What stands in for skipped heads: ``"zero"`` (the paper), their running ``"mean"``, or
@@ -78,8 +83,10 @@ class D2FTConfig(LoraConfig):
     num_devices: int | None = None
     device_capacities: list[float] | None = None
     policy: str = "bilevel"
+    rows: Literal["micro_batches", "samples"] | None = None
+    interval: int = 10
     tie_break: Literal["aligned", "spread"] = "aligned"
-    backward_score: str = "weight_magnitude"
+    backward_score: str | None = None
     forward_score: str = "fisher"
     score_fraction: float = 1.0
     shortcut: Literal["zero", "mean", "rescale"] = "zero"
@@ -118,7 +125,7 @@ class D2FTConfig(LoraConfig):
         return Budget(compute=DEFAULT_COMPUTE_BUDGET if self.compute_budget is None else self.compute_budget)
 
     def _check_own_fields(self) -> None:
-        for name in ("heads_per_subnet", "num_micro_batches"):
+        for name in ("heads_per_subnet", "num_micro_batches", "interval"):
             _check_integer(name, getattr(self, name), 1)
         if self.num_devices is not None:
             _check_integer("num_devices", self.num_devices, 1, " or None")
@@ -130,18 +137,25 @@ class D2FTConfig(LoraConfig):
             cost is None or (_is_number(cost) and 0 < cost < 1),
             "forward_only_cost", cost, "must be a number in (0, 1), or None",
         )  # fmt: skip
-        for name in ("backward_score", "forward_score"):
-            _check(getattr(self, name) in SCORES, name, getattr(self, name), f"must be one of {', '.join(SCORES)}")
-        for name, allowed in (("tie_break", ("aligned", "spread")), ("shortcut", ("zero", "mean", "rescale"))):
-            _check(getattr(self, name) in allowed, name, getattr(self, name), f"must be one of {', '.join(allowed)}")
         _check(isinstance(self.policy, str), "policy", self.policy, "must be the name of a policy")
-        get_policy(self.policy)
+        facts = policy_facts(self.policy)
+        self.rows = self.rows or facts.rows
+        self.backward_score = self.backward_score or facts.backward_score
+        for name, allowed in (
+            ("backward_score", SCORES), ("forward_score", SCORES), ("rows", ("micro_batches", "samples")),
+            ("tie_break", ("aligned", "spread")), ("shortcut", ("zero", "mean", "rescale")),
+        ):  # fmt: skip
+            _check(getattr(self, name) in allowed, name, getattr(self, name), f"must be one of {', '.join(allowed)}")
         given = [n for n in ("compute_budget", "communication_budget", "num_full", "device_capacities")
                  if getattr(self, n) is not None]  # fmt: skip
         _check(len(given) <= 1, " and ".join(given), [getattr(self, n) for n in given], "are both given; keep one")
         _check(
             self.num_forward_only is None or self.num_full is not None,
             "num_forward_only", self.num_forward_only, "needs num_full beside it",
+        )  # fmt: skip
+        _check(
+            self.rows != "samples" or not self.num_forward_only,
+            "num_forward_only", self.num_forward_only, "counts micro-batches; with rows='samples' give compute_budget",
         )  # fmt: skip
         capacities = self.device_capacities
         if capacities is not None:

@@ -9,22 +9,32 @@
             if not micro_batch.skipped:
                 loss = model(**batch).loss * micro_batch.weight
                 accelerator.backward(loss)
+
+Where the policy schedules samples (``rows="samples"``), it composes the micro-batches:
+
+    planner.prepare(batch)                             # once, any batch: what the model costs
+    for i, positions in enumerate(planner.compose(indices, size)):
+        batch = collate([dataset[indices[p]] for p in positions])
+        with planner.micro_batch(i) as micro_batch:
+            outputs = model(**batch)
+            accelerator.backward(outputs.loss * micro_batch.weight)
+            planner.observe(indices[positions], outputs.logits, batch["labels"])
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from .schedule import Budget, CostModel, Problem, Schedule, get_policy, policy_reads
-from .scores import GRADIENT_SCORES, INDEX_KEY, ScoreTable, weight_magnitude
+from .processes import all_reduce, gather_samples, world_size
+from .schedule import Budget, CostModel, Problem, Schedule, compose, get_policy, policy_facts
+from .scores import INDEX_KEY, ScoreSource, ScoreTable
 from .tuners import Plan, compile_plan, get_runtime
 from .tuners.flops import Probe, base_model, cost_model, probe_model
 from .tuners.plan import executed_operations
@@ -64,7 +74,8 @@ class D2FTPlanner:
         partition: The subnets.
         schedule: The schedule of the current step, or None before the first.
         executed: Schedules of the steps since the last `pop_logs`, as they were executed.
-        scores: Tables of sample scores by score name.
+        source: Where scores of samples come from.
+        step: Number of schedules made so far.
         each_is_a_step: Whether an optimizer step follows every micro-batch instead of the last one.
     """
 
@@ -75,12 +86,14 @@ class D2FTPlanner:
         self.config, self.partition = model.peft_config[adapter], self.runtime.partitions[adapter]
         self.policy = get_policy(self.config.policy)
         self.rng = np.random.default_rng(self.config.seed)
-        self.scores: dict[str, ScoreTable] = {}
+        self.step = 0
         self.probe: Probe | None = None
         self.cost_model: CostModel | None = None
         self.schedule: Schedule | None = None
         self.executed: list[Schedule] = []
         self.each_is_a_step = False
+        names = tuple(dict.fromkeys(self._score_name(kind) for kind in self._kinds_read))
+        self.source = ScoreSource(model, self.partition, names, self.config.interval)
         base = base_model(model)
         projections = [base.get_submodule(name) for name in self.partition.projections]
         self._subnet_parameters = [p for module in projections for p in module.parameters()]
@@ -90,15 +103,22 @@ class D2FTPlanner:
         self._last_row: np.ndarray | None = None
 
     @property
-    def needed_scores(self) -> tuple[str, ...]:
-        """The gradient scores that the policy looks at: they need a pass over the training samples."""
-        names = [getattr(self.config, f"{kind}_score") for kind in self._kinds_read]
-        return tuple(dict.fromkeys(name for name in names if name in GRADIENT_SCORES))
+    def scores(self) -> dict[str, ScoreTable]:
+        """Tables of the scores that were made before training, by name."""
+        return self.source.tables
+
+    @property
+    def schedules_samples(self) -> bool:
+        """Whether the rows of a schedule are samples, so that micro-batches are composed."""
+        return self.config.rows == "samples"
+
+    def _score_name(self, kind: str) -> str:
+        return getattr(self.config, f"{kind}_score")
 
     @property
     def _kinds_read(self) -> tuple[str, ...]:
         """Which of the backward and forward score the policy looks at, given the budget."""
-        reads = policy_reads(self.config.policy)
+        reads = policy_facts(self.config.policy).reads
         if self.config.policy == "bilevel" and not self._forward_only_fits():
             reads = ("backward",)
         return reads
@@ -126,25 +146,91 @@ class D2FTPlanner:
         """
         if not batches:
             raise ValueError("batches is empty; plan the micro-batches of one optimizer step.")
+        if self.schedules_samples:
+            raise ValueError(f"policy={self.config.policy!r} schedules samples; call compose(indices, size), not plan.")
         indices = [batch.pop(INDEX_KEY, None) for batch in batches]
-        sizes = np.array([batch_size(batch) for batch in batches], dtype=float)
-        self._prepare_costs(batches[0])
-        global_sizes = _all_reduce(sizes)
+        sizes = np.array([batch_size(batch) for batch in batches])
+        self.prepare(batches[0])
+        global_sizes = all_reduce(sizes)
+        known = all(index is not None for index in indices)
+        samples = np.concatenate([index.cpu().numpy() for index in indices]) if known else None
+        starts = np.cumsum(sizes) - sizes
+
+        def score(kind: str) -> np.ndarray:
+            values = self.source.of(self._score_name(kind), samples, self.step)
+            if len(values) == 1:
+                return np.broadcast_to(values, (len(batches), values.shape[1]))
+            # The mean over a micro-batch's samples, over all processes.
+            return all_reduce(np.add.reduceat(values, starts)) / global_sizes[:, None]
+
+        self.use(self.policy(self._problem(score, self._budget(len(batches)), global_sizes)), sizes)
+        return self.schedule
+
+    def compose(self, indices: Sequence[int], size: int) -> list[np.ndarray]:
+        """Schedule the samples of one optimizer step, and compose micro-batches of those that run.
+
+        Args:
+            indices: Indices of the candidates in the data set, [n]; every process of a distributed run gives its own,
+                equally many.
+            size: Most samples of a micro-batch.
+
+        Returns:
+            For each micro-batch, in the order of `micro_batch`, the positions of its samples among the candidates.
+
+        Raises:
+            ValueError: If `prepare` was not called.
+        """
+        if self.cost_model is None:
+            raise ValueError("compose needs the model's costs; call prepare(batch) once, with any collated batch.")
+        indices = np.asarray(indices)
+
+        def score(kind: str) -> np.ndarray:
+            values = self.source.of(self._score_name(kind), indices, self.step)
+            return np.broadcast_to(values, (len(indices), values.shape[1]))
+
+        samples = self.policy(self._problem(score, self._sample_budget(len(indices)), np.ones(len(indices))))
+        composition = compose(samples, size)
+        sizes = composition.schedule.weights
+        # Capacities bind what each process planned for its own samples; the schedule counts those of all.
+        self.use(replace(composition.schedule, weights=all_reduce(sizes), capacities=None), sizes)
+        for index in range(len(composition.micro_batches), len(sizes)):
+            self.skip(index)
+        return list(composition.micro_batches)
+
+    def observe(self, indices: np.ndarray, logits: Tensor, labels: Tensor) -> None:
+        """Let scores that follow training see a forward pass; every process of a distributed run calls it alike.
+
+        Args:
+            indices: Indices of its samples in the data set, [n].
+            logits: Outputs [n, ..., classes].
+            labels: Their labels.
+        """
+        if self.source.live:
+            values = self.source.observe(logits.detach(), labels)
+            self.source.update(*gather_samples(np.asarray(indices), values))
+
+    def _problem(self, score: Callable[[str], np.ndarray], budget: Budget, weights: np.ndarray) -> Problem:
+        self.step += 1
+        scores = {
+            f"{kind}_scores": score(kind)
+            if kind in self._kinds_read
+            else np.ones((len(weights), self.partition.num_scheduled))
+            for kind in ("forward", "backward")
+        }
         costs = self.cost_model.costs
-        shape = (len(batches), self.partition.num_scheduled)
-        problem = Problem(
-            forward_scores=self._scores_of("forward", indices, sizes, shape),
-            backward_scores=self._scores_of("backward", indices, sizes, shape),
-            budget=self._budget(len(batches)),
+        return Problem(
+            **scores,
+            budget=budget,
             costs=costs / costs.max(),
-            weights=global_sizes,
+            weights=weights,
             devices=self._devices(),
             blocks=self.partition.subnet_blocks,
             tie_break=self.config.tie_break,
             rng=self.rng,
+            seed=self.config.seed,
+            step=self.step - 1,
+            interval=self.config.interval,
         )
-        self.use(self.policy(problem), sizes)
-        return self.schedule
 
     def use(self, schedule: Schedule, sizes: np.ndarray | None = None) -> None:
         """Take a schedule made elsewhere as the current step's.
@@ -158,9 +244,22 @@ class D2FTPlanner:
         self.schedule = schedule
         self._rows = {}
         self._micro_batches = [
-            MicroBatch(compile_plan(self.partition, row), float(size * _world_size() / ran))
+            MicroBatch(compile_plan(self.partition, row), float(size * world_size() / ran))
             for row, size in zip(schedule.operations, sizes, strict=True)
         ]
+
+    def resume(self, operations: np.ndarray, weights: np.ndarray) -> None:
+        """Take what is left of a schedule that a checkpoint interrupted: operations [N, K], sizes [N] here.
+
+        `prepare` was called before.
+        """
+        costs = self.cost_model.costs / self.cost_model.costs.max()
+        blocks = self.partition.subnet_blocks
+        self.use(Schedule(operations, all_reduce(weights), self._devices(), costs, None, blocks), weights)
+
+    def skip(self, index: int) -> None:
+        """Note that a micro-batch which is skipped as a whole was passed over."""
+        self._note(index, np.array(self.peek(index).plan.operations))
 
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[MicroBatch]:
@@ -168,11 +267,14 @@ class D2FTPlanner:
         micro_batch = self._micro_batches[index]
         with self.runtime.use(micro_batch.plan):
             yield micro_batch
-            # By index: a loop may run the micro-batches in another order than they were planned in.
             self._last_index, self._last_row = index, executed_operations(self.partition, self.runtime.executed)
-            self._rows[index] = self._last_row
         if self.each_is_a_step and not micro_batch.skipped:
             self._zero_missing_gradients()
+        self._note(index, self._last_row)
+
+    def _note(self, index: int, row: np.ndarray) -> None:
+        # By index: a loop may run the micro-batches in another order than they were planned in.
+        self._rows[index] = row
         if len(self._rows) == len(self._micro_batches):
             self._finish_step()
 
@@ -216,10 +318,11 @@ class D2FTPlanner:
         """FLOPs of the last micro-batch in this process, as executed."""
         if self._last_row is None:
             return 0.0
-        samples = self.schedule.weights[self._last_index] / _world_size()
+        samples = self.schedule.weights[self._last_index] / world_size()
         return self.cost_model.step_flops(self._last_row[None], np.array([samples]))
 
-    def _prepare_costs(self, batch: dict[str, Any]) -> None:
+    def prepare(self, batch: dict[str, Any]) -> None:
+        """Learn what the model costs, from one look at a batch."""
         if self.cost_model is None:
             self.probe = probe_model(self.model, self.partition, batch)
             self.cost_model = cost_model(self.model, self.partition, self.probe, self.config.forward_only_cost)
@@ -250,22 +353,17 @@ class D2FTPlanner:
         count = np.clip(round(share * num_micro_batches), 1, num_micro_batches)
         return Budget(compute=float(count / num_micro_batches))
 
-    def _scores_of(self, kind: str, indices: list, sizes: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-        """Scores [N, K] of the micro-batches: the mean over their samples, over all processes."""
-        score = getattr(self.config, f"{kind}_score")
-        if kind not in self._kinds_read:
-            return np.ones(shape)
-        if score == "weight_magnitude":
-            return np.broadcast_to(weight_magnitude(self.model, self.partition), shape)
-        table = self.scores.get(score)
-        if table is None or any(index is None for index in indices):
-            missing = "no sample was scored" if table is None else f"the batches do not carry {INDEX_KEY!r}"
-            raise ValueError(
-                f"score {score!r} depends on the samples, but {missing}; train with D2FTTrainer, give D2FTCallback to "
-                "the Trainer's constructor, or choose backward_score='weight_magnitude'."
-            )
-        sums = np.stack([table.lookup(index.cpu().numpy()).sum(0) for index in indices])
-        return _all_reduce(sums) / _all_reduce(sizes)[:, None]
+    def _sample_budget(self, num_samples: int) -> Budget:
+        """The configured budget for samples: their nearest whole number, and at least one."""
+        budget = self.config.budget
+        if isinstance(budget.compute, tuple):
+            return budget
+        if budget.counts is not None:
+            share = budget.counts[0] / (self.num_micro_batches or self.config.num_micro_batches)
+        else:
+            share = budget.compute if budget.compute is not None else budget.communication
+        count = float(np.clip(round(share * num_samples), 1, num_samples) / num_samples)
+        return Budget(communication=count) if budget.communication is not None else Budget(compute=count)
 
 
 def batch_size(batch: dict[str, Any]) -> int:
@@ -274,17 +372,3 @@ def batch_size(batch: dict[str, Any]) -> int:
         if isinstance(value, Tensor) and value.ndim:
             return len(value)
     raise ValueError(f"a batch with keys {sorted(batch)} has no tensor; micro-batches are dictionaries of tensors.")
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _all_reduce(values: np.ndarray) -> np.ndarray:
-    """Sum over all processes, the same bits on each."""
-    if _world_size() == 1:
-        return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(device)
-    dist.all_reduce(tensor)
-    return tensor.cpu().numpy()

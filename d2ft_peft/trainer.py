@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,21 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer
 
 from .checkpoint import load_state, operations_from, save_state
-from .planner import D2FTPlanner
-from .schedule import Schedule
-from .scores import INDEX_KEY, IndexedCollator, IndexedDataset, preserved_rng, score_samples
+from .planner import D2FTPlanner, batch_size
+from .scores import (
+    CANDIDATES_KEY,
+    INDEX_KEY,
+    CandidateCollator,
+    CandidateDataset,
+    IndexedCollator,
+    IndexedDataset,
+    load_items,
+    preserved_rng,
+    score_samples,
+)
 from .tuners.flops import inference
 
 
@@ -27,6 +35,8 @@ class D2FTTrainerMixin:
 
     - `get_batch_samples`, called once per optimizer step with all its micro-batches, makes the schedule. Without
       gradient accumulation it reads ``num_micro_batches`` steps ahead and schedules them together.
+    - Where the policy schedules samples, the data loader only names candidates (data loader workers load them as well):
+      those that are to run are loaded and collated into micro-batches afterwards.
     - `training_step` runs a micro-batch under its row; one that is skipped as a whole is not run. Those come first in
       their step, so that the last one, which synchronizes the gradients, always runs.
     - The loss is the mean over the samples (tokens) that ran.
@@ -62,7 +72,9 @@ class D2FTTrainerMixin:
                 # Every parameter receives a gradient, if only zero: there is nothing to look for.
                 self.accelerator.ddp_handler.find_unused_parameters = False
             self._window: list[tuple[dict, int]] = []
-            self._upcoming: list[int] = []
+            self._upcoming: list[int | None] = []
+            self._idle = False
+            self._last_loss: torch.Tensor | None = None
             self._divides_by_items: bool | None = None
         return self.planner
 
@@ -78,17 +90,14 @@ class D2FTTrainerMixin:
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """Fetch and schedule the micro-batches of an optimizer step."""
-        planner = self._start()
+        self._start()
         if self.args.gradient_accumulation_steps > 1:
-            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-            if not batches:
-                return batches, None
-            self._score_once()
-            skipped = planner.plan(batches).skipped
-            order = [*np.flatnonzero(skipped), *np.flatnonzero(~skipped)]
-            self._upcoming = [int(i) for i in order]
-            running = [batches[i] for i in np.flatnonzero(~skipped)]
-            return [batches[i] for i in order], self._get_num_items_in_batch(running, device)
+            candidates, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+            if not candidates:
+                return candidates, None
+            batches, self._upcoming = self._schedule(candidates)
+            running = [batch for batch, index in zip(batches, self._upcoming, strict=True) if index is not None]
+            return batches, self._get_num_items_in_batch(running, device)
         if not self._window:
             self._fill_window(epoch_iterator)
         if not self._window:
@@ -96,6 +105,43 @@ class D2FTTrainerMixin:
         batch, index = self._window.pop(0)
         self._upcoming = [index]
         return [batch], self._get_num_items_in_batch([batch], device)
+
+    def _schedule(self, candidates: list[dict]) -> tuple[list[dict], list[int | None]]:
+        """Schedule batches: as many again, those that do not run first, and the planner's index of each that does."""
+        self._score_once()
+        if self.planner.schedules_samples:
+            batches = self._compose(candidates)
+            order: list[int] = list(range(len(batches)))
+        else:
+            skipped = self.planner.plan(candidates).skipped
+            for index in np.flatnonzero(skipped):
+                self.planner.skip(int(index))
+            order = [int(index) for index in np.flatnonzero(~skipped)]
+            batches = [candidates[index] for index in order]
+        # The Trainer counts micro-batches. Any batch may stand for one that does not run: it is not looked at.
+        idle = len(candidates) - len(order)
+        stand_in = (batches or candidates)[0]
+        return [*(dict(stand_in) for _ in range(idle)), *batches], [*[None] * idle, *order]
+
+    def _compose(self, candidates: list[dict]) -> list[dict]:
+        """Micro-batches of the samples that are to run."""
+        indices = torch.cat([batch[INDEX_KEY] for batch in candidates]).cpu().numpy()
+        items = [item for batch in candidates for item in batch[CANDIDATES_KEY].items]
+        if self.planner.cost_model is None:
+            self.planner.prepare(self._prepare_inputs(self._collate(indices[:1], items[:1])))
+        groups = self.planner.compose(indices, max(len(batch[INDEX_KEY]) for batch in candidates))
+        if len(groups) > len(candidates):
+            raise ValueError(
+                f"policy={self.planner.config.policy!r} with rows='samples' composed {len(groups)} micro-batches of "
+                f"{len(candidates)}; set rows='micro_batches', or choose a policy that runs samples as a whole."
+            )
+        return [self._collate(indices[group], [items[position] for position in group]) for group in groups]
+
+    def _collate(self, indices: np.ndarray, items: list) -> dict:
+        """Load what is not loaded yet, and collate."""
+        if items[0] is None:
+            items = load_items(self._candidate_items, [int(index) for index in indices])
+        return {**self._candidate_collator(items), INDEX_KEY: torch.from_numpy(indices)}
 
     def _fill_window(self, epoch_iterator: Iterator) -> None:
         """Read steps ahead and schedule them together; a resumed run first finishes the window that it was in."""
@@ -106,31 +152,57 @@ class D2FTTrainerMixin:
                 self._window.append((next(epoch_iterator), len(self._window)))
         if not self._window:
             return
-        self._score_once()
-        planned = self.planner.plan([batch for batch, _ in self._window])
-        if rest is not None:
-            self.planner.rng.bit_generator.state = rest["rng"]
-            rows = operations_from(rest["operations"])[: planned.num_micro_batches]
-            self.planner.use(Schedule(rows, planned.weights, planned.devices, planned.costs, None, planned.blocks))
+        if rest is None:
+            batches, order = self._schedule([batch for batch, _ in self._window])
+            self._window = list(zip(batches, order, strict=True))
+        else:
+            self._resume_window(rest)
+
+    def _resume_window(self, rest: dict) -> None:
+        """Finish the window that a checkpoint was made in: the same samples in the same order."""
+        batches = [batch for batch, _ in self._window]
+        if rest["samples"] is not None:
+            batches = [self._collate(np.array(samples), [None]) for samples in rest["samples"]]
+        rows = operations_from(rest["operations"])
+        self.planner.prepare(self._prepare_inputs(dict(batches[-1])))
+        self.planner.resume(rows, np.array([batch_size(batch) for batch in batches]))
+        self.planner.rng.bit_generator.state = rest["rng"]
+        skipped = ~rows.any(axis=1)
+        for index in np.flatnonzero(skipped):
+            self.planner.skip(int(index))
+        order = [None if skip else index for index, skip in enumerate(skipped)]
+        self._window = list(zip(batches, order, strict=True))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run one micro-batch under its plan; the loss of one that is not run is zero."""
-        inputs.pop(INDEX_KEY, None)
-        with self.planner.micro_batch(self._upcoming.pop(0)) as micro_batch:
+        index = self._upcoming.pop(0)
+        self._idle = index is None
+        if index is None:
+            # A step of its own does not count as one without loss in the mean that is logged.
+            alone = self.args.gradient_accumulation_steps == 1 and self._last_loss is not None
+            return self._last_loss.clone() if alone else torch.zeros((), device=self.args.device)
+        self._current_samples = inputs.pop(INDEX_KEY, None)
+        with self.planner.micro_batch(index) as micro_batch:
             self._current = micro_batch
-            if micro_batch.skipped:
-                return torch.zeros((), device=self.args.device)
             if self._divides_by_items is None:
                 self._divides_by_items = self._probe_loss(self._prepare_inputs(inputs))
-            return super().training_step(model, inputs, num_items_in_batch)
+            self._last_loss = super().training_step(model, inputs, num_items_in_batch)
+            return self._last_loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss, weighted by the samples that ran where it is not yet normalized by items."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        observed = model.training and self.planner is not None and self.planner.source.live
+        labels = inputs.get("labels")  # which a label smoother takes out
+        result = super().compute_loss(
+            model, inputs, return_outputs or bool(observed), num_items_in_batch=num_items_in_batch
+        )
+        if observed:
+            self._observe(result[1], labels)
+            result = result if return_outputs else result[0]
         if not model.training or self._loss_is_normalized(num_items_in_batch):
             return result
         if self.args.gradient_accumulation_steps == 1:
@@ -140,6 +212,16 @@ class D2FTTrainerMixin:
         if factor == 1.0:
             return result
         return (result[0] * factor, result[1]) if return_outputs else result * factor
+
+    def _observe(self, outputs: Any, labels: torch.Tensor | None) -> None:
+        """Let scores that follow training see a forward pass."""
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if logits is None or labels is None or self._current_samples is None:
+            raise ValueError(
+                f"score {list(self.planner.source.live)} is read from logits and labels, and this model or its data "
+                "set gives none; choose policy='fewer_samples', or 'bilevel' with backward_score='weight_magnitude'."
+            )
+        self.planner.observe(self._current_samples.cpu().numpy(), logits, labels)
 
     def _loss_is_normalized(self, num_items_in_batch: Any) -> bool:
         """Whether the loss is already a sum over this micro-batch's items divided by those of the whole step."""
@@ -165,49 +247,64 @@ class D2FTTrainerMixin:
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """FLOPs of the last micro-batch, as executed."""
-        return self.planner.last_flops()
+        return 0.0 if self._idle else self.planner.last_flops()
 
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
         """Training batches carry their samples' indices where the policy looks at scores of samples."""
-        if not kwargs.get("is_training") or not self._start().needed_scores:
+        if not kwargs.get("is_training"):
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        planner = self._start()
+        if not planner.source.by_sample and not planner.schedules_samples:
             return super()._get_dataloader(dataset, description, *args, **kwargs)
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise ValueError(
-                f"scores {self.planner.needed_scores} are looked up by sample, which a data set without length and "
-                "indices does not allow; choose backward_score='weight_magnitude', or a map-style data set."
+                f"policy={planner.config.policy!r} schedules samples or looks their scores up, which a data set without "
+                "length and indices does not allow; choose policy='bilevel' with backward_score='weight_magnitude', or "
+                "a map-style data set."
             )
         sampler_fn = kwargs.get("sampler_fn")
         if sampler_fn is not None:
             kwargs["sampler_fn"] = lambda _: sampler_fn(dataset)
-        return self._indexed_dataloader(dataset, None, description, *args, **kwargs)
+        dataset, collator = self._without_unused_columns(dataset, description)
+        if planner.schedules_samples:
+            self._candidate_items, self._candidate_collator = dataset, collator
+            # Workers load ahead, in parallel; without them nothing is loaded that does not run.
+            wrapper = IndexedDataset if self.args.dataloader_num_workers else CandidateDataset
+            return self._wrapped_dataloader(wrapper(dataset), CandidateCollator(), description, *args, **kwargs)
+        return self._wrapped_dataloader(
+            IndexedDataset(dataset), IndexedCollator(collator), description, *args, **kwargs
+        )
 
-    def _indexed_dataloader(
-        self, dataset: Any, indices: Any, description: str, *args: Any, **kwargs: Any
-    ) -> DataLoader:
-        collator = self.data_collator
+    def _without_unused_columns(self, dataset: Any, description: str) -> tuple[Any, Callable]:
+        """The data set and its collator, as the Trainer would clean them of columns that the model does not take."""
         if isinstance(dataset, Dataset):
-            dataset, inner = self._remove_unused_columns(dataset, description=description), collator
-        else:
-            inner = self._get_collator_with_removed_columns(collator, description=description)
-        self.data_collator = IndexedCollator(inner)
+            return self._remove_unused_columns(dataset, description=description), self.data_collator
+        return dataset, self._get_collator_with_removed_columns(self.data_collator, description=description)
+
+    def _wrapped_dataloader(
+        self, dataset: Any, wrapper: Callable, description: str, *args: Any, **kwargs: Any
+    ) -> DataLoader:
+        collator, self.data_collator = self.data_collator, wrapper
         try:
-            return super()._get_dataloader(IndexedDataset(dataset, indices), description, *args, **kwargs)
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
         finally:
             self.data_collator = collator
 
     def _score_once(self) -> None:
         """Score the training samples before the first step, as the paper does (or a fraction of them)."""
         planner = self.planner
-        for score in planner.needed_scores:
+        for score in planner.source.before_training:
             if score in planner.scores:
                 continue
             rows = len(self.train_dataset)
             count = max(1, round(rows * planner.config.score_fraction))
             chosen = np.sort(np.random.default_rng(planner.config.seed).permutation(rows)[:count])
             with preserved_rng():
-                loader = self._indexed_dataloader(
-                    self.train_dataset, chosen, "Scoring", batch_size=self.args.per_device_train_batch_size
-                )
+                dataset, collator = self._without_unused_columns(self.train_dataset, "Scoring")
+                loader = self._wrapped_dataloader(
+                    IndexedDataset(dataset, chosen), IndexedCollator(collator), "Scoring",
+                    batch_size=self.args.per_device_train_batch_size,
+                )  # fmt: skip
                 table = score_samples(planner.model, planner.partition, loader, score, planner.progress)
             planner.scores[score] = self._gather_scores(table)
 
@@ -223,11 +320,14 @@ class D2FTTrainerMixin:
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.planner is not None and self.args.should_save:
-            rest = None
-            if self.args.gradient_accumulation_steps == 1 and self._window:
-                rows = [list(self.planner.peek(index).plan.operations) for _, index in self._window]
-                rest = {"operations": rows, "rng": self.planner.rng.bit_generator.state}
+            rest = self._unfinished_window() if self.args.gradient_accumulation_steps == 1 and self._window else None
             save_state(self.planner, output_dir, rest_of_window=rest)
+
+    def _unfinished_window(self) -> dict[str, Any]:
+        planner, nothing = self.planner, [0] * self.planner.partition.num_scheduled
+        rows = [nothing if i is None else list(planner.peek(i).plan.operations) for _, i in self._window]
+        samples = [batch[INDEX_KEY].tolist() for batch, _ in self._window] if planner.schedules_samples else None
+        return {"operations": rows, "samples": samples, "rng": planner.rng.bit_generator.state}
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -245,53 +345,3 @@ class D2FTTrainer(D2FTTrainerMixin, Trainer):
     trainer = D2FTTrainer(model=model, args=TrainingArguments(..., gradient_accumulation_steps=5), ...)
     trainer.train()
     """
-
-
-class D2FTCallback(TrainerCallback):
-    """Gives a plain Trainer, or a subclass that one did not write, what `D2FTTrainer` does.
-
-        Trainer(model=model, callbacks=[D2FTCallback()], ...)
-
-    Callbacks see neither the batches nor the loss, so this one gives the Trainer itself the methods of
-    `D2FTTrainerMixin` as soon as it is constructed.
-
-    Args:
-        trainer: The Trainer, where it is at hand; else the one that the callback was given to.
-    """
-
-    def __init__(self, trainer: Trainer | None = None):
-        self._adopted = False
-        if trainer is not None:
-            self._adopt(trainer)
-
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adopt the Trainer that is being constructed."""
-        if not self._adopted:
-            self._adopt(_calling_trainer(self))
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Speak if the callback came too late."""
-        if not self._adopted:
-            raise ValueError(
-                "D2FTCallback was added to a Trainer that already exists; give it to the constructor, "
-                "Trainer(..., callbacks=[D2FTCallback()]), or use trainer.add_callback(D2FTCallback(trainer))."
-            )
-
-    def _adopt(self, trainer: Trainer) -> None:
-        if not isinstance(trainer, D2FTTrainerMixin):
-            cls = type(trainer)
-            trainer.__class__ = type(f"D2FT{cls.__name__}", (D2FTTrainerMixin, cls), {})
-        self._adopted = True
-
-
-def _calling_trainer(callback: TrainerCallback) -> Trainer:
-    """The Trainer whose constructor is calling, found on the stack: events do not name it."""
-    frame: Any = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
-            return caller
-        frame = frame.f_back
-    raise RuntimeError("D2FTCallback found no Trainer that calls it; use D2FTCallback(trainer).")

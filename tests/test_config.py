@@ -22,6 +22,8 @@ DEFAULTS = {
     "num_devices": None,
     "device_capacities": None,
     "policy": "bilevel",
+    "rows": "micro_batches",
+    "interval": 10,
     "tie_break": "aligned",
     "backward_score": "weight_magnitude",
     "forward_score": "fisher",
@@ -64,6 +66,9 @@ BAD = [
     ({"num_devices": 2, "device_capacities": [0.5, 0]}, r"device_capacities\[1\]=0 must be in \(0, 1\]"),
     ({"policy": "best"}, "policy='best' is unknown; choose one of .*bilevel"),
     ({"policy": ["bilevel"]}, r"policy=\['bilevel'\] must be the name of a policy"),
+    ({"rows": "tokens"}, "rows='tokens' must be one of micro_batches, samples"),
+    ({"interval": 0}, "interval=0 must be an integer of at least 1"),
+    ({"policy": "importance", "num_full": 1, "num_forward_only": 1}, "num_forward_only=1 counts micro-batches"),
     ({"tie_break": "even"}, "tie_break='even' must be one of aligned, spread"),
     ({"backward_score": "l2"}, "backward_score='l2' must be one of weight_magnitude, fisher"),
     ({"forward_score": None}, "forward_score=None must be one of weight_magnitude, fisher"),
@@ -100,6 +105,12 @@ def test_defaults():
     assert own | {"r"} == DEFAULTS.keys()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
     assert config.budget == Budget(compute=0.6)
+
+
+def test_a_policy_brings_its_rows_and_its_score():
+    config = D2FTConfig(policy="importance")
+    assert (config.rows, config.backward_score) == ("samples", "loss")
+    assert D2FTConfig(policy="importance", rows="micro_batches", backward_score="el2n").rows == "micro_batches"
 
 
 @pytest.mark.parametrize("values, message", BAD, ids=lambda value: value if isinstance(value, str) else "")

@@ -21,6 +21,8 @@ CASES = {
     "scores of samples": ({"backward_score": "fisher", "num_full": 1, "num_forward_only": 1}, 2),
     "random draws": ({"policy": "random", "compute_budget": 0.5}, 2),
     "inside a window": ({"policy": "random", "compute_budget": 0.5, "num_micro_batches": 4}, 1),
+    "last losses": ({"policy": "importance", "compute_budget": 0.5}, 2),
+    "last losses, inside a window": ({"policy": "importance", "compute_budget": 0.5, "num_micro_batches": 4}, 1),
     "means of features": ({"policy": "random", "compute_budget": 0.5, "shortcut": "mean"}, 2),
 }
 

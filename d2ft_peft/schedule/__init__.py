@@ -4,9 +4,10 @@ A `Problem` holds scores, costs, sizes and the `Budget` of one step; a policy tu
 """
 
 from .budget import Budget
+from .compose import compose
 from .cost import CostModel
 from .operations import COMMUNICATION, Operation
-from .policies import bilevel_gap, get_policy, objective, policy_names, policy_reads, register_policy
+from .policies import bilevel_gap, get_policy, objective, policy_facts, policy_names, register_policy
 from .problem import Problem
 from .schedule import Schedule
 
@@ -19,9 +20,10 @@ __all__ = [
     "Problem",
     "Schedule",
     "bilevel_gap",
+    "compose",
     "get_policy",
     "objective",
+    "policy_facts",
     "policy_names",
-    "policy_reads",
     "register_policy",
 ]

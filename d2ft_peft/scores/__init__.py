@@ -1,17 +1,27 @@
 """Contribution scores of subnets."""
 
 from .contribution import GRADIENT_SCORES, gradient_scores, weight_magnitude
-from .dataset import IndexedCollator, IndexedDataset
+from .dataset import CANDIDATES_KEY, CandidateCollator, CandidateDataset, IndexedCollator, IndexedDataset, load_items
+from .live import LIVE_SCORES, LiveScores, live_score
+from .source import ScoreSource
 from .table import INDEX_KEY, ScoreTable, preserved_rng, score_samples
 
 
 __all__ = [
+    "CANDIDATES_KEY",
     "GRADIENT_SCORES",
     "INDEX_KEY",
+    "LIVE_SCORES",
+    "CandidateCollator",
+    "CandidateDataset",
     "IndexedCollator",
     "IndexedDataset",
+    "LiveScores",
+    "ScoreSource",
     "ScoreTable",
     "gradient_scores",
+    "live_score",
+    "load_items",
     "preserved_rng",
     "score_samples",
     "weight_magnitude",

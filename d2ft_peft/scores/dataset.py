@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
 from .table import INDEX_KEY
+
+
+CANDIDATES_KEY = "d2ft_candidates"
+"""Key of items that are not collated yet."""
 
 
 class IndexedDataset(Dataset):
@@ -32,9 +37,43 @@ class IndexedDataset(Dataset):
 
     def __getitems__(self, positions: Sequence[int]) -> list[tuple[int, Any]]:
         indices = [int(self.indices[position]) for position in positions]
-        if hasattr(self.dataset, "__getitems__"):
-            return list(zip(indices, self.dataset.__getitems__(indices), strict=True))
-        return [(index, self.dataset[index]) for index in indices]
+        return list(zip(indices, load_items(self.dataset, indices), strict=True))
+
+
+def load_items(dataset: Any, indices: Sequence[int]) -> list:
+    """Items of a map-style data set, in one call where it allows that."""
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(list(indices))
+    return [dataset[index] for index in indices]
+
+
+class CandidateDataset(IndexedDataset):
+    """Gives out the indices of items and not the items: who trains is decided first, then loaded."""
+
+    def __getitem__(self, position: int) -> tuple[int, Any]:
+        return int(self.indices[position]), None
+
+    def __getitems__(self, positions: Sequence[int]) -> list[tuple[int, Any]]:
+        return [self[position] for position in positions]
+
+
+@dataclass
+class Candidates:
+    """Items that are not collated yet. Not a list: what moves batches to a device leaves it alone.
+
+    Attributes:
+        items: The items, None where they are not loaded.
+    """
+
+    items: list
+
+
+class CandidateCollator:
+    """Keeps pairs apart, for `CandidateDataset` or `IndexedDataset`: indices and `Candidates`."""
+
+    def __call__(self, pairs: list[tuple[int, Any]]) -> dict:
+        indices, items = zip(*pairs, strict=True)
+        return {INDEX_KEY: torch.tensor(indices), CANDIDATES_KEY: Candidates(list(items))}
 
 
 class IndexedCollator:

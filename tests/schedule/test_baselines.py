@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from d2ft_peft.schedule import Budget, Operation, get_policy, policy_names, policy_reads, register_policy
+from d2ft_peft.schedule import Budget, Operation, get_policy, policy_facts, policy_names, register_policy
 from d2ft_peft.schedule.policies import registry
 
 from .oracle import deterministic, problems, zeros
@@ -15,7 +15,7 @@ def test_the_policies_that_come_with_the_package():
 
 
 def test_unknown_policies_list_the_known():
-    with pytest.raises(ValueError, match="policy='best' is unknown; choose one of .*'bilevel', 'depth', 'joint'"):
+    with pytest.raises(ValueError, match="policy='best' is unknown; choose one of .*'bilevel', 'depth'"):
         get_policy("best")
 
 
@@ -33,11 +33,11 @@ def test_a_policy_can_be_registered_once(monkeypatch):
 
 def test_a_policy_says_which_scores_it_reads(monkeypatch):
     monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
-    monkeypatch.setattr(registry, "_READS", dict(registry._READS))
+    monkeypatch.setattr(registry, "_FACTS", dict(registry._FACTS))
     register_policy("blind")(get_policy("all_full"))
     register_policy("reader", reads=("backward",))(get_policy("all_full"))
-    assert policy_reads("blind") == () and policy_reads("reader") == ("backward",)
-    assert policy_reads("bilevel") == ("backward", "forward")
+    assert policy_facts("blind").reads == () and policy_facts("reader").reads == ("backward",)
+    assert policy_facts("bilevel").reads == ("backward", "forward")
     with pytest.raises(ValueError, match=r"reads=\('fisher',\) must name"):
         register_policy("other", reads=("fisher",))
 

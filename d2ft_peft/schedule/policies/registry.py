@@ -1,6 +1,8 @@
 """Names of policies, as the configuration writes them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from ..problem import Problem
 from ..schedule import Schedule
@@ -9,28 +11,53 @@ from ..schedule import Schedule
 Policy = Callable[[Problem], Schedule]
 """A policy is a function from the numbers of a step to its schedule."""
 
+Rows = Literal["micro_batches", "samples"]
+
 _POLICIES: dict[str, Policy] = {}
-_READS: dict[str, tuple[str, ...]] = {}
+_FACTS: dict[str, "PolicyFacts"] = {}
 
 
-def register_policy(name: str, reads: tuple[str, ...] = ()) -> Callable[[Policy], Policy]:
+@dataclass(frozen=True)
+class PolicyFacts:
+    """What a caller has to know of a policy.
+
+    Attributes:
+        reads: which scores it looks at, "backward" or "forward"; others are not computed, and are ones.
+        rows: what a row of its problem is unless the configuration says otherwise. Samples that get the same
+            operations are composed into micro-batches afterwards.
+        backward_score: the backward score that it is meant for, the default of the configuration.
+    """
+
+    reads: tuple[str, ...] = ()
+    rows: Rows = "micro_batches"
+    backward_score: str = "weight_magnitude"
+
+
+def register_policy(
+    name: str,
+    reads: tuple[str, ...] = (),
+    rows: Rows = "micro_batches",
+    backward_score: str = "weight_magnitude",
+) -> Callable[[Policy], Policy]:
     """Decorator that makes a policy known under `name`.
 
     Args:
         name: what `D2FTConfig(policy=...)` says.
-        reads: which scores the policy looks at, "backward" or "forward"; others are not computed, and are ones.
+        reads, rows, backward_score: see `PolicyFacts`.
 
     Raises:
-        ValueError: the name is taken, or `reads` names no score.
+        ValueError: the name is taken, `reads` names no score, or `rows` is neither micro-batches nor samples.
     """
     if not set(reads) <= {"backward", "forward"}:
         raise ValueError(f"reads={reads!r} must name 'backward', 'forward' or both")
+    if rows not in ("micro_batches", "samples"):
+        raise ValueError(f"rows={rows!r} must be 'micro_batches' or 'samples'")
 
     def register(policy: Policy) -> Policy:
         if name in _POLICIES:
             raise ValueError(f"policy={name!r} is already registered; choose another name than {policy_names()}")
         _POLICIES[name] = policy
-        _READS[name] = tuple(reads)
+        _FACTS[name] = PolicyFacts(tuple(reads), rows, backward_score)
         return policy
 
     return register
@@ -47,10 +74,10 @@ def get_policy(name: str) -> Policy:
     return _POLICIES[name]
 
 
-def policy_reads(name: str) -> tuple[str, ...]:
-    """Which scores the policy called `name` looks at."""
+def policy_facts(name: str) -> PolicyFacts:
+    """What a caller has to know of the policy called `name`."""
     get_policy(name)
-    return _READS[name]
+    return _FACTS[name]
 
 
 def policy_names() -> list[str]:

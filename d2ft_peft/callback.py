@@ -1,0 +1,60 @@
+"""D2FT in a Trainer that somebody else constructs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .trainer import D2FTTrainerMixin
+
+
+class D2FTCallback(TrainerCallback):
+    """Gives a plain Trainer, or a subclass that one did not write, what `D2FTTrainer` does.
+
+        Trainer(model=model, callbacks=[D2FTCallback()], ...)
+
+    Callbacks see neither the batches nor the loss, so this one gives the Trainer itself the methods of
+    `D2FTTrainerMixin` as soon as it is constructed.
+
+    Args:
+        trainer: The Trainer, where it is at hand; else the one that the callback was given to.
+    """
+
+    def __init__(self, trainer: Trainer | None = None):
+        self._adopted = False
+        if trainer is not None:
+            self._adopt(trainer)
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Adopt the Trainer that is being constructed."""
+        if not self._adopted:
+            self._adopt(_calling_trainer(self))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Speak if the callback came too late."""
+        if not self._adopted:
+            raise ValueError(
+                "D2FTCallback was added to a Trainer that already exists; give it to the constructor, "
+                "Trainer(..., callbacks=[D2FTCallback()]), or use trainer.add_callback(D2FTCallback(trainer))."
+            )
+
+    def _adopt(self, trainer: Trainer) -> None:
+        if not isinstance(trainer, D2FTTrainerMixin):
+            cls = type(trainer)
+            trainer.__class__ = type(f"D2FT{cls.__name__}", (D2FTTrainerMixin, cls), {})
+        self._adopted = True
+
+
+def _calling_trainer(callback: TrainerCallback) -> Trainer:
+    """The Trainer whose constructor is calling, found on the stack: events do not name it."""
+    frame: Any = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back
+    raise RuntimeError("D2FTCallback found no Trainer that calls it; use D2FTCallback(trainer).")

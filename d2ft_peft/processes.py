@@ -1,0 +1,39 @@
+"""What the processes of a distributed run tell each other about a step: small arrays of numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def world_size() -> int:
+    """Number of processes of the run; 1 without torch.distributed."""
+    return dist.getworld_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce(values: np.ndarray, operation: Any = None) -> np.ndarray:
+    """Sum (by default) over all processes, the same bits on each."""
+    if world_size() == 1:
+        return values
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(device)
+    dist.all_reduce(tensor, operation or dist.ReduceOp.SUM)
+    return tensor.cpu().numpy()
+
+
+def gather_samples(indices: np.ndarray, values: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Samples and their scores from all processes; some may have fewer."""
+    if world_size() == 1:
+        return indices, values
+    rows = np.stack([indices.astype(np.float64), *values.values()])
+    length = int(all_reduce(np.array([rows.shape[1]], dtype=float), dist.ReduceOp.MAX)[0])
+    padded = np.full((len(rows), length), np.nan)
+    padded[:, : rows.shape[1]] = rows
+    everyone = np.zeros((world_size(), *padded.shape))
+    everyone[dist.get_rank()] = np.nan_to_num(padded, nan=-1.0)
+    rows = np.concatenate(list(all_reduce(everyone)), axis=1)
+    rows = rows[:, rows[0] >= 0]
+    return rows[0].astype(np.int64), dict(zip(values, rows[1:], strict=True))

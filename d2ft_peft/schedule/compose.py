@@ -1,0 +1,52 @@
+"""From a schedule of samples to micro-batches: samples that get the same operations run together."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .schedule import Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Composition:
+    """Micro-batches composed of samples.
+
+    Attributes:
+        micro_batches: Positions of the samples of each micro-batch that runs, in the order of the samples; int arrays.
+        schedule: Its first rows are these micro-batches; a last one holds the samples that do not run, if there are
+            any. Weights are numbers of samples.
+    """
+
+    micro_batches: tuple[np.ndarray, ...]
+    schedule: Schedule
+
+
+def compose(samples: Schedule, size: int) -> Composition:
+    """Groups samples by their operations, and cuts the groups into micro-batches of nearly equal size.
+
+    Args:
+        samples: A schedule whose rows are samples.
+        size: Most samples of a micro-batch, which bounds the memory of a step.
+
+    Raises:
+        ValueError: size is not positive.
+    """
+    if size < 1:
+        raise ValueError(f"size={size} must be at least 1; give the samples that fit into a micro-batch")
+    rows, kind = np.unique(samples.operations, axis=0, return_inverse=True)
+    # Largest first: if micro-batches differ in what they do, the costliest comes first.
+    groups = [(row, np.flatnonzero(kind.ravel() == index)) for index, row in enumerate(rows)][::-1]
+    micro_batches, operations = [], []
+    for row, members in groups:
+        if row.any():
+            parts = np.array_split(members, -(-len(members) // size))
+            micro_batches.extend(parts)
+            operations.extend([row] * len(parts))
+    weights = [float(samples.weights[part].sum()) for part in micro_batches]
+    if samples.skipped.any():
+        operations.append(np.zeros_like(rows[0]))
+        weights.append(float(samples.weights[samples.skipped].sum()))
+    schedule = Schedule(
+        np.stack(operations), np.array(weights), samples.devices, samples.costs, samples.capacities, samples.blocks
+    )
+    return Composition(tuple(micro_batches), schedule)

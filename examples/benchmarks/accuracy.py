@@ -1,0 +1,159 @@
+"""Accuracy at a share of the compute: policies side by side with plain fine-tuning and with plain training on less.
+
+    python examples/benchmarks/accuracy.py --assets ASSETS --task cifar10 --train 4000 --test 2000 --steps 200 \
+        --rows plain fewer_steps fewer_samples importance --budgets 0.6 0.4 --seeds 0 1 2 --json results.jsonl
+
+A row is ``plain`` (all of the compute), ``fewer_steps`` (plain, that share of the steps, with a learning-rate schedule
+of its own) or a policy, with fields of `D2FTConfig` where wanted: ``importance:backward_score=el2n``. The result file
+gets one line a run; runs that it already holds are not made again, so a command can be continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import get_peft_model
+from tasks import Task, load_task
+from transformers import TrainingArguments, set_seed
+
+from d2ft_peft import D2FTConfig, D2FTTrainer
+
+
+def config_of(row: str, budget: float, mode: str, task: Task, seed: int) -> D2FTConfig:
+    """The configuration that a row stands for."""
+    name, _, fields = row.partition(":")
+    given = dict(pair.split("=") for pair in fields.split(",")) if fields else {}
+    given.pop("lr", None)
+    options = {key: _literal(value) for key, value in given.items()}
+    if name in ("plain", "fewer_steps"):
+        name = "all_full"
+    elif "num_full" not in options:
+        options["compute_budget"] = budget
+    if mode == "lora":
+        options |= {"r": 8, "lora_alpha": 16, "modules_to_save": [task.head] if task.head else None}
+    else:
+        options["train_boundary"] = True
+    return D2FTConfig(policy=name, seed=seed, **options)
+
+
+def _literal(value: str):
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+def learning_rate(row: str, mode: str, task: Task, default: float | None) -> float:
+    for pair in row.partition(":")[2].split(","):
+        if pair.startswith("lr="):
+            return float(pair[3:])
+    return default or task.learning_rate[mode]
+
+
+class Evaluator(D2FTTrainer):
+    """The Trainer, whose training batches are augmented."""
+
+    augment = True
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        self.data_collator, collator = self.task.collate, self.data_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+
+def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespace) -> dict:
+    """One run: its setting, what it reached, and what it cost."""
+    set_seed(seed)
+    torch.set_num_threads(args.threads)
+    lr = learning_rate(row, args.mode, task, args.lr)
+    steps = max(1, round(args.steps * budget)) if row.startswith("fewer_steps") else args.steps
+    model = get_peft_model(task.model(), config_of(row, budget, args.mode, task, seed))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=steps, per_device_train_batch_size=args.micro_batch_size, learning_rate=lr,
+            gradient_accumulation_steps=args.micro_batches, per_device_eval_batch_size=100, warmup_steps=args.warmup,
+            weight_decay=args.weight_decay, save_strategy="no", report_to=[], seed=seed, disable_tqdm=True,
+            logging_steps=10**9, remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
+        )  # fmt: skip
+        trainer = Evaluator(
+            model=model, args=arguments, train_dataset=task.train, eval_dataset=task.test,
+            data_collator=lambda samples: task.collate(samples, flip=True),
+        )  # fmt: skip
+        trainer.task = task
+        trainer.prediction_loss_only = args.prediction_loss_only = task.metric == "loss"
+        if task.metric == "accuracy":
+            trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+            trainer.compute_metrics = lambda p: {"accuracy": 100 * float(np.mean(p.predictions == p.label_ids))}
+        started, cpu = time.perf_counter(), time.process_time()
+        trainer.train()
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+        result = trainer.evaluate()[f"eval_{task.metric}"]
+    log = next(entry for entry in reversed(trainer.state.log_history) if "compute_ratio" in entry)
+    return {
+        "task": args.task, "mode": args.mode, "row": row, "budget": 1.0 if row.startswith("plain") else budget,
+        "seed": seed, "steps": args.steps, "lr": lr, "train_samples": len(task.train), "metric": task.metric,
+        "value": result, "seconds": seconds, "cpu_seconds": cpu_seconds, "compute_ratio": log["compute_ratio"],
+        "flops": trainer.state.total_flos, "size": args.size,
+    }  # fmt: skip
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--assets", required=True, help="folder with models/ and data/")
+    parser.add_argument("--task", required=True)
+    parser.add_argument("--mode", choices=["full", "lora"], default="full")
+    parser.add_argument("--rows", nargs="+", required=True)
+    parser.add_argument("--budgets", nargs="+", type=float, default=[0.6])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--micro-batches", type=int, default=5)
+    parser.add_argument("--micro-batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=None, help="for all rows; else the task's, or a row's own lr=...")
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--train", type=int, default=None, help="training samples, all by default")
+    parser.add_argument("--test", type=int, default=None)
+    parser.add_argument("--size", type=int, default=96, help="pixels of an image's side, tokens of a block of text")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", required=True, help="file that gets one line a run")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    warnings.filterwarnings("ignore")
+    task = load_task(args.task, args.assets, args.size, args.train, args.test)
+    path = Path(args.json)
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    keys = ("task", "mode", "row", "budget", "seed", "steps", "lr", "train_samples", "size")
+    known = {tuple(run[key] for key in keys) for run in done}
+    for seed in args.seeds:
+        for row in args.rows:
+            for budget in [1.0] if row.startswith("plain") else args.budgets:
+                lr = learning_rate(row, args.mode, task, args.lr)
+                if (args.task, args.mode, row, budget, seed, args.steps, lr, len(task.train), args.size) in known:
+                    continue
+                run = train(task, row, budget, seed, args)
+                with path.open("a") as file:  # one write: several processes may share a file
+                    file.write(json.dumps(run) + "\n")
+                print(
+                    f"{args.task} {args.mode} {row:40} {run['budget']:.2f} seed {seed} lr {lr:g}: "
+                    f"{args.task and run['value']:.3f} ({run['seconds']:.0f} s, ran {run['compute_ratio']:.3f})",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main()

@@ -1,0 +1,133 @@
+"""Tasks of the accuracy benchmark: real pre-trained weights and real data, prepared once and kept in memory.
+
+Models and data lie in a folder (``--assets``) as ``models/NAME`` and ``data/NAME/{train,test,validation}.parquet``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as tf
+from datasets import load_dataset
+
+
+@dataclass
+class Task:
+    """What is trained on what.
+
+    Attributes:
+        model: Builds the pre-trained model, with a new head where the task needs one.
+        head: Module that is new, trained in every variant; None if there is none.
+        train, test: Lists of samples.
+        collate: From samples to a batch; draws its augmentation from numpy's global stream.
+        metric: ``"accuracy"``, in per cent, or ``"loss"``.
+        learning_rate: Found for plain fine-tuning, by mode.
+    """
+
+    model: Callable[[], torch.nn.Module]
+    head: str | None
+    train: list
+    test: list
+    collate: Callable[[list], dict[str, Any]]
+    metric: str
+    learning_rate: dict[str, float]
+
+
+def _rows(assets: Path, name: str, split: str, count: int | None) -> Any:
+    folder = assets / "data" / name
+    split = split if (folder / f"{split}.parquet").exists() else "validation"
+    rows = load_dataset("parquet", data_files={"x": str(folder / f"{split}.parquet")}, split="x")
+    return rows if count is None or count >= len(rows) else rows.shuffle(seed=0).select(range(count))
+
+
+def image_task(name: str, classes: int, assets: Path, size: int, train: int | None, test: int | None) -> Task:
+    """ViT-Tiny on images of `size` pixels; random horizontal flips."""
+
+    def load(split: str, count: int | None) -> list[tuple[np.ndarray, int]]:
+        rows = _rows(assets, name, split, count)
+        image, label = (next(c for c in rows.column_names if key in c) for key in ("im", "label"))
+        return [
+            (np.asarray(row[image].convert("RGB").resize((size, size), 2)).transpose(2, 0, 1), row[label])
+            for row in rows
+        ]
+
+    def collate(samples: list, flip: bool = False) -> dict[str, Any]:
+        pixels = torch.from_numpy(np.stack([image for image, _ in samples])).float() / 127.5 - 1
+        pixels = torch.where(torch.rand(len(pixels), 1, 1, 1) < 0.5, pixels.flip(-1), pixels) if flip else pixels
+        labels = torch.tensor([label for _, label in samples])
+        return {"pixel_values": pixels, "labels": labels, "interpolate_pos_encoding": True}
+
+    build = partial(
+        tf.ViTForImageClassification.from_pretrained,
+        assets / "models" / "vit-tiny-augreg-in1k", num_labels=classes, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    return Task(
+        build, "classifier", load("train", train), load("test", test), collate, "accuracy", {"full": 3e-4, "lora": 2e-3}
+    )
+
+
+def text_task(name: str, columns: list[str], classes: int, assets: Path, train: int | None, test: int | None) -> Task:
+    """MiniLM on sentences or pairs of them, padded to the longest of a batch."""
+    folder = assets / "models" / "minilm-l6"
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+
+    def load(split: str, count: int | None) -> list[dict]:
+        rows = _rows(assets, name, split, count)
+        encoded = tokenizer(*(list(rows[column]) for column in columns), truncation=True, max_length=96)
+        return [
+            {"input_ids": ids, "token_type_ids": types, "labels": int(label)}
+            for ids, types, label in zip(encoded["input_ids"], encoded["token_type_ids"], rows["label"], strict=True)
+        ]
+
+    pad = tf.DataCollatorWithPadding(tokenizer)
+    build = partial(tf.BertForSequenceClassification.from_pretrained, folder, num_labels=classes, dtype=torch.float32)
+    return Task(
+        build, "classifier", load("train", train), load("test", test), lambda samples, flip=False: dict(pad(samples)),
+        "accuracy", {"full": 1e-4, "lora": 1e-3},
+    )  # fmt: skip
+
+
+def language_task(name: str, assets: Path, length: int, train: int | None, test: int | None) -> Task:
+    """The small Llama on blocks of text; the end of the text is held out."""
+    folder = assets / "models" / "stories260k-llama"
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    if name == "shakespeare":
+        text = (assets / "data" / "text" / "tinyshakespeare.txt").read_text()
+    else:
+        rows = _rows(assets, name, "train", None)
+        text = "\n\n".join(f"{question}\n{answer}" for question, answer in zip(rows["question"], rows["answer"]))  # noqa: B905
+    lines = text.splitlines(keepends=True)
+    tokens = np.concatenate([tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines])
+    blocks = [torch.from_numpy(block) for block in tokens[: len(tokens) // length * length].reshape(-1, length)]
+    held_out = len(blocks) // 10
+
+    def collate(samples: list, flip: bool = False) -> dict[str, Any]:
+        ids = torch.stack(samples).long()
+        return {"input_ids": ids, "labels": ids}
+
+    build = partial(tf.LlamaForCausalLM.from_pretrained, folder, dtype=torch.float32)
+    return Task(
+        build, None, blocks[:-held_out][:train], blocks[-held_out:][:test], collate, "loss",
+        {"full": 2e-3, "lora": 4e-3},
+    )  # fmt: skip
+
+
+def load_task(name: str, assets: str, size: int = 96, train: int | None = None, test: int | None = None) -> Task:
+    """A task by name; `size` is the side of an image in pixels or the length of a block in tokens."""
+    folder = Path(assets)
+    if name in ("cifar10", "stanford_cars"):
+        return image_task(name, 10 if name == "cifar10" else 196, folder, size, train, test)
+    if name in ("sst2", "ag_news", "mrpc"):
+        columns = {"sst2": ["sentence"], "ag_news": ["text"], "mrpc": ["sentence1", "sentence2"]}[name]
+        return text_task(name, columns, 4 if name == "ag_news" else 2, folder, train, test)
+    if name in ("shakespeare", "gsm8k"):
+        return language_task(name, folder, size, train, test)
+    raise ValueError(
+        f"task={name!r} is unknown; choose cifar10, stanford_cars, sst2, ag_news, mrpc, shakespeare, gsm8k"
+    )
