@@ -340,17 +340,19 @@ class D2FTPlanner:
         return np.arange(subnets) * self.config.num_devices // subnets
 
     def _budget(self, num_micro_batches: int) -> Budget:
-        """The configured budget; for the short rest of an epoch, the nearest number of FULL micro-batches."""
+        """The configured budget; for the short rest of an epoch as many FULL micro-batches as are worth no less."""
         budget = self.config.budget
         if self.num_micro_batches is None:
             self.num_micro_batches = num_micro_batches
         if num_micro_batches >= self.num_micro_batches:
             return budget
         if budget.counts is not None:
-            share = budget.counts[0] / self.num_micro_batches
+            num_full, num_forward_only = budget.counts
+            forward_only, full = self.cost_model.costs[:, 1:].sum(axis=0)
+            share = (num_full + num_forward_only * forward_only / full) / self.num_micro_batches
         else:
             share = np.mean(budget.compute if budget.compute is not None else budget.communication)
-        count = np.clip(round(share * num_micro_batches), 1, num_micro_batches)
+        count = np.ceil(share * num_micro_batches * (1 - 1e-9))
         return Budget(compute=float(count / num_micro_batches))
 
     def _sample_budget(self, num_samples: int) -> Budget:

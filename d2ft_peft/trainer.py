@@ -258,9 +258,9 @@ class D2FTTrainerMixin:
             return super()._get_dataloader(dataset, description, *args, **kwargs)
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise ValueError(
-                f"policy={planner.config.policy!r} schedules samples or looks their scores up, which a data set without "
-                "length and indices does not allow; choose policy='bilevel' with backward_score='weight_magnitude', or "
-                "a map-style data set."
+                f"policy={planner.config.policy!r} schedules samples or looks their scores up, and a data set without "
+                "length and indices does not let it; choose policy='bilevel' with backward_score='weight_magnitude', "
+                "or a map-style data set."
             )
         sampler_fn = kwargs.get("sampler_fn")
         if sampler_fn is not None:

@@ -4,7 +4,8 @@
         --rows plain fewer_steps fewer_samples importance --budgets 0.6 0.4 --seeds 0 1 2 --json results.jsonl
 
 A row is ``plain`` (all of the compute), ``fewer_steps`` (plain, that share of the steps, with a learning-rate schedule
-of its own) or a policy, with fields of `D2FTConfig` where wanted: ``importance:backward_score=el2n``. The result file
+of its own) or a policy, with fields of `D2FTConfig` where wanted: ``importance:backward_score=el2n``; ``importance*``
+runs as many steps as make its compute the plain run's. The result file
 gets one line a run; runs that it already holds are not made again, so a command can be continued.
 """
 
@@ -31,6 +32,7 @@ from d2ft_peft import D2FTConfig, D2FTTrainer
 def config_of(row: str, budget: float, mode: str, task: Task, seed: int) -> D2FTConfig:
     """The configuration that a row stands for."""
     name, _, fields = row.partition(":")
+    name = name.removesuffix("*")
     given = dict(pair.split("=") for pair in fields.split(",")) if fields else {}
     given.pop("lr", None)
     options = {key: _literal(value) for key, value in given.items()}
@@ -77,7 +79,11 @@ def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespa
     set_seed(seed)
     torch.set_num_threads(args.threads)
     lr = learning_rate(row, args.mode, task, args.lr)
-    steps = max(1, round(args.steps * budget)) if row.startswith("fewer_steps") else args.steps
+    steps = args.steps
+    if row.startswith("fewer_steps"):
+        steps = max(1, round(args.steps * budget))
+    elif row.partition(":")[0].endswith("*"):
+        steps = round(args.steps / budget)
     model = get_peft_model(task.model(), config_of(row, budget, args.mode, task, seed))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -149,7 +155,7 @@ def main() -> None:
                     file.write(json.dumps(run) + "\n")
                 print(
                     f"{args.task} {args.mode} {row:40} {run['budget']:.2f} seed {seed} lr {lr:g}: "
-                    f"{args.task and run['value']:.3f} ({run['seconds']:.0f} s, ran {run['compute_ratio']:.3f})",
+                    f"{run['value']:.3f} ({run['seconds']:.0f} s, ran {run['compute_ratio']:.3f})",
                     flush=True,
                 )
 

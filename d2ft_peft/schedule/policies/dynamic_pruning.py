@@ -5,8 +5,8 @@ import numpy as np
 from ..operations import Operation
 from ..problem import Problem
 from ..schedule import Schedule
-from .drop_bp import full_where_it_fits, refuse_forward_only
 from .registry import register_policy
+from .units import full_where_it_fits, refuse_forward_only
 
 
 @register_policy("dynamic_pruning", reads=("backward",))

@@ -5,8 +5,8 @@ import numpy as np
 from ..operations import Operation
 from ..problem import Problem
 from ..schedule import Schedule
-from .drop_bp import block_costs, full_where_it_fits
 from .registry import register_policy
+from .units import block_costs, full_where_it_fits
 
 
 @register_policy("lisa")

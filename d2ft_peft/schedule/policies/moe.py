@@ -6,8 +6,8 @@ from ..knapsack import SLACK
 from ..operations import Operation
 from ..problem import Problem
 from ..schedule import Schedule
-from .drop_bp import refuse_forward_only
 from .registry import register_policy
+from .units import refuse_forward_only
 
 
 @register_policy("moe", reads=("forward",))
