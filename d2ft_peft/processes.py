@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 def world_size() -> int:
     """Number of processes of the run; 1 without torch.distributed."""
-    return dist.getworld_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def all_reduce(values: np.ndarray, operation: Any = None) -> np.ndarray:
@@ -19,7 +19,7 @@ def all_reduce(values: np.ndarray, operation: Any = None) -> np.ndarray:
     if world_size() == 1:
         return values
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(device)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)  # a copy: the sum is made in place
     dist.all_reduce(tensor, operation or dist.ReduceOp.SUM)
     return tensor.cpu().numpy()
 

@@ -47,13 +47,45 @@ def train(mode: str, config: str, batch_size: str) -> dict[str, torch.Tensor]:
     """Train on this process's share and return what was trained, the logs and the digest of the last schedule."""
     model = adapt(mode=mode, **CONFIGS[config])
     with tempfile.TemporaryDirectory() as folder:
-        args = arguments(folder, per_device_train_batch_size=int(batch_size), max_grad_norm=0.5)
+        # Plain SGD without clipping: an optimizer that normalizes would hide a factor on the loss.
+        args = arguments(
+            folder, per_device_train_batch_size=int(batch_size), max_grad_norm=0, optim="sgd", learning_rate=0.5
+        )
         trainer = InOrder(model=model, args=args, train_dataset=doubles(samples(n=32)))
         trainer.train()
     ratios = [entry["compute_ratio"] for entry in trainer.state.log_history if "compute_ratio" in entry]
     assert ratios and all(ratio < 1 for ratio in ratios)
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {**weights, "operations": torch.tensor(trainer.planner.schedule.operations)}
+
+
+def train_on_chosen_samples() -> dict[str, torch.Tensor]:
+    """Train on samples that each process draws among its own; return weights, last losses and what ran here."""
+    model = adapt(policy="importance", compute_budget=0.5)
+    ran = []
+
+    class Watching(InOrder):
+        def _collate(self, indices, items):
+            ran.extend(indices.tolist())
+            return super()._collate(indices, items)
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(folder, max_steps=4)
+        trainer = Watching(model=model, args=args, train_dataset=doubles(samples(n=32)))
+        trainer.train()
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    losses = torch.from_numpy(trainer.planner.source.live["loss"].values)
+    return {**weights, "losses": losses, "ran": torch.tensor(ran), "weights": torch.tensor(trainer.planner.schedule.weights)}
+
+
+def test_processes_share_what_they_saw_of_samples(tmp_path):
+    first, second = run(__name__, "train_on_chosen_samples", tmp_path)
+    for name in first.keys() - {"ran", "weights"}:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    seen = set(torch.nonzero(~first["losses"].isnan())[:, 0].tolist())
+    assert seen == {*first["ran"][1:].tolist(), *second["ran"][1:].tolist()}  # [0]: what shows the model's costs
+    assert seen - set(first["ran"].tolist()) and seen - set(second["ran"].tolist())
+    assert first["weights"].tolist() == [4, 4, 8]
 
 
 RUNS = [("full", "random"), ("full", "one block"), ("full", "fisher"), ("lora", "forward only")]
@@ -67,7 +99,7 @@ def train_all(batch_size: str) -> list[dict[str, torch.Tensor]]:
 
 def test_two_processes_equal_one(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "_POLICIES", dict(registry._POLICIES))
-    monkeypatch.setattr(registry, "_READS", dict(registry._READS))
+    monkeypatch.setattr(registry, "_FACTS", dict(registry._FACTS))
     single, *ranks = train_all("4"), *run(__name__, "train_all", tmp_path, "2")
     for rank in ranks:
         for (mode, config), ours, theirs in zip(RUNS, rank, single, strict=True):
