@@ -79,7 +79,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, killed, case, monkeypat
     def never(*args):
         raise AssertionError("samples were scored again, by weights that have moved")
 
-    monkeypatch.setattr("d2ft_peft.trainer.score_samples", never)
+    monkeypatch.setattr("d2ft_peft.trainer_data.score_samples", never)
     assert_equal(train(killed / case, case, resume=True), whole)
 
 
