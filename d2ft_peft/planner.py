@@ -188,7 +188,9 @@ class D2FTPlanner:
             values = self.source.of(self._score_name(kind), indices, self.step)
             return np.broadcast_to(values, (len(indices), values.shape[1]))
 
-        samples = self.policy(self._problem(score, self._sample_budget(len(indices)), np.ones(len(indices))))
+        usual = self.num_micro_batches or self.config.num_micro_batches
+        budget = self.config.budget.of_samples(len(indices), usual)
+        samples = self.policy(self._problem(score, budget, np.ones(len(indices))))
         composition = compose(samples, size)
         sizes = composition.schedule.weights
         # Capacities bind what each process planned for its own samples; the schedule counts those of all.
@@ -340,32 +342,13 @@ class D2FTPlanner:
         return np.arange(subnets) * self.config.num_devices // subnets
 
     def _budget(self, num_micro_batches: int) -> Budget:
-        """The configured budget; for the short rest of an epoch as many FULL micro-batches as are worth no less."""
-        budget = self.config.budget
+        """The configured budget, or that of the shorter rest of an epoch."""
         if self.num_micro_batches is None:
             self.num_micro_batches = num_micro_batches
         if num_micro_batches >= self.num_micro_batches:
-            return budget
-        if budget.counts is not None:
-            num_full, num_forward_only = budget.counts
-            forward_only, full = self.cost_model.costs[:, 1:].sum(axis=0)
-            share = (num_full + num_forward_only * forward_only / full) / self.num_micro_batches
-        else:
-            share = np.mean(budget.compute if budget.compute is not None else budget.communication)
-        count = np.ceil(share * num_micro_batches * (1 - 1e-9))
-        return Budget(compute=float(count / num_micro_batches))
-
-    def _sample_budget(self, num_samples: int) -> Budget:
-        """The configured budget for samples: their nearest whole number, and at least one."""
-        budget = self.config.budget
-        if isinstance(budget.compute, tuple):
-            return budget
-        if budget.counts is not None:
-            share = budget.counts[0] / (self.num_micro_batches or self.config.num_micro_batches)
-        else:
-            share = budget.compute if budget.compute is not None else budget.communication
-        count = float(np.clip(round(share * num_samples), 1, num_samples) / num_samples)
-        return Budget(communication=count) if budget.communication is not None else Budget(compute=count)
+            return self.config.budget
+        forward_only, full = self.cost_model.costs[:, 1:].sum(axis=0)
+        return self.config.budget.of_rest(num_micro_batches, self.num_micro_batches, forward_only / full)
 
 
 def batch_size(batch: dict[str, Any]) -> int:

@@ -62,6 +62,34 @@ class Budget:
         """(num_full, num_forward_only) if the budget is given in counts, else None."""
         return None if self.num_full is None else (self.num_full, self.num_forward_only)
 
+    def of_rest(self, num_micro_batches: int, usual: int, forward_only: float) -> "Budget":
+        """The budget of the rest of an epoch: as many FULL micro-batches as are worth no less.
+
+        Args:
+            num_micro_batches: micro-batches of the rest.
+            usual: micro-batches of a usual step, which counts refer to.
+            forward_only: cost of FORWARD_ONLY relative to FULL.
+        """
+        if self.counts is not None:
+            share = (self.num_full + self.num_forward_only * forward_only) / usual
+        else:
+            share = float(np.mean(self.communication if self.compute is None else self.compute))
+        count = math.ceil(share * num_micro_batches * (1 - CAPACITY_TOLERANCE))
+        return Budget(compute=min(1.0, count / num_micro_batches))
+
+    def of_samples(self, num_samples: int, usual: int) -> "Budget":
+        """The budget where samples are scheduled: their nearest whole number, and at least one.
+
+        Args:
+            num_samples: candidates of the step.
+            usual: micro-batches of a usual step, which counts refer to.
+        """
+        if isinstance(self.compute, tuple):
+            return self
+        share = self.num_full / usual if self.counts is not None else self.communication or self.compute
+        share = min(1.0, max(1, round(share * num_samples)) / num_samples)
+        return Budget(compute=share) if self.communication is None else Budget(communication=share)
+
     def capacities(self, costs: np.ndarray, weights: np.ndarray, devices: np.ndarray) -> np.ndarray:
         """Compute that each device may do; [M], unit of costs * weights.
 

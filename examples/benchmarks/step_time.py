@@ -5,7 +5,8 @@
 
 A step is all forward and backward passes of N micro-batches, ready for the optimizer. The variants take turns at every
 micro-batch, so that a busy machine slows all of them; each ratio is the median over the repeats of the variant's time
-over the plain step's time of the same repeat. Weights are random: speed does not depend on them.
+over the plain step's time of the same repeat. Efficiency is the share of time saved over the share of FLOPs saved.
+Weights are random: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -164,6 +165,7 @@ def measure(args: argparse.Namespace, mode: str) -> list[dict]:
     times = [step_seconds(steps, args.device) for _ in range(args.repeats)]
     rows = []
     for name in steps:
+        time_ratio, flops_ratio = statistics.median(t[name] / t["plain"] for t in times), flops[name] / flops["plain"]
         num_full, num_forward_only = (n, 0) if name == "plain" else name
         rows.append(
             {
@@ -173,8 +175,9 @@ def measure(args: argparse.Namespace, mode: str) -> list[dict]:
                 "num_forward_only": num_forward_only,
                 "num_micro_batches": n,
                 "seconds": statistics.median(t[name] for t in times),
-                "time_ratio": statistics.median(t[name] / t["plain"] for t in times),
-                "flops_ratio": flops[name] / flops["plain"],
+                "time_ratio": time_ratio,
+                "flops_ratio": flops_ratio,
+                "efficiency": (1 - time_ratio) / (1 - flops_ratio) if flops_ratio < 0.999 else None,
                 "memory_ratio": memory[name] / memory["plain"],
                 "tflops_per_second": flops[name] / statistics.median(t[name] for t in times) / 1e12,
             }
@@ -213,14 +216,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
     rows = []
-    print(f"{'mode':6}{'step':>16}{'seconds':>10}{'time':>8}{'FLOPs':>8}{'memory':>8}   (ratios to the plain step)")
+    names = ("time", "FLOPs", "memory", "efficiency")
+    print(f"{'mode':6}{'step':>16}{'seconds':>10}" + "".join(f"{name:>12}" for name in names))
     for mode in args.modes.split(","):
         for row in measure(args, mode):
             rows.append(row)
             skipped = row["num_micro_batches"] - row["num_full"] - row["num_forward_only"]
             name = "plain" if row["variant"] == "plain" else f"{row['num_full']}F+{row['num_forward_only']}O+{skipped}S"
-            ratios = "".join(f"{row[key]:8.3f}" for key in ("time_ratio", "flops_ratio", "memory_ratio"))
-            print(f"{mode:6}{name:>16}{row['seconds']:10.3f}{ratios}", flush=True)
+            ratios = "".join(f"{row[key]:12.3f}" for key in ("time_ratio", "flops_ratio", "memory_ratio"))
+            efficiency = "" if row["efficiency"] is None else f"{row['efficiency']:12.2f}"
+            print(f"{mode:6}{name:>16}{row['seconds']:10.3f}{ratios}{efficiency}", flush=True)
     if args.json:
         with open(args.json, "w") as file:
             json.dump(rows, file, indent=2)
