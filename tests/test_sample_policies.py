@@ -68,7 +68,22 @@ def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode):
     assert {schedule.compute_ratio for schedule in seen} == {0.5}
     if policy != "fewer_samples":
         ours, theirs = trainer.planner.source.live["loss"], planner.source.live["loss"]
+        assert (~np.isnan(ours.values)).any()
         np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-5)
+
+
+def test_candidates_are_drawn_by_their_own_scores():
+    """A hundred times the loss of the others, and cheap ones at the floor: the costly samples run almost always."""
+    planner = D2FTPlanner(adapt(policy="importance", compute_budget=0.25))
+    planner.prepare(collate(doubles(samples(n=2))))
+    planner.source.update(np.arange(100), {"loss": np.where(np.arange(100) % 4 == 1, 100.0, 0.01)})
+    hits = 0
+    for start in range(20):
+        indices = np.arange(start, start + 8)
+        (positions,) = planner.compose(indices, 4)
+        hits += int((indices[positions] % 4 == 1).sum())
+    assert hits >= 34  # of 40
+    assert planner.step == 20
 
 
 @pytest.mark.parametrize("accumulation", [4, 1])

@@ -98,5 +98,6 @@ def test_composition_runs_every_sample_under_its_own_operations(n, size, kinds, 
 def test_micro_batches_of_a_composition_are_of_nearly_equal_size():
     samples = Schedule(np.array([[2, 2]] * 10 + [[0, 0]] * 6))
     assert [len(part) for part in compose(samples, 4).micro_batches] == [4, 3, 3]
+    assert [len(part) for part in compose(samples, 5).micro_batches] == [5, 5]
     with pytest.raises(ValueError, match="size=0 must be at least 1"):
         compose(samples, 0)
