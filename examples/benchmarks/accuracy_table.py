@@ -88,7 +88,7 @@ def plot(settings: dict, path: str) -> None:
     for axis in axes.flat[len(settings) :]:
         axis.set_axis_off()
     for axis, (setting, rows) in zip(axes.flat, settings.items(), strict=False):
-        task, mode, metric = setting[:3]
+        task, mode, metric, _, samples, size = setting
         ordered = sorted(rows.items(), key=lambda item: (item[0][1], item[0][0]))
         for position, ((row, _), runs) in enumerate(ordered):
             values = [run["value"] for run in runs.values()]
@@ -97,7 +97,7 @@ def plot(settings: dict, path: str) -> None:
             axis.plot(np.mean(values), position, "|", color=color, markersize=14, markeredgewidth=2.5)
         labels = [f"{row.replace('backward_score=', '')} {budget:.0%}" for (row, budget), _ in ordered]
         axis.set_yticks(range(len(labels)), labels, fontsize=7)
-        axis.set_title(f"{task}, {mode} ({metric})", fontsize=9)
+        axis.set_title(f"{task}, {mode}, {samples} samples of size {size} ({metric})", fontsize=9)
         axis.grid(axis="x", alpha=0.3)
         if metric == "loss":
             axis.invert_xaxis()
