@@ -97,7 +97,7 @@ def plot(settings: dict, path: str) -> None:
             axis.plot(np.mean(values), position, "|", color=color, markersize=14, markeredgewidth=2.5)
         labels = [f"{row.replace('backward_score=', '')} {budget:.0%}" for (row, budget), _ in ordered]
         axis.set_yticks(range(len(labels)), labels, fontsize=7)
-        axis.set_title(f"{task}, {mode}, {samples} samples of size {size} ({metric})", fontsize=9)
+        axis.set_title(f"{task}, {mode}, {samples} samples of size {size} ({metric})", fontsize=7.5)
         axis.grid(axis="x", alpha=0.3)
         if metric == "loss":
             axis.invert_xaxis()
