@@ -29,9 +29,7 @@ def save_state(planner: D2FTPlanner, directory: str | os.PathLike, **extra: Any)
         directory: The folder.
         extra: What `load_state` is to return besides; JSON-friendly.
     """
-    for name, table in planner.scores.items():
-        table.save(os.path.join(directory, _SCORES_FILE.format(name)))
-    for name, scores in planner.source.live.items():
+    for name, scores in (planner.scores | planner.source.live).items():
         scores.save(os.path.join(directory, _SCORES_FILE.format(name)))
     means = {}
     for branch, mean in planner.runtime.means.items():

@@ -156,14 +156,11 @@ class D2FTPlanner:
         samples = np.concatenate([index.cpu().numpy() for index in indices]) if known else None
         starts = np.cumsum(sizes) - sizes
 
-        def score(kind: str) -> np.ndarray:
-            values = self.source.of(self._score_name(kind), samples, self.step)
-            if len(values) == 1:
-                return np.broadcast_to(values, (len(batches), values.shape[1]))
-            # The mean over a micro-batch's samples, over all processes.
+        def mean(values: np.ndarray) -> np.ndarray:
+            """Over the samples of each micro-batch, in all processes."""
             return all_reduce(np.add.reduceat(values, starts)) / global_sizes[:, None]
 
-        self.use(self.policy(self._problem(score, self._budget(len(batches)), global_sizes)), sizes)
+        self.use(self.policy(self._problem(samples, mean, self._budget(len(batches)), global_sizes)), sizes)
         return self.schedule
 
     def compose(self, indices: Sequence[int], size: int) -> list[np.ndarray]:
@@ -183,20 +180,14 @@ class D2FTPlanner:
         if self.cost_model is None:
             raise ValueError("compose needs the model's costs; call prepare(batch) once, with any collated batch.")
         indices = np.asarray(indices)
-
-        def score(kind: str) -> np.ndarray:
-            values = self.source.of(self._score_name(kind), indices, self.step)
-            return np.broadcast_to(values, (len(indices), values.shape[1]))
-
         usual = self.num_micro_batches or self.config.num_micro_batches
         budget = self.config.budget.of_samples(len(indices), usual)
-        samples = self.policy(self._problem(score, budget, np.ones(len(indices))))
+        samples = self.policy(self._problem(indices, np.asarray, budget, np.ones(len(indices))))
         composition = compose(samples, size)
         sizes = composition.schedule.weights
         # Capacities bind what each process planned for its own samples; the schedule counts those of all.
         self.use(replace(composition.schedule, weights=all_reduce(sizes), capacities=None), sizes)
-        for index in range(len(composition.micro_batches), len(sizes)):
-            self.skip(index)
+        self.pass_over()
         return list(composition.micro_batches)
 
     def observe(self, indices: np.ndarray, logits: Tensor, labels: Tensor) -> None:
@@ -211,28 +202,42 @@ class D2FTPlanner:
             values = self.source.observe(logits.detach(), labels)
             self.source.update(*gather_samples(np.asarray(indices), values))
 
-    def _problem(self, score: Callable[[str], np.ndarray], budget: Budget, weights: np.ndarray) -> Problem:
-        self.step += 1
-        scores = {
-            f"{kind}_scores": score(kind)
-            if kind in self._kinds_read
-            else np.ones((len(weights), self.partition.num_scheduled))
-            for kind in ("forward", "backward")
-        }
-        costs = self.cost_model.costs
-        return Problem(
-            **scores,
+    def _problem(
+        self,
+        samples: np.ndarray | None,
+        to_rows: Callable[[np.ndarray], np.ndarray],
+        budget: Budget,
+        weights: np.ndarray,
+    ) -> Problem:
+        """The next step's problem; `to_rows` makes scores of rows [N, K] of those of samples [n, K]."""
+        shape = (len(weights), self.partition.num_scheduled)
+
+        def scores(kind: str) -> np.ndarray:
+            if kind not in self._kinds_read:
+                return np.ones(shape)
+            values = self.source.of(self._score_name(kind), samples, self.step)
+            return np.broadcast_to(values, shape) if values.ndim == 1 else to_rows(values)
+
+        problem = Problem(
+            scores("forward"),
+            scores("backward"),
             budget=budget,
-            costs=costs / costs.max(),
             weights=weights,
-            devices=self._devices(),
-            blocks=self.partition.subnet_blocks,
+            **self._facts,
             tie_break=self.config.tie_break,
             rng=self.rng,
             seed=self.config.seed,
-            step=self.step - 1,
+            step=self.step,
             interval=self.config.interval,
         )
+        self.step += 1
+        return problem
+
+    @property
+    def _facts(self) -> dict[str, np.ndarray | None]:
+        """What problems and schedules have to know of the subnets."""
+        costs = self.cost_model.costs
+        return {"costs": costs / costs.max(), "devices": self._devices(), "blocks": self.partition.subnet_blocks}
 
     def use(self, schedule: Schedule, sizes: np.ndarray | None = None) -> None:
         """Take a schedule made elsewhere as the current step's.
@@ -255,13 +260,17 @@ class D2FTPlanner:
 
         `prepare` was called before.
         """
-        costs = self.cost_model.costs / self.cost_model.costs.max()
-        blocks = self.partition.subnet_blocks
-        self.use(Schedule(operations, all_reduce(weights), self._devices(), costs, None, blocks), weights)
+        self.use(Schedule(operations, all_reduce(weights), **self._facts), weights)
 
-    def skip(self, index: int) -> None:
-        """Note that a micro-batch which is skipped as a whole was passed over."""
-        self._note(index, np.array(self.peek(index).plan.operations))
+    def pass_over(self) -> list[int]:
+        """Note that the micro-batches which are skipped as a whole do not run; returns the indices of the others."""
+        running = []
+        for index, micro_batch in enumerate(self._micro_batches):
+            if micro_batch.skipped:
+                self._note(index, np.array(micro_batch.plan.operations))
+            else:
+                running.append(index)
+        return running
 
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[MicroBatch]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -60,7 +60,7 @@ class D2FTTrainerMixin(IndexedDataMixin):
             if self.args.ddp_find_unused_parameters is None:
                 # Every parameter receives a gradient, if only zero: there is nothing to look for.
                 self.accelerator.ddp_handler.find_unused_parameters = False
-            self._window: list[tuple[dict, int]] = []
+            self._window: list[tuple[dict, int | None]] = []
             self._upcoming: list[int | None] = []
             self._idle = False
             self._last_loss: torch.Tensor | None = None
@@ -102,10 +102,8 @@ class D2FTTrainerMixin(IndexedDataMixin):
             batches = self._compose(candidates)
             order: list[int] = list(range(len(batches)))
         else:
-            skipped = self.planner.plan(candidates).skipped
-            for index in np.flatnonzero(skipped):
-                self.planner.skip(int(index))
-            order = [int(index) for index in np.flatnonzero(~skipped)]
+            self.planner.plan(candidates)
+            order = self.planner.pass_over()
             batches = [candidates[index] for index in order]
         # The Trainer counts micro-batches. Any batch may stand for one that does not run: it is not looked at.
         idle = len(candidates) - len(order)
@@ -131,31 +129,21 @@ class D2FTTrainerMixin(IndexedDataMixin):
         """Read steps ahead and schedule them together; a resumed run first finishes the window that it was in."""
         rest = self.__dict__.pop("_rest_of_window", None)
         size = self.planner.config.num_micro_batches if rest is None else len(rest["operations"])
-        with contextlib.suppress(StopIteration):
-            for _ in range(size):
-                self._window.append((next(epoch_iterator), len(self._window)))
-        if not self._window:
-            return
-        if rest is None:
-            batches, order = self._schedule([batch for batch, _ in self._window])
+        candidates = list(itertools.islice(epoch_iterator, size))
+        if candidates:
+            batches, order = self._schedule(candidates) if rest is None else self._resume_window(rest, candidates)
             self._window = list(zip(batches, order, strict=True))
-        else:
-            self._resume_window(rest)
 
-    def _resume_window(self, rest: dict) -> None:
+    def _resume_window(self, rest: dict, batches: list[dict]) -> tuple[list[dict], list[int | None]]:
         """Finish the window that a checkpoint was made in: the same samples in the same order."""
-        batches = [batch for batch, _ in self._window]
         if rest["samples"] is not None:
             batches = [self._collate(np.array(samples), [None]) for samples in rest["samples"]]
         rows = operations_from(rest["operations"])
         self.planner.prepare(self._prepare_inputs(dict(batches[-1])))
         self.planner.resume(rows, np.array([batch_size(batch) for batch in batches]))
         self.planner.rng.bit_generator.state = rest["rng"]
-        skipped = ~rows.any(axis=1)
-        for index in np.flatnonzero(skipped):
-            self.planner.skip(int(index))
-        order = [None if skip else index for index, skip in enumerate(skipped)]
-        self._window = list(zip(batches, order, strict=True))
+        running = self.planner.pass_over()
+        return batches, [index if index in running else None for index in range(len(batches))]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

@@ -77,6 +77,14 @@ class Problem:
         """N, the number of micro-batches."""
         return self.forward_scores.shape[0]
 
+    def rng_for(self, policy: str) -> np.random.Generator:
+        """The source of randomness. Raises ValueError, which names the policy that draws, if there is none."""
+        if self.rng is None:
+            raise ValueError(
+                f"rng=None: the {policy} policy needs a source of randomness; give np.random.default_rng(seed)"
+            )
+        return self.rng
+
     def interval_rng(self) -> np.random.Generator:
         """A source of randomness that draws the same at every step of an interval."""
         return np.random.default_rng([self.seed, self.step // self.interval])

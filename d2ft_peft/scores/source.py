@@ -43,7 +43,7 @@ class ScoreSource:
         return bool(self.live or self.before_training)
 
     def of(self, name: str, indices: np.ndarray | None, step: int) -> np.ndarray:
-        """Scores float [n, K] of samples; of a score that does not depend on them [1, K].
+        """Scores float [n, K] of samples; of a score that does not depend on them [K].
 
         Args:
             name: Name of the score.
@@ -57,7 +57,7 @@ class ScoreSource:
             era = step // self.interval
             if self._magnitude is None or self._magnitude[0] != era:
                 self._magnitude = era, weight_magnitude(self.model, self.partition)
-            return self._magnitude[1][None]
+            return self._magnitude[1]
         table = self.tables.get(name)
         if indices is None or (name in GRADIENT_SCORES and table is None):
             missing = f"the batches do not carry {INDEX_KEY!r}" if indices is None else "no sample was scored"

@@ -67,12 +67,7 @@ class Selection:
     def put(self, values: Tensor, shape: torch.Size, axis: int) -> Tensor:
         """Inverse of `take`: a tensor of this shape with `values` for the heads, and zeros elsewhere."""
         tensor = values.new_zeros(shape)
-        if self.start is not None:
-            tensor.narrow(axis, self.start, self.length).copy_(values)
-            return tensor
-        outer, inner, _ = self._view(shape, axis)
-        by_head = tensor.view(outer, self.layout.heads, inner)
-        by_head.index_copy_(1, self.heads.index(tensor.device), values.view(outer, len(self.heads), inner))
+        self.add(values, tensor, axis)
         return tensor
 
     def add(self, values: Tensor, tensor: Tensor, axis: int) -> None:

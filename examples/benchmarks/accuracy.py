@@ -29,13 +29,18 @@ from transformers import TrainingArguments, set_seed
 from d2ft_peft import D2FTConfig, D2FTTrainer
 
 
+def parse(row: str) -> tuple[str, dict]:
+    """Name of a row, and the fields that it sets."""
+    name, _, fields = row.partition(":")
+    pairs = (pair.split("=") for pair in fields.split(",")) if fields else ()
+    return name, {key: _literal(value) for key, value in pairs}
+
+
 def config_of(row: str, budget: float, mode: str, task: Task, seed: int) -> D2FTConfig:
     """The configuration that a row stands for."""
-    name, _, fields = row.partition(":")
+    name, options = parse(row)
     name = name.removesuffix("*")
-    given = dict(pair.split("=") for pair in fields.split(",")) if fields else {}
-    given.pop("lr", None)
-    options = {key: _literal(value) for key, value in given.items()}
+    options.pop("lr", None)
     if name in ("plain", "fewer_steps"):
         name = "all_full"
     elif "num_full" not in options:
@@ -55,16 +60,11 @@ def _literal(value: str):
 
 
 def learning_rate(row: str, mode: str, task: Task, default: float | None) -> float:
-    for pair in row.partition(":")[2].split(","):
-        if pair.startswith("lr="):
-            return float(pair[3:])
-    return default or task.learning_rate[mode]
+    return parse(row)[1].get("lr") or default or task.learning_rate[mode]
 
 
 class Evaluator(D2FTTrainer):
     """The Trainer, whose training batches are augmented."""
-
-    augment = True
 
     def get_eval_dataloader(self, eval_dataset=None):
         self.data_collator, collator = self.task.collate, self.data_collator
@@ -82,7 +82,7 @@ def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespa
     steps = args.steps
     if row.startswith("fewer_steps"):
         steps = max(1, round(args.steps * budget))
-    elif row.partition(":")[0].endswith("*"):
+    elif parse(row)[0].endswith("*"):
         steps = round(args.steps / budget)
     model = get_peft_model(task.model(), config_of(row, budget, args.mode, task, seed))
     with tempfile.TemporaryDirectory() as folder:
@@ -97,7 +97,6 @@ def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespa
             data_collator=lambda samples: task.collate(samples, flip=True),
         )  # fmt: skip
         trainer.task = task
-        trainer.prediction_loss_only = args.prediction_loss_only = task.metric == "loss"
         if task.metric == "accuracy":
             trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
             trainer.compute_metrics = lambda p: {"accuracy": 100 * float(np.mean(p.predictions == p.label_ids))}

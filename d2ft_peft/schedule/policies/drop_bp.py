@@ -6,7 +6,7 @@ from ..operations import Operation
 from ..problem import Problem
 from ..schedule import Schedule
 from .registry import register_policy
-from .units import block_costs, full_where_it_fits, pooled_with_rng
+from .units import block_costs, full_where_it_fits
 
 
 @register_policy("drop_bp", reads=("backward",))
@@ -23,12 +23,12 @@ def drop_bp(problem: Problem) -> Schedule:
     Raises:
         ValueError: the problem has no rng, or the budget pays no FULL pair beside FORWARD_ONLY everywhere else.
     """
-    pooled = pooled_with_rng(problem, "drop_bp")
+    rng, pooled = problem.rng_for("drop_bp"), problem.pooled()
     block, costs = block_costs(pooled)
     # A size is summed into the score of a block, since scores are means over the samples of a micro-batch.
     sensitivity = np.bincount(block, (pooled.weights[:, None] * pooled.backward_scores).sum(axis=0))
     # Exponential draws over weights 1 / sensitivity are the moments at which pairs drop; equal ones are in any order.
-    draws = pooled.rng.exponential(size=(pooled.num_micro_batches, len(costs)))
+    draws = rng.exponential(size=(pooled.num_micro_batches, len(costs)))
     latest_first = np.lexsort((-draws.ravel(), -(draws * sensitivity).ravel()))
     what = "FULL block of a micro-batch beside FORWARD_ONLY everywhere else"
     full = full_where_it_fits(pooled, pooled.weights, costs, latest_first, Operation.FORWARD_ONLY, what)

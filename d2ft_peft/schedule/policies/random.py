@@ -20,9 +20,7 @@ def random(problem: Problem) -> Schedule:
     Raises:
         ValueError: the problem has no rng.
     """
-    if problem.rng is None:
-        raise ValueError("rng=None: the random policy needs a source of randomness; give np.random.default_rng(seed)")
-    draws = problem.rng.random(problem.forward_scores.shape)
+    draws = problem.rng_for("random").random(problem.forward_scores.shape)
     if problem.budget.counts is not None:
         num_full, num_forward_only = problem.budget.counts
         full, running = (

@@ -32,7 +32,7 @@ def importance(problem: Problem) -> Schedule:
     """
     scores = problem.backward_scores.sum(axis=1)
     mean = scores.mean() or 1.0
-    return _draw(problem, np.clip(scores / mean, FLOOR, CAP))
+    return _draw("importance", problem, np.clip(scores / mean, FLOOR, CAP))
 
 
 @register_policy("selective_backprop", reads=("backward",), rows="samples", backward_score="loss")
@@ -47,7 +47,7 @@ def selective_backprop(problem: Problem) -> Schedule:
     """
     scores = problem.backward_scores.sum(axis=1)
     percentile = (scores[:, None] >= scores[None, :]).mean(axis=1)
-    return _draw(problem, percentile**SELECTIVITY)
+    return _draw("selective_backprop", problem, percentile**SELECTIVITY)
 
 
 @register_policy("fewer_samples", rows="samples")
@@ -57,15 +57,14 @@ def fewer_samples(problem: Problem) -> Schedule:
     Raises:
         ValueError: no row fits into the budget, or the problem has no rng.
     """
-    return _draw(problem, np.ones(problem.num_micro_batches))
+    return _draw("fewer_samples", problem, np.ones(problem.num_micro_batches))
 
 
-def _draw(problem: Problem, chances: np.ndarray) -> Schedule:
+def _draw(policy: str, problem: Problem, chances: np.ndarray) -> Schedule:
     """Rows [N] drawn in proportion to their chances, without replacement, wherever they still fit."""
-    if problem.rng is None:
-        raise ValueError("rng=None: a policy that draws needs a source of randomness; give np.random.default_rng(seed)")
+    rng = problem.rng_for(policy)
     # Gumbel noise on log chances: the order is that of successive draws without replacement.
-    order = np.argsort(-(np.log(chances) + problem.rng.gumbel(size=len(chances))), kind="stable")
+    order = np.argsort(-(np.log(chances) + rng.gumbel(size=len(chances))), kind="stable")
     operations = np.full(problem.forward_scores.shape, Operation.SHORTCUT, dtype=np.int8)
     if problem.budget.counts is not None:
         num_full, num_forward_only = problem.budget.counts

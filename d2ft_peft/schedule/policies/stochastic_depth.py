@@ -6,7 +6,7 @@ from ..operations import Operation
 from ..problem import Problem
 from ..schedule import Schedule
 from .registry import register_policy
-from .units import block_costs, full_where_it_fits, pooled_with_rng, refuse_forward_only
+from .units import block_costs, full_where_it_fits, refuse_forward_only
 
 
 @register_policy("stochastic_depth")
@@ -25,13 +25,13 @@ def stochastic_depth(problem: Problem) -> Schedule:
         ValueError: the problem has no rng, or the budget counts FORWARD_ONLY cells or pays no pair.
     """
     refuse_forward_only(problem, "stochastic_depth")
-    pooled = pooled_with_rng(problem, "stochastic_depth")
+    rng, pooled = problem.rng_for("stochastic_depth"), problem.pooled()
     block, costs = block_costs(pooled)
     full_cost = costs[:, Operation.FULL]
     skipped_share = max(0.0, 1 - pooled.limits[0] / (pooled.weights.sum() * full_cost.sum()))
     chances = skip_chances(full_cost, skipped_share)
     # Pareto sampling (Rosen 1997): ranks of odds of a draw over odds of its chance hit the chances at a fixed number.
-    draws = pooled.rng.random((pooled.num_micro_batches, len(costs)))
+    draws = rng.random((pooled.num_micro_batches, len(costs)))
     kept_first = np.argsort((draws / (1 - draws) * ((1 - chances) / chances)).ravel(), kind="stable")[::-1]
     what = "FULL block of a micro-batch"
     full = full_where_it_fits(pooled, pooled.weights, costs, kept_first, Operation.SHORTCUT, what)

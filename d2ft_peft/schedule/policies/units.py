@@ -10,13 +10,6 @@ from ..operations import Operation
 from ..problem import Problem
 
 
-def pooled_with_rng(problem: Problem, name: str) -> Problem:
-    """The problem of one machine, for the random policy `name`. Raises ValueError if there is no rng."""
-    if problem.rng is None:
-        raise ValueError(f"rng=None: the {name} policy needs a source of randomness; give np.random.default_rng(seed)")
-    return problem.pooled()
-
-
 def block_costs(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     """Place of each subnet's block among the blocks, lowest 0; int [K]. And limited costs of the blocks; [B, 3]."""
     present, block = np.unique(problem.blocks, return_inverse=True)
