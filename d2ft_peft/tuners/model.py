@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from ..config import D2FTConfig
 from ..partition import Partition, partition_model
-from .intercept import Intercept, ProjectionForward, RegionForward, TouchLoss
+from .intercept import Intercept
 from .layer import D2FTLayer
+from .projection import ProjectionForward
+from .region import RegionForward
 from .runtime import FeatureMean, Runtime, unbind_checkpointing
+from .touch_loss import TouchLoss
 
 
 def get_runtime(model: nn.Module) -> Runtime:
@@ -118,13 +121,16 @@ class SubnetTuner(BaseTuner):
         runtime.blocks = [self.model.get_submodule(name) for name in partition.blocks]
         for index, branch in enumerate(partition.branches):
             region = RegionForward(self.model.get_submodule(branch.region), runtime, branch, index)
+            forwards = []
             for projection in branch.projections:
                 inside = projection.kind == "column" or branch.row_inside
                 module = self.model.get_submodule(projection.name)
-                forward = ProjectionForward(module, runtime, projection, index, inside)
-                forward.install()
-            region.row = forward
-            region.install()
+                forwards.append(ProjectionForward(module, runtime, projection, index, inside))
+            *columns, region.row = forwards
+            for column in columns:
+                column.siblings = tuple(columns)
+            for interception in (*forwards, region):
+                interception.install()
         self.model.register_forward_hook(TouchLoss(self.model, runtime))
 
     def _remove_interceptions(self) -> None:

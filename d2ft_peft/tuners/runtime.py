@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from ..partition import Partition
 from .plan import Cell, Heads, Plan
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """One pass through a region: what its projections compute.
 
@@ -23,12 +24,16 @@ class Run:
         with_bias: Whether this pass adds what belongs to no head: the row-parallel bias and the skipped heads' mean.
         scale: Factor on the heads' contributions (``shortcut="rescale"``).
         skipped: Heads whose mean stands in for them (``shortcut="mean"``).
+        x: Input of the column-parallel projections, once the first has met it.
+        outputs: What they computed together and was not asked for yet, by projection.
     """
 
     heads: Heads
     with_bias: bool = True
     scale: float = 1.0
     skipped: Heads = Heads()
+    x: Tensor | None = None
+    outputs: dict[Any, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""The one primitive of D2FT: a linear layer on the features of some heads.
+"""The one primitive of D2FT: linear layers on the features of some heads.
 
 Shape suffixes: M tokens, I input features, O output features, A features of the heads that run.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,149 +40,181 @@ class HeadAxis:
         return int((self.kind == "row") != self.transposed)
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The features of some heads along one axis of tensors, prepared: execution is a few calls into PyTorch.
-
-    A tensor is viewed as [outer, heads, inner], in which each head is one slice of the middle axis.
+class SubsetLayer(NamedTuple):
+    """One linear layer that runs on some heads.
 
     Attributes:
-        layout: How the features of the axis belong to heads.
-        heads: The heads.
-        start: First feature, if the heads are consecutive and a view holds their features; else None.
-        length: Number of their features.
+        weight: [O, I], or [I, O] if transposed.
+        bias: [O] or None. A row-parallel layer adds it whole.
+        head_axis: Which features belong to heads.
+        addend: Added to the result, which then has its dtype, or None: one pass over memory less than a sum outside.
     """
 
-    layout: FeatureLayout
-    heads: Heads
-    start: int | None
-    length: int
+    weight: Tensor
+    bias: Tensor | None
+    head_axis: HeadAxis
+    addend: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The features of some heads along one axis of tensors, as runs of neighbours: a run is a view, no copy.
+
+    Attributes:
+        runs: Start and length of each run, in the order of the features.
+    """
+
+    runs: tuple[tuple[int, int], ...]
 
     def take(self, tensor: Tensor, axis: int) -> Tensor:
-        """The features of the heads along `axis`, 0 or 1: a view where the heads are consecutive, else a copy."""
-        if self.start is not None:
-            return tensor.narrow(axis, self.start, self.length)
-        outer, inner, shape = self._view(tensor.shape, axis)
-        by_head = tensor.view(outer, self.layout.heads, inner)
-        return by_head.index_select(1, self.heads.index(tensor.device)).view(shape)
+        """The features along `axis`, 0 or 1: a view where they are neighbours, else a copy."""
+        if len(self.runs) == 1:
+            return tensor.narrow(axis, *self.runs[0])
+        return torch.cat([tensor.narrow(axis, *run) for run in self.runs], axis)
 
     def put(self, values: Tensor, shape: torch.Size, axis: int) -> Tensor:
-        """Inverse of `take`: a tensor of this shape with `values` for the heads, and zeros elsewhere."""
+        """Inverse of `take`: a tensor of this shape with `values` for the features, and zeros elsewhere."""
         tensor = values.new_zeros(shape)
         self.add(values, tensor, axis)
         return tensor
 
     def add(self, values: Tensor, tensor: Tensor, axis: int) -> None:
-        """Add `values` to the features of the heads in `tensor`."""
-        if self.start is not None:
-            tensor.narrow(axis, self.start, self.length).add_(values)
-            return
-        outer, inner, _ = self._view(tensor.shape, axis)
-        by_head = tensor.view(outer, self.layout.heads, inner)
-        by_head.index_add_(1, self.heads.index(tensor.device), values.view(outer, len(self.heads), inner))
+        """Add `values` to the features in `tensor`."""
+        offset = 0
+        for start, length in self.runs:
+            tensor.narrow(axis, start, length).add_(values.narrow(axis, offset, length))
+            offset += length
 
     def add_product(self, left: Tensor, right: Tensor, tensor: Tensor, axis: int) -> None:
-        """Add ``left @ right`` to the features of the heads in `tensor`, [O, I] or [I, O]."""
-        if self.start is not None and left.dtype == tensor.dtype:
-            of_heads = tensor.narrow(axis, self.start, self.length)
-            torch.addmm(of_heads, left, right, out=of_heads)  # FlopCounterMode does not know addmm_
-        else:
+        """Add ``left @ right`` to the features in `tensor`, [O, I] or [I, O]."""
+        if left.dtype != tensor.dtype or len(self.runs) > _FEW_RUNS:
             self.add(_cast(left @ right, tensor.dtype), tensor, axis)
+            return
+        factors, offset = [left, right], 0
+        for start, length in self.runs:
+            factors[axis] = (left, right)[axis].narrow(axis, offset, length)
+            of_heads = tensor.narrow(axis, start, length)
+            torch.addmm(of_heads, *factors, out=of_heads)  # FlopCounterMode does not know addmm_
+            offset += length
 
-    def _view(self, shape: torch.Size, axis: int) -> tuple[int, int, list[int]]:
-        """(outer, inner, shape of what is selected) of a tensor."""
-        layout, selected = self.layout, list(shape)
-        selected[axis] = self.length
-        if axis == 0:
-            return layout.parts, layout.width * (shape[1] if len(shape) > 1 else 1), selected
-        return shape[0] * layout.parts, layout.width, selected
+
+# Up to this many runs of neighbours a product is summed run by run, without a copy of it; with more, kernels get small.
+_FEW_RUNS = 3
 
 
 @lru_cache(maxsize=4096)
 def select(layout: FeatureLayout, heads: Heads) -> Selection:
-    """Prepare the selection of some heads' features."""
-    first = heads.indices[0] if heads.indices else 0
-    consecutive = layout.parts == 1 and heads.indices == tuple(range(first, first + len(heads)))
-    length = layout.parts * layout.width * len(heads)
-    return Selection(layout, heads, first * layout.width if consecutive else None, length)
+    """Find the runs of neighbours among some heads' features."""
+    runs: list[list[int]] = []
+    for part in range(layout.parts):
+        for head in heads.indices:
+            start = (part * layout.heads + head) * layout.width
+            if runs and sum(runs[-1]) == start:
+                runs[-1][1] += layout.width
+            else:
+                runs.append([start, layout.width])
+    return Selection(tuple((start, length) for start, length in runs))
 
 
-def subset_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    head_axis: HeadAxis,
-    heads: Heads,
-    addend: Tensor | None = None,
-) -> Tensor:
-    """A linear layer on the features of some heads.
+def subset_linears(x: Tensor, layers: Sequence[SubsetLayer], heads: Heads) -> tuple[Tensor, ...]:
+    """Linear layers that share their input (query, key, value) on the features of some heads.
 
     A column-parallel layer returns the output features of `heads`; a row-parallel layer takes the input features of
-    `heads`. Backward keeps a reference to the whole weight and gathers the features again, so that a step never holds
-    gathered copies of the model; weight and bias get zero gradients outside of `heads`.
+    `heads`. Backward keeps a reference to the whole weights and gathers the features again, so that a step never holds
+    gathered copies of the model; weights and biases get zero gradients outside of `heads`.
 
     Args:
         x: Input [..., I] (column) or [..., A] (row).
-        weight: [O, I], or [I, O] if transposed.
-        bias: [O] or None. A row-parallel layer adds it whole.
-        head_axis: Which features belong to heads.
-        heads: The heads that run.
-        addend: Added to the result, which then has its dtype: one pass over memory less than a sum outside.
+        layers: The layers.
+        heads: The heads that run; at least one.
 
     Returns:
-        [..., A] (column) or [..., O] (row).
+        For each layer [..., A] (column) or [..., O] (row).
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _SubsetLinear.apply(x, weight, bias, head_axis, heads, addend)
+    selections = [select(layer.head_axis.layout, heads) for layer in layers]
+    if not torch.is_grad_enabled():
+        return tuple(_output(x, *layer, selection) for layer, selection in zip(layers, selections, strict=True))
+    weights, biases, axes, addends = zip(*layers, strict=True)
+    return _SubsetLinears.apply(x, axes, selections, *weights, *biases, *addends)
 
 
-class _SubsetLinear(torch.autograd.Function):
+def _output(
+    x: Tensor, weight: Tensor, bias: Tensor | None, head_axis: HeadAxis, addend: Tensor | None, selection: Selection
+) -> Tensor:
+    if bias is not None:
+        bias = _cast(selection.take(bias, 0) if head_axis.kind == "column" else bias, x.dtype)
+    out = F.linear(x, _selected(weight, head_axis, selection, x.dtype), bias)
+    return out if addend is None else _cast(out, addend.dtype).add_(addend)
+
+
+class _SubsetLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, head_axis, heads, addend):
-        selection = select(head_axis.layout, heads)
-        if bias is not None:
-            bias = selection.take(bias, 0) if head_axis.kind == "column" else bias
-            bias = _cast(bias, x.dtype)
+    def forward(ctx, x, axes, selections, *tensors):
+        n = len(axes)
+        weights, biases, addends = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        outputs = tuple(map(_output, [x] * n, weights, biases, axes, addends, selections))
         needs = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
-        ctx.head_axis, ctx.selection = head_axis, selection
-        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
-        out = F.linear(x, _selected(weight, head_axis, selection, x.dtype), bias)
-        ctx.dtype = out.dtype
-        return out if addend is None else _cast(out, addend.dtype).add_(addend)
+        ctx.save_for_backward(x if any(needs[3 : 3 + n]) else None, *(weights if needs[0] else ()))
+        ctx.axes, ctx.selections, ctx.dtype = axes, selections, x.dtype
+        ctx.weight_facts = [(weight.shape, weight.dtype) for weight in weights]
+        # Edges of the graph are numbered by the tensors among the inputs, of which x is the first.
+        ctx.edges = list(itertools.accumulate(tensor is not None for tensor in tensors))
+        ctx.set_materialize_grads(False)
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        head_axis, selection, needs = ctx.head_axis, ctx.selection, ctx.needs_input_grad
-        grad_addend = grad if needs[5] else None
-        grad = _cast(grad, ctx.dtype)
-        grad_MO = grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_weight = grad_bias = None
-        if needs[0]:
-            grad_x = (grad_MO @ _selected(weight, head_axis, selection, grad.dtype)).view(*grad.shape[:-1], -1)
-        if needs[1]:
-            x_MI = x.reshape(-1, x.shape[-1])
-            # The product comes in the layout of the weight, so that its features are put back without transposing.
-            left, right = (x_MI.t(), grad_MO) if head_axis.transposed else (grad_MO.t(), x_MI)
-            accumulated = _accumulated(ctx.next_functions[1][0])
-            if accumulated is None:
-                values = _cast(left @ right, ctx.weight_dtype)
-                grad_weight = selection.put(values, ctx.weight_shape, head_axis.axis)
-            else:
-                selection.add_product(left, right, accumulated, head_axis.axis)
-        if needs[2]:
-            grad_bias = _cast(grad_MO.sum(0), ctx.weight_dtype)
-            if head_axis.kind == "column":
-                accumulated = _accumulated(ctx.next_functions[2][0])
-                if accumulated is None:
-                    grad_bias = selection.put(grad_bias, torch.Size([head_axis.layout.size]), 0)
+    def backward(ctx, *grads):
+        n, needs = len(grads), ctx.needs_input_grad
+        x, *weights = ctx.saved_tensors
+        x_MI = None if x is None else x.reshape(-1, x.shape[-1])
+        grad_x, of_tensors = None, [None] * (3 * n)
+        for j, grad in enumerate(grads):
+            if grad is None:
+                continue
+            if needs[3 + 2 * n + j]:
+                of_tensors[2 * n + j] = grad
+            grad = _cast(grad, ctx.dtype)
+            grad_MO = grad.reshape(-1, grad.shape[-1])
+            if needs[0]:
+                weight = _selected(weights[j], ctx.axes[j], ctx.selections[j], ctx.dtype)
+                if grad_x is None:
+                    grad_x = grad_MO @ weight
                 else:
-                    selection.add(grad_bias, accumulated, 0)
-                    grad_bias = None
-        return grad_x, grad_weight, grad_bias, None, None, grad_addend
+                    torch.addmm(grad_x, grad_MO, weight, out=grad_x)
+            if needs[3 + j]:
+                of_tensors[j] = _weight_gradient(ctx, j, grad_MO, x_MI)
+            if needs[3 + n + j]:
+                of_tensors[n + j] = _bias_gradient(ctx, j, grad_MO)
+        grad_x = None if grad_x is None else grad_x.view(*grad.shape[:-1], -1)
+        return grad_x, None, None, *of_tensors
+
+
+def _weight_gradient(ctx, j: int, grad_MO: Tensor, x_MI: Tensor) -> Tensor | None:
+    """Gradient of the weight of layer j, or None if it was added in place."""
+    head_axis, selection, (shape, dtype) = ctx.axes[j], ctx.selections[j], ctx.weight_facts[j]
+    # The product comes in the layout of the weight, so that its features are put back without transposing.
+    left, right = (x_MI.t(), grad_MO) if head_axis.transposed else (grad_MO.t(), x_MI)
+    accumulated = _accumulated(ctx.next_functions[ctx.edges[j]][0])
+    if accumulated is None:
+        return selection.put(_cast(left @ right, dtype), shape, head_axis.axis)
+    selection.add_product(left, right, accumulated, head_axis.axis)
+    return None
+
+
+def _bias_gradient(ctx, j: int, grad_MO: Tensor) -> Tensor | None:
+    """Gradient of the bias of layer j, or None if it was added in place."""
+    head_axis, selection, (_, dtype) = ctx.axes[j], ctx.selections[j], ctx.weight_facts[j]
+    grad = _cast(grad_MO.sum(0), dtype)
+    if head_axis.kind == "row":
+        return grad
+    accumulated = _accumulated(ctx.next_functions[ctx.edges[len(ctx.axes) + j]][0])
+    if accumulated is None:
+        return selection.put(grad, torch.Size([head_axis.layout.size]), 0)
+    selection.add(grad, accumulated, 0)
+    return None
 
 
 def _accumulated(node: torch.autograd.graph.Node | None) -> Tensor | None:
