@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from d2ft_peft import Operation, partition_model
-from d2ft_peft.tuners import compile_plan, get_runtime
+from d2ft_peft.tuners import compile_plan, get_runtime, projection
+from d2ft_peft.tuners.plan import Heads
 from d2ft_peft.tuners.reference import reference_forward
+from d2ft_peft.tuners.runtime import Run
 from tests.models import TINY
 from tests.tuners.test_equality import (
     assert_same_gradients,
@@ -193,3 +195,50 @@ def test_a_row_of_another_partition_is_refused():
     _, _, _, partition, _ = build("vit")
     with pytest.raises(ValueError, match=r"operations has shape \[3\]; the partition has 12 scheduled subnets"):
         compile_plan(partition, np.zeros(3))
+
+
+def test_projections_that_share_their_input_run_together(monkeypatch):
+    """Query, key and value are one call, and so are gate and up."""
+    model, _, _, partition, batch = build("llama")
+    calls, together = [], projection.subset_linears
+
+    def note(x, layers, heads):
+        calls.append(len(layers))
+        return together(x, layers, heads)
+
+    monkeypatch.setattr(projection, "subset_linears", note)
+    row = np.resize([2, 0], partition.num_scheduled)
+    with get_runtime(model).use(compile_plan(partition, row)):
+        model(**batch)
+    assert calls == [3, 1, 2, 1] * len(partition.blocks)
+
+
+def test_a_projection_with_an_input_of_its_own_computes_it():
+    model, _, _, partition, _ = build("llama")
+    base, runtime = model.get_base_model(), get_runtime(model)
+    query, key = (base.get_submodule(column.name) for column in partition.branches[0].columns[:2])
+    x, y = torch.randn(2, 3, query.weight.shape[1], dtype=torch.float64)
+    runtime.run = Run(Heads((0,)))
+    first, own, again = query(x), key(y), query(x)
+    runtime.run = None
+    width = partition.branches[0].columns[1].layout.width
+    torch.testing.assert_close(own, y @ key.weight[:width].t())
+    torch.testing.assert_close(first, again)
+
+
+def test_dropout_of_lora_draws_for_every_projection_apart():
+    """One product with the factors A of all of them would give them the same mask."""
+    model, _, _, partition, _ = build("vit", "lora", lora_dropout=0.5)
+    base = model.get_base_model()
+    columns = partition.branches[0].columns
+    query, key = (base.get_submodule(column.name) for column in columns[:2])
+    for module in (query, key):
+        for factors in (module.lora_A, module.lora_B):
+            torch.nn.init.constant_(factors["default"].weight, 0.1)
+    x, width = torch.randn(1, 4, query.in_features, dtype=torch.float64), columns[0].layout.width
+    get_runtime(model).run = Run(Heads((0,)))
+    added = [
+        module(x) - torch.nn.functional.linear(x, module.weight[:width], module.bias[:width]) for module in (query, key)
+    ]
+    get_runtime(model).run = None
+    assert (added[0] - added[1]).abs().max() > 1e-3
