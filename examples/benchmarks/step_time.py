@@ -4,9 +4,10 @@
     python examples/benchmarks/step_time.py --model llama --hidden 512 --heads 8 --kv-heads 4 --layers 8 --length 512
 
 A step is all forward and backward passes of N micro-batches, ready for the optimizer. The variants take turns at every
-micro-batch, so that a busy machine slows all of them; each ratio is the median over the repeats of the variant's time
+micro-batch, so that a busy machine slows all of them, and begin with another variant in every repeat; where a turn
+changes the model, a pass that is not timed goes first. Each ratio is the median over the repeats of the variant's time
 over the plain step's time of the same repeat. Efficiency is the share of time saved over the share of FLOPs saved.
-Weights are random: speed does not depend on them.
+Weights are random: speed does not depend on them. `speed.py` puts other methods and shapes beside these.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import json
 import statistics
 import time
 import warnings
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2ft_peft import D2FTConfig, partition_model
 from d2ft_peft.schedule import Budget, Problem, get_policy
-from d2ft_peft.tuners import compile_plan, get_runtime
+from d2ft_peft.tuners import Plan, compile_plan, get_runtime
 from d2ft_peft.tuners.flop_counter import flop_counter
 
 
@@ -84,16 +87,36 @@ def make_plans(partition, num_micro_batches: int, num_full: int, num_forward_onl
     return [compile_plan(partition, row) for row in schedule.operations]
 
 
-def run_micro_batch(model, batch, plan, args) -> None:
-    """Forward and backward of one micro-batch; one that is skipped as a whole is not run."""
-    if plan is not None and plan.skipped:
-        return
-    autocast = torch.autocast(args.device, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
-    with get_runtime(model).use(plan) if plan is not None else contextlib.nullcontext():
-        with autocast:
-            loss = model(**batch).loss / args.micro_batches
-        if loss.requires_grad:
-            loss.backward()
+@dataclass(frozen=True)
+class Variant:
+    """A training step of a model on one batch that stands for all micro-batches.
+
+    Attributes:
+        model: The model as it is fine-tuned.
+        plans: D2FT's plan of each micro-batch, None for a plain one.
+        batch: Arguments of the model.
+        args: Number of micro-batches, device, precision.
+    """
+
+    model: torch.nn.Module
+    plans: list[Plan | None]
+    batch: dict[str, torch.Tensor]
+    args: argparse.Namespace
+
+    @property
+    def distinct_plans(self) -> dict[Plan | None, int]:
+        """How often each plan occurs, without micro-batches that are skipped as a whole: those are not run."""
+        return Counter(plan for plan in self.plans if plan is None or not plan.skipped)
+
+    def run(self, plan: Plan | None) -> None:
+        """Forward and backward of one micro-batch."""
+        args = self.args
+        autocast = torch.autocast(args.device, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+        with get_runtime(self.model).use(plan) if plan is not None else contextlib.nullcontext():
+            with autocast:
+                loss = self.model(**self.batch).loss / args.micro_batches
+            if loss.requires_grad:
+                loss.backward()
 
 
 def seconds(run, device: str) -> float:
@@ -106,38 +129,74 @@ def seconds(run, device: str) -> float:
     return time.perf_counter() - start
 
 
-def step_seconds(steps: dict, device: str) -> dict:
-    """Seconds of a step of each variant, which take turns at every micro-batch."""
-    total = dict.fromkeys(steps, 0.0)
-    for micro_batches in zip(*steps.values(), strict=True):
-        for name, micro_batch in zip(steps, micro_batches, strict=True):
-            total[name] += seconds(micro_batch, device)
+def step_seconds(variants: dict, device: str, first: int = 0) -> dict:
+    """Seconds of a step of each variant, which take turns at every micro-batch and begin with number `first`."""
+    names = list(variants)
+    total = dict.fromkeys(names, 0.0)
+    last = None
+    for i in range(len(variants[names[0]].plans)):
+        for name in names[first:] + names[:first]:
+            variant, plan = variants[name], variants[name].plans[i]
+            if plan is not None and plan.skipped:
+                continue
+            if variant.model is not last:
+                variant.run(plan)  # the first pass after another model's is slower by up to 5 %
+            total[name] += seconds(functools.partial(variant.run, plan), device)
+            last = variant.model
     return total
 
 
-def whole(step) -> None:
-    for micro_batch in step:
-        micro_batch()
-
-
-def peak_memory(step, device: str) -> int:
-    """Bytes that a step allocates on top of what it finds (weights and gradients), at its peak."""
+def peak_memory(run, device: str) -> int:
+    """Bytes that `run` allocates on top of what it finds (weights and gradients), at its peak."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        whole(step)
+        run()
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        whole(step)
+        run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
     return int(np.maximum(np.cumsum(changes), 0).max())
 
 
-def count_flops(step) -> int:
+def count_flops(run) -> int:
     with flop_counter() as counter:
-        whole(step)
+        run()
     return counter.get_total_flops()
+
+
+def flops_and_memory(variants: dict) -> tuple[dict, dict]:
+    """FLOPs of a step of each variant, and the highest peak among its micro-batches.
+
+    Micro-batches of equal plans are equal and are run once. The FLOPs come first: that pass is the warm-up, too, and
+    allocates the gradients, which are then no part of the peak.
+    """
+
+    def per_plan(measure_run):
+        found: dict = {}
+        for variant in variants.values():
+            for plan in variant.distinct_plans:
+                if (variant.model, plan) not in found:
+                    found[variant.model, plan] = measure_run(functools.partial(variant.run, plan), variant.args.device)
+        return found
+
+    flops, memory = per_plan(lambda run, _: count_flops(run)), per_plan(peak_memory)
+    counts = {name: variant.distinct_plans.items() for name, variant in variants.items()}
+    return (
+        {name: sum(n * flops[variants[name].model, plan] for plan, n in counts[name]) for name in variants},
+        {name: max(memory[variants[name].model, plan] for plan, _ in counts[name]) for name in variants},
+    )
+
+
+def efficiency(time_ratio: float, flops_ratio: float) -> float | None:
+    """Share of time saved over share of FLOPs saved; None where no FLOPs are saved."""
+    return (1 - time_ratio) / (1 - flops_ratio) if flops_ratio < 0.999 else None
+
+
+def repeat_seconds(variants: dict, device: str, repeats: int) -> list[dict]:
+    """`step_seconds` of every repeat; the variant that begins moves on through all of them."""
+    return [step_seconds(variants, device, i * len(variants) // repeats) for i in range(repeats)]
 
 
 def measure(args: argparse.Namespace, mode: str) -> list[dict]:
@@ -150,19 +209,13 @@ def measure(args: argparse.Namespace, mode: str) -> list[dict]:
     partition = partition_model(base, args.heads_per_subnet)
     n = args.micro_batches
 
-    def step_of(model, plans):
-        return [functools.partial(run_micro_batch, model, batch, plan, args) for plan in plans]
-
-    steps = {"plain": step_of(plain, [None] * n)}
+    steps = {"plain": Variant(plain, [None] * n, batch, args)}
     for mix in args.mixes.split(","):
         num_full, num_forward_only = (int(count) for count in mix.split("+"))
         plans = make_plans(partition, n, num_full, num_forward_only, args.placement)
-        steps[(num_full, num_forward_only)] = step_of(ours, plans)
-    for step in steps.values():
-        whole(step)  # warm-up; also allocates the gradients, which are then no part of the peak
-    flops = {name: count_flops(step) for name, step in steps.items()}
-    memory = {name: peak_memory(step, args.device) for name, step in steps.items()}
-    times = [step_seconds(steps, args.device) for _ in range(args.repeats)]
+        steps[(num_full, num_forward_only)] = Variant(ours, plans, batch, args)
+    flops, memory = flops_and_memory(steps)
+    times = repeat_seconds(steps, args.device, args.repeats)
     rows = []
     for name in steps:
         time_ratio, flops_ratio = statistics.median(t[name] / t["plain"] for t in times), flops[name] / flops["plain"]
@@ -177,7 +230,7 @@ def measure(args: argparse.Namespace, mode: str) -> list[dict]:
                 "seconds": statistics.median(t[name] for t in times),
                 "time_ratio": time_ratio,
                 "flops_ratio": flops_ratio,
-                "efficiency": (1 - time_ratio) / (1 - flops_ratio) if flops_ratio < 0.999 else None,
+                "efficiency": efficiency(time_ratio, flops_ratio),
                 "memory_ratio": memory[name] / memory["plain"],
                 "tflops_per_second": flops[name] / statistics.median(t[name] for t in times) / 1e12,
             }
