@@ -80,7 +80,9 @@ class BranchForward:
         step, route = self.step, self.step.routes[self.branch.block]
         # The anchor gives the node a gradient to pass on, on every rank, even where x needs none.
         anchor = step.anchor if self.trains else None
-        out = _Exchanged.apply(x_BTD, anchor, self, args, kwargs)
+        # Without FULL heads the branch is a constant: as in one process, the norm before it then has no gradient.
+        with torch.set_grad_enabled(any(route.any_full)):
+            out = _Exchanged.apply(x_BTD, anchor, self, args, kwargs)
         if step.rescale:
             factors = [1 / share if share else 0.0 for share in route.heads_active]
             out = out * step.per_sample(factors, out)
