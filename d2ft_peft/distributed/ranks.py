@@ -122,7 +122,7 @@ class Ranks:
         staying = [(i, tensors[i]) for i in outgoing[self.rank]]
         outgoing, incoming = list(outgoing), list(incoming)
         outgoing[self.rank], incoming[self.rank] = [], []
-        received = {}
+        pieces: list[list[tuple[int, Tensor]]] = [[] for _ in incoming]
         # Decided by what all ranks need: on none of them may the call be missing if another makes it.
         if any(i % self.size != rank for rank, of_rank in enumerate(needed) for i in of_rank):
             sent = [tensors[i] for to_rank in outgoing for i in to_rank]
@@ -133,9 +133,8 @@ class Ranks:
             with self._named(purpose, place):
                 dist.all_to_all_single(result, buffer, in_splits, out_splits, group=self.group)
             self.traffic.count(purpose, buffer.nbytes, result.nbytes)
-            arrived = [i for from_rank in incoming for i in from_rank]
-            received = dict(zip(arrived, result.split([sizes[i] for i in arrived]), strict=True))
-        pieces = [[(i, received[i]) for i in from_rank] for from_rank in incoming]
+            arrived = iter(result.split([sizes[i] for from_rank in incoming for i in from_rank]))
+            pieces = [[(i, next(arrived)) for i in from_rank] for from_rank in incoming]
         pieces[self.rank] = staying
         return pieces
 
