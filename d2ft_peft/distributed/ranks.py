@@ -198,13 +198,13 @@ class Ranks:
         # The group is broken now, but the store that the processes met at usually is not.
         with contextlib.suppress(RuntimeError):
             store = dist.distributed_c10d._get_default_store()
-            keys = [f"d2ft_failed/{rank}" for rank in range(self.size)]
+            keys = [f"d2ft_failed/{self.group.group_name}/{rank}" for rank in range(self.size)]
             store.set(keys[self.rank], where)
             with contextlib.suppress(RuntimeError):
                 store.wait(keys, min(self.timeout, _REPORT))
             absent = [rank for rank, key in enumerate(keys) if not store.check([key])]
             if absent:
-                return f"rank {', '.join(map(str, absent))} did not answer within {self.timeout}, it died or hangs"
+                return f"no sign of rank {', '.join(map(str, absent))}, it died or hangs; timeout {self.timeout}"
             elsewhere = [f"rank {rank} in {store.get(key).decode()}" for rank, key in enumerate(keys)]
             return "all ranks report: " + "; ".join(elsewhere)
         return "the process that the ranks met at is gone"
