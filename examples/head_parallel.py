@@ -94,11 +94,9 @@ def optimizer_of(model: torch.nn.Module, part: Part) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=part.rate)
 
 
-def train_together(part: Part) -> tuple[HeadParallel, list[float], list[Schedule]]:
+def train_together(parallel: HeadParallel, part: Part) -> tuple[list[float], list[Schedule]]:
     """Train with the heads shared out. This is the loop to copy."""
-    model = adapt(part)
-    parallel = HeadParallel(model, num_micro_batches=MICRO_BATCHES)
-    optimizer = optimizer_of(model, part)  # made after HeadParallel: it keeps the state of this process's heads
+    optimizer = optimizer_of(parallel.model, part)  # after HeadParallel: it keeps the state of this process's heads
     losses, schedules = [], []
     for batches in part.steps:
         losses.append(parallel.forward_backward(batches).item())
@@ -106,7 +104,18 @@ def train_together(part: Part) -> tuple[HeadParallel, list[float], list[Schedule
         optimizer.step()
         optimizer.zero_grad()
         schedules.append(parallel.planner.schedule)
-    return parallel, losses, schedules
+    return losses, schedules
+
+
+def bytes_if_all_full(parallel: HeadParallel, part: Part) -> int:
+    """Bytes of rows of a step that skips nothing, which are those of sequence-sharded tensor parallelism."""
+    subnets = parallel.planner.partition.num_scheduled
+    parallel.forward_backward(part.steps[0], Schedule.all_full(MICRO_BATCHES, subnets))
+    parallel.model.zero_grad()
+    rows = parallel.traffic.rows
+    parallel.traffic.reset()
+    parallel.planner.executed.clear()
+    return rows
 
 
 def train_alone(part: Part, schedules: list[Schedule]) -> torch.nn.Module:
@@ -127,11 +136,10 @@ def train_alone(part: Part, schedules: list[Schedule]) -> torch.nn.Module:
 
 def run(part: Part, state: PartialState) -> float | None:
     """Train both ways and print; returns the largest difference of a weight, on the first process."""
-    parallel, losses, schedules = train_together(part)
-    here = parallel.num_parameters
-    traffic = str(parallel.traffic)
-    rows = parallel.traffic.rows
-    logs = parallel.planner.pop_logs()
+    parallel = HeadParallel(adapt(part), num_micro_batches=MICRO_BATCHES)
+    all_full = bytes_if_all_full(parallel, part)
+    losses, schedules = train_together(parallel, part)
+    traffic, logs, here = copy.deepcopy(parallel.traffic), parallel.planner.pop_logs(), parallel.num_parameters
     weights = parallel.gather_state_dict()
     if weights is None:
         state.wait_for_everyone()
@@ -142,7 +150,8 @@ def run(part: Part, state: PartialState) -> float | None:
     print(f"parameters on rank 0: {here:,} of {whole:,}")
     print(f"load of each rank in the last step: {', '.join(f'{load:.3g}' for load in loads)} "
           f"(max/mean {loads.max() / loads.mean():.3f}); compute ratio {logs['compute_ratio']:.2f}")  # fmt: skip
-    print(f"rank 0, {traffic}\nrows of hidden states alone: {rows / len(losses):,.0f} bytes a step")
+    print(f"rank 0, {traffic}\nrows of hidden states: {traffic.rows / len(losses):,.0f} bytes a step, "
+          f"{traffic.rows / len(losses) / all_full:.2f} of what they are if all heads are FULL")  # fmt: skip
     alone = {name: p.detach() for name, p in train_alone(part, schedules).named_parameters() if p.requires_grad}
     largest = max((weights[name] - value).abs().max().item() for name, value in alone.items())
     print(f"largest difference of a trained weight from one process: {largest:.1e}")
@@ -155,7 +164,7 @@ def run(part: Part, state: PartialState) -> float | None:
 def main(argv: list[str] | None = None) -> None:
     """Run both parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each part")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each part")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT reads it.
     torch.set_num_threads(1)

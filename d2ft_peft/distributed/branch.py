@@ -134,7 +134,8 @@ class BranchForward:
             out = out[0] if isinstance(out, tuple) else out
             if not self.branch.row_inside:
                 out = functional_call(self.row, self._tensors(self.row, heads), (out,), tie_weights=False)
-            return out
+            # Under autocast heads answer in another dtype; ranks without heads could not know which.
+            return out.to(x.dtype)
         finally:
             self._running = False
             for name, value in dense.items():
@@ -162,9 +163,11 @@ class _Exchanged(torch.autograd.Function):
         rows = ranks.scatter(x, route.active, step.sizes, "dispatch", branch.place)
         parts: dict[int, Tensor] = {}
         ctx.graphs = []
+        # All FULL passes first: under autocast later ones reuse casts of weights, and those must carry gradients.
         for group in route.groups[ranks.rank]:
             if group.full:
                 _run_full(ctx, group, rows, parts, args, kwargs)
+        for group in route.groups[ranks.rank]:
             if group.forward_only:
                 out = _run(branch, group, group.forward_only, rows, args, kwargs)[1]
                 _add(parts, group.forward_only, out, step.sizes)
