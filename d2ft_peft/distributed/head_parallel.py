@@ -15,8 +15,9 @@ parallel.save_pretrained("adapter")                    # whole, by the first pro
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -82,6 +83,11 @@ class HeadParallel:
         self._stack = BlockStack(model, [base.get_submodule(name) for name in partition.blocks])
         projections = [base.get_submodule(name) for name in partition.projections]
         self._gradients = Gradients(model, projections, self._shards, self._ranks)
+        # Both would work on this rank's part, and nobody would notice before the result is used.
+        model.save_pretrained = _refuse("call HeadParallel.save_pretrained on every rank")
+        model.base_model._unload_and_optionally_merge = _refuse(
+            "save it with HeadParallel.save_pretrained, and load and merge it in one process"
+        )
 
     @property
     def traffic(self) -> Traffic:
@@ -238,8 +244,15 @@ class HeadParallel:
         """
         state = self.gather_state_dict()
         if state is not None:
-            self.model.save_pretrained(save_directory, state_dict=state, **kwargs)
+            type(self.model).save_pretrained(self.model, save_directory, state_dict=state, **kwargs)
         self._ranks.barrier("while saving")
+
+
+def _refuse(advice: str) -> Callable[..., NoReturn]:
+    def refusal(*args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(f"this rank holds a part of the adapter only; {advice}.")
+
+    return refusal
 
 
 def _check_model(model: nn.Module) -> None:
