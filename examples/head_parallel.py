@@ -60,7 +60,7 @@ def vision(num_steps: int) -> Part:
 def language(num_steps: int) -> Part:
     """A Llama with grouped-query attention on bytes of text, by LoRA; heads choose their micro-batches at random."""
     text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    tokens = torch.tensor(list(text.encode()[: 400 * LENGTH])).view(-1, LENGTH)
+    tokens = torch.tensor(list(text.encode()[: 1600 * LENGTH])).view(-1, LENGTH)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=8,

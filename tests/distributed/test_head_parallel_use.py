@@ -121,7 +121,9 @@ def sizes_and_logs() -> dict:
 def capacities() -> list[float]:
     """What the planner gives two ranks, one of which may do half of what the other does, as executed."""
     case = Case("vit", "full", (2,) * 5)
-    parallel = HeadParallel(model_of(case, head_parallel=True, device_capacities=[0.8, 0.4]))
+    parallel = HeadParallel(
+        model_of(case, head_parallel=True, device_capacities=[0.8, 0.4], forward_score="weight_magnitude")
+    )
     parallel.forward_backward(batches_of(case, 0))
     executed = parallel.planner.executed[0]
     return (executed.loads / executed.full_loads).tolist()
