@@ -161,18 +161,20 @@ def run(part: Part, state: PartialState) -> float | None:
     return largest
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run both parts."""
+def main(argv: list[str] | None = None) -> list[float | None]:
+    """Run both parts; returns for each the largest difference of a weight, on the first process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each part")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT reads it.
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
+    differences = []
     for make in (vision, language):
         set_seed(0)  # the model is made anew on every process, with the same weights
-        run(make(args.steps), state)
+        differences.append(run(make(args.steps), state))
     state.destroy_process_group()
+    return differences
 
 
 if __name__ == "__main__":

@@ -160,7 +160,7 @@ class _Exchanged(torch.autograd.Function):
         step, ranks = branch.step, branch.ranks
         route = step.routes[branch.branch.block]
         ctx.branch, ctx.step, ctx.route, ctx.x_needs = branch, step, route, ctx.needs_input_grad[0]
-        rows = ranks.scatter(x, route.active, step.sizes, "dispatch", branch.place)
+        rows = ranks.scatter(x, route.active, step.residence, "dispatch", branch.place)
         parts: dict[int, Tensor] = {}
         ctx.graphs = []
         # All FULL passes first: under autocast later ones reuse casts of weights, and those must carry gradients.
@@ -172,13 +172,13 @@ class _Exchanged(torch.autograd.Function):
                 out = _run(branch, group, group.forward_only, rows, args, kwargs)[1]
                 _add(parts, group.forward_only, out, step.sizes)
             step.executed(group)
-        return ranks.collect(parts, route.active, step.sizes, x, "combine", branch.place)
+        return ranks.collect(parts, route.active, step.residence, x, "combine", branch.place)
 
     @staticmethod
     def backward(ctx, grad):
         branch, step, route = ctx.branch, ctx.step, ctx.route
         ranks, place = branch.ranks, branch.place
-        gradients = ranks.scatter(grad, route.full, step.sizes, "combine backward", place)
+        gradients = ranks.scatter(grad, route.full, step.residence, "combine backward", place)
         parts: dict[int, Tensor] = {}
         for micro_batches, x, out in ctx.graphs:
             torch.autograd.backward(out, torch.cat([gradients[i] for i in micro_batches]))
@@ -187,7 +187,7 @@ class _Exchanged(torch.autograd.Function):
         ctx.graphs = None
         if not ctx.x_needs:
             return None, None, None, None, None
-        grad_x = ranks.collect(parts, route.full, step.sizes, grad, "dispatch backward", place)
+        grad_x = ranks.collect(parts, route.full, step.residence, grad, "dispatch backward", place)
         return grad_x, None, None, None, None
 
 

@@ -33,7 +33,7 @@ from .gradients import Gradients, checksum
 from .placement import heads_by_rank
 from .planner import HeadParallelPlanner
 from .ranks import Ranks
-from .route import make_routes
+from .route import Residence, choose_homes, make_routes
 from .shard import cut_model
 from .stack import BlockStack, concatenate
 from .step import Step
@@ -129,8 +129,8 @@ class HeadParallel:
         sizes = tuple(batch_size(batch) for batch in batches)
         routes = make_routes(self.planner.partition, schedule, self.planner.ranks_of_subnets)
         rescale = self.planner.config.shortcut == "rescale"
-        own = self._ranks.own(len(sizes))
-        step = Step(sizes, own, routes, schedule.num_subnets, rescale, self._ranks.device)
+        residence = Residence(sizes, choose_homes(routes, sizes))
+        step = Step(residence, self._ranks.rank, routes, schedule.num_subnets, rescale, self._ranks.device)
         with self._gradients.of_one_step():
             loss = self._run(step, batches)
             loss, operations = self._gradients.reduce(loss, step.operations)

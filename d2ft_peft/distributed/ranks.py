@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .route import MicroBatches
+from .route import MicroBatches, Residence
 from .traffic import Traffic
 
 
@@ -48,37 +48,33 @@ class Ranks:
         self.traffic = Traffic()
         self.step = 0
 
-    def own(self, count: int) -> range:
-        """Those of `count` micro-batches that live on this rank."""
-        return range(self.rank, count, self.size)
-
     def scatter(
-        self, rows_BTD: Tensor, needed: Sequence[MicroBatches], sizes: Sequence[int], purpose: str, place: str
+        self, rows_BTD: Tensor, needed: Sequence[MicroBatches], residence: Residence, purpose: str, place: str
     ) -> dict[int, Tensor]:
         """Send rows of micro-batches from where they live to the ranks that need them.
 
         Args:
             rows_BTD: The micro-batches that live here, one after the other.
             needed: For each rank, the micro-batches that it needs.
-            sizes: Samples of each micro-batch.
+            residence: Where the micro-batches live.
             purpose: What the rows are, see `Traffic`.
             place: Where in the model; for errors.
 
         Returns:
             Rows [S, T, D] of every micro-batch that this rank needs.
         """
-        own = self.own(len(sizes))
-        lying = dict(zip(own, rows_BTD.split([sizes[i] for i in own]), strict=True))
-        outgoing = [[i for i in of_rank if i in lying] for of_rank in needed]
-        incoming = [[i for i in needed[self.rank] if i % self.size == source] for source in range(self.size)]
-        pieces = self._exchange(lying, outgoing, incoming, needed, rows_BTD, sizes, purpose, place)
+        own = residence.on(self.rank)
+        lying = dict(zip(own, rows_BTD.split(residence.samples(own)), strict=True))
+        outgoing = [residence.on(self.rank, of_rank) for of_rank in needed]
+        incoming = [residence.on(source, needed[self.rank]) for source in range(self.size)]
+        pieces = self._exchange(lying, outgoing, incoming, needed, rows_BTD, residence, purpose, place)
         return {i: piece for of_source in pieces for i, piece in of_source}
 
     def collect(
         self,
         parts: dict[int, Tensor],
         needed: Sequence[MicroBatches],
-        sizes: Sequence[int],
+        residence: Residence,
         like: Tensor,
         purpose: str,
         place: str,
@@ -88,7 +84,7 @@ class Ranks:
         Args:
             parts: This rank's part [S, T, D] of every micro-batch that it was needed for.
             needed: For each rank, the micro-batches that it has parts of.
-            sizes: Samples of each micro-batch.
+            residence: Where the micro-batches live.
             like: Any tensor [any, T, D] of the dtype of the parts.
             purpose: What the rows are, see `Traffic`.
             place: Where in the model; for errors.
@@ -96,12 +92,12 @@ class Ranks:
         Returns:
             Sums [B, T, D] of the micro-batches that live here, zero where nobody has a part.
         """
-        own = self.own(len(sizes))
-        outgoing = [[i for i in needed[self.rank] if i % self.size == home] for home in range(self.size)]
-        incoming = [[i for i in of_rank if i in own] for of_rank in needed]
-        pieces = self._exchange(parts, outgoing, incoming, needed, like, sizes, purpose, place)
-        sums = like.new_zeros(sum(sizes[i] for i in own), *like.shape[1:])
-        by_micro_batch = dict(zip(own, sums.split([sizes[i] for i in own]), strict=True))
+        own = residence.on(self.rank)
+        outgoing = [residence.on(home, needed[self.rank]) for home in range(self.size)]
+        incoming = [residence.on(self.rank, of_rank) for of_rank in needed]
+        pieces = self._exchange(parts, outgoing, incoming, needed, like, residence, purpose, place)
+        sums = like.new_zeros(sum(residence.samples(own)), *like.shape[1:])
+        by_micro_batch = dict(zip(own, sums.split(residence.samples(own)), strict=True))
         for of_source in pieces:
             for i, piece in of_source:
                 by_micro_batch[i] += piece
@@ -110,30 +106,30 @@ class Ranks:
     def _exchange(
         self,
         tensors: dict[int, Tensor],
-        outgoing: list[list[int]],
-        incoming: list[list[int]],
+        outgoing: list[MicroBatches],
+        incoming: list[MicroBatches],
         needed: Sequence[MicroBatches],
         like: Tensor,
-        sizes: Sequence[int],
+        residence: Residence,
         purpose: str,
         place: str,
     ) -> list[list[tuple[int, Tensor]]]:
         """What each rank sent here, as (micro-batch, rows); what stays here is passed on as it is."""
         staying = [(i, tensors[i]) for i in outgoing[self.rank]]
         outgoing, incoming = list(outgoing), list(incoming)
-        outgoing[self.rank], incoming[self.rank] = [], []
+        outgoing[self.rank], incoming[self.rank] = (), ()
         pieces: list[list[tuple[int, Tensor]]] = [[] for _ in incoming]
         # Decided by what all ranks need: on none of them may the call be missing if another makes it.
-        if any(i % self.size != rank for rank, of_rank in enumerate(needed) for i in of_rank):
+        if any(len(residence.on(rank, of_rank)) < len(of_rank) for rank, of_rank in enumerate(needed)):
             sent = [tensors[i] for to_rank in outgoing for i in to_rank]
             buffer = torch.cat(sent) if sent else like.new_empty(0, *like.shape[1:])
-            in_splits = [sum(sizes[i] for i in from_rank) for from_rank in incoming]
-            out_splits = [sum(sizes[i] for i in to_rank) for to_rank in outgoing]
+            in_splits = [sum(residence.samples(from_rank)) for from_rank in incoming]
+            out_splits = [sum(residence.samples(to_rank)) for to_rank in outgoing]
             result = like.new_empty(sum(in_splits), *like.shape[1:])
             with self._named(purpose, place):
                 dist.all_to_all_single(result, buffer, in_splits, out_splits, group=self.group)
             self.traffic.count(purpose, buffer.nbytes, result.nbytes)
-            arrived = iter(result.split([sizes[i] for from_rank in incoming for i in from_rank]))
+            arrived = iter(result.split(residence.samples([i for from_rank in incoming for i in from_rank])))
             pieces = [[(i, next(arrived)) for i in from_rank] for from_rank in incoming]
         pieces[self.rank] = staying
         return pieces

@@ -1,12 +1,13 @@
 """From a schedule to routes: which micro-batch's rows each rank needs in a block, and which of its heads run on them.
 
 Everything here follows from the schedule alone, so all ranks know all message sizes before a step begins. The running
-micro-batches of a step are numbered 0..n-1 (those that are SHORTCUT everywhere are not run); micro-batch number i
-lives on rank i mod R: its residual stream, embedding, norms, task head and loss.
+micro-batches of a step are numbered 0..n-1 (those that are SHORTCUT everywhere are not run). Each lives on one rank,
+its home: there are its residual stream, embedding, norms, task head and loss.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,27 @@ from ..schedule import Operation, Schedule
 
 MicroBatches = tuple[int, ...]
 """Numbers of running micro-batches, ascending."""
+
+
+@dataclass(frozen=True)
+class Residence:
+    """Where the running micro-batches of a step live.
+
+    Attributes:
+        sizes: Samples of each, [n].
+        homes: Rank of each, [n].
+    """
+
+    sizes: tuple[int, ...]
+    homes: tuple[int, ...]
+
+    def on(self, rank: int, among: Sequence[int] | None = None) -> MicroBatches:
+        """Those that live on a rank, of all or of some."""
+        return tuple(i for i in (range(len(self.homes)) if among is None else among) if self.homes[i] == rank)
+
+    def samples(self, micro_batches: Sequence[int]) -> list[int]:
+        """Samples of some micro-batches, each."""
+        return [self.sizes[i] for i in micro_batches]
 
 
 @dataclass(frozen=True)
@@ -101,6 +123,37 @@ def _groups(partition: Partition, operations: np.ndarray, owned: np.ndarray) -> 
         if group.full or group.forward_only:
             groups.append(group)
     return tuple(groups)
+
+
+def choose_homes(routes: Sequence[Route], sizes: Sequence[int]) -> tuple[int, ...]:
+    """Let every micro-batch live where most of its work is, equally many on each rank: these rows need not travel.
+
+    Micro-batches choose in the order of what the choice is worth, which need not be the best for all; where it is not
+    better than taking turns, they take turns.
+
+    Args:
+        routes: The routes of all blocks.
+        sizes: Samples of each running micro-batch.
+
+    Returns:
+        Rank of each running micro-batch, [n].
+    """
+    n, num_ranks = len(sizes), len(routes[0].active)
+    staying = np.zeros((n, num_ranks))  # rows that do not travel if the micro-batch lives there
+    for route in routes:
+        for rank in range(num_ranks):
+            for of_rank in (route.active[rank], route.full[rank]):
+                staying[list(of_rank), rank] += np.asarray(sizes)[list(of_rank)]
+    in_turn = np.arange(n) % num_ranks
+    homes, room = np.zeros(n, dtype=int), np.full(num_ranks, -(-n // num_ranks))
+    best = np.sort(staying, axis=1)
+    worth = best[:, -1] - best[:, -2] if num_ranks > 1 else best[:, -1]
+    for i in np.argsort(-worth, kind="stable"):
+        homes[i] = max(np.flatnonzero(room), key=lambda rank: (staying[i, rank], room[rank], -rank))
+        room[homes[i]] -= 1
+    everyone = np.arange(n)
+    better = staying[everyone, homes].sum() > staying[everyone, in_turn].sum()
+    return tuple((homes if better else in_turn).tolist())
 
 
 def _union(parts) -> MicroBatches:

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..schedule import Operation
-from .route import HeadGroup, MicroBatches, Route
+from .route import HeadGroup, MicroBatches, Residence, Route
 
 
 class Step:
     """The running micro-batches of a step, numbered 0..n-1.
 
     Attributes:
+        residence: Where they live.
         sizes: Samples of each, [n].
         own: Those that live on this rank.
         routes: One per block.
@@ -28,16 +29,17 @@ class Step:
 
     def __init__(
         self,
-        sizes: tuple[int, ...],
-        own: range,
+        residence: Residence,
+        rank: int,
         routes: tuple[Route, ...],
         num_subnets: int,
         rescale: bool,
         device: torch.device,
     ) -> None:
-        self.sizes, self.own, self.routes, self.rescale = sizes, own, routes, rescale
+        self.residence, self.sizes, self.own = residence, residence.sizes, residence.on(rank)
+        self.routes, self.rescale = routes, rescale
         self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.operations = np.full((len(sizes), num_subnets), Operation.SHORTCUT, dtype=np.int8)
+        self.operations = np.full((len(self.sizes), num_subnets), Operation.SHORTCUT, dtype=np.int8)
         self._by_sample: dict[int, bool] = {}
         self._known: list[Tensor] = []
         self._slices: dict[tuple[int, MicroBatches], Tensor] = {}

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2ft_peft.distributed import HeadParallel
-from d2ft_peft.distributed.ranks import Ranks
+from d2ft_peft.distributed import HeadParallel, ranks
 from tests.distributed.head_parallel import Case, batches_of, join, model_of, random_schedule, rank
 from tests.distributed.launch import run
 
@@ -21,26 +20,27 @@ CASE = Case("vit", "full", (1, 2))
 
 def step_without_rank_1(do) -> str:
     """What a step says in which rank 1 does something else instead of the second block's combine."""
-    exchange = Ranks._exchange
+    exchange = ranks.Ranks._exchange
 
-    def absent(ranks, *args):
+    def absent(self, *args):
         if rank() == 1 and args[-2:] == ("combine", "block 1 (attention)"):
             do()
-        return exchange(ranks, *args)
+        return exchange(self, *args)
 
     parallel = HeadParallel(model_of(CASE, head_parallel=True), timeout=timedelta(seconds=2))
-    Ranks._exchange = absent
+    ranks.Ranks._exchange = absent
     try:
         parallel.forward_backward(batches_of(CASE, 0), random_schedule(CASE, 0))
     except RuntimeError as error:
         return str(error)
     finally:
-        Ranks._exchange = exchange
+        ranks.Ranks._exchange = exchange
     return "no error"
 
 
 def hang_then_die(folder: str) -> list[str]:
     join()
+    ranks._REPORT = timedelta(seconds=0.5)
     noticed = Path(folder) / "noticed"
 
     def hang():

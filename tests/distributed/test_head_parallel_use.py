@@ -91,13 +91,13 @@ def test_autocast_loses_no_gradient(two_ranks):
 
 
 def weight_magnitude() -> torch.Tensor:
-    case = Case("llama", "boundary", FIVE)
+    case = Case("vit", "boundary", FIVE)
     planner = HeadParallel(model_of(case, head_parallel=True)).planner
     return torch.from_numpy(planner.source.of("weight_magnitude", None, 0))
 
 
 def test_ranks_score_the_whole_model(two_ranks):
-    source = D2FTPlanner(model_of(Case("llama", "boundary", FIVE), head_parallel=False)).source
+    source = D2FTPlanner(model_of(Case("vit", "boundary", FIVE), head_parallel=False)).source
     expected = torch.from_numpy(source.of("weight_magnitude", None, 0))
     for of_rank in two_ranks:
         torch.testing.assert_close(of_rank["scores"], expected)

@@ -6,7 +6,7 @@ import pytest
 from d2ft_peft import Operation, Schedule, partition_model
 from d2ft_peft.distributed import place_subnets
 from d2ft_peft.distributed.placement import heads_by_rank
-from d2ft_peft.distributed.route import make_routes
+from d2ft_peft.distributed.route import Residence, choose_homes, make_routes
 from tests.models import TINY
 
 
@@ -84,6 +84,44 @@ def test_a_block_without_work_has_no_route():
     operations = np.where(partition.subnet_blocks == 1, Operation.SHORTCUT, Operation.FULL)[None].repeat(3, axis=0)
     route = make_routes(partition, Schedule(operations, blocks=partition.subnet_blocks), place_subnets(partition, 2))[1]
     assert route.groups == ((), ()) and route.active == ((), ()) == route.full
+
+
+def travelling(routes, sizes, homes) -> int:
+    """Samples that leave their home, over all blocks and both ways."""
+    residence = Residence(sizes, homes)
+    return sum(
+        sum(residence.samples(of_rank)) - sum(residence.samples(residence.on(rank, of_rank)))
+        for route in routes
+        for needed in (route.active, route.full)
+        for rank, of_rank in enumerate(needed)
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("name", "num_ranks"), CASES)
+def test_homes_are_shared_out_evenly_and_save_travel(name, num_ranks, seed):
+    partition = PARTITIONS[name]
+    routes = make_routes(partition, random_schedule(partition, seed), place_subnets(partition, num_ranks))
+    sizes = (3, 1, 2, 2)
+    homes = choose_homes(routes, sizes)
+    assert np.bincount(homes, minlength=num_ranks).max() <= -(-len(sizes) // num_ranks)
+    in_turn = tuple(i % num_ranks for i in range(len(sizes)))
+    assert travelling(routes, sizes, homes) <= travelling(routes, sizes, in_turn)
+
+
+def test_a_micro_batch_lives_where_its_work_is():
+    partition = PARTITIONS["one head a subnet"]
+    ranks = place_subnets(partition, 2)
+    operations = np.where(ranks[None] == np.array([1, 1, 0, 0])[:, None], Operation.FULL, Operation.SHORTCUT)
+    routes = make_routes(partition, Schedule(operations, blocks=partition.subnet_blocks), ranks)
+    assert choose_homes(routes, (1, 1, 1, 1)) == (1, 1, 0, 0)
+    assert travelling(routes, (1, 1, 1, 1), (1, 1, 0, 0)) == 0
+
+
+def test_micro_batches_that_all_ranks_run_take_turns():
+    partition = PARTITIONS["one head a subnet"]
+    schedule = Schedule.all_full(5, partition.num_scheduled, blocks=partition.subnet_blocks)
+    assert choose_homes(make_routes(partition, schedule, place_subnets(partition, 4)), (1,) * 5) == (0, 1, 2, 3, 0)
 
 
 def test_more_ranks_than_subnets_of_a_block_are_refused():

@@ -29,6 +29,7 @@ SETTINGS = {
     "3F+2S": {"num_full": 3},
     "2F+1O+2S": {"num_full": 2, "num_forward_only": 1, "forward_score": "weight_magnitude"},
     "3F+2S, spread": {"num_full": 3, "tie_break": "spread", "heads_per_subnet": 2},
+    "one rank half as fast": {"device_capacities": [0.8, 0.4], "forward_score": "weight_magnitude"},
     "5F": {"num_full": 5},
 }
 
@@ -107,7 +108,8 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("setting", "most"), [("3F+2S", 0.61), ("2F+1O+2S", 0.51), ("3F+2S, spread", 0.61), ("5F", 1.0)]
+    ("setting", "most"),
+    {"3F+2S": 0.61, "2F+1O+2S": 0.51, "3F+2S, spread": 0.61, "one rank half as fast": 0.41, "5F": 1.0}.items(),
 )
 def test_rows_move_fewer_bytes_than_tensor_parallelism(ranks, setting, most):
     ours, theirs = (sum(r) for r in zip(*((r[setting][0], r["tensor parallel"]) for r in ranks), strict=True))
