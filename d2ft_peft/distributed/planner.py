@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from torch import nn
 
 from ..partition import Partition
 from ..planner import D2FTPlanner
+from ..schedule import Problem, Schedule
 from ..scores import ScoreSource
 from ..scores.contribution import weight_magnitude
 from .placement import heads_by_rank, place_subnets
 from .ranks import Ranks
+
+
+# Policies that fill every device's capacity on its own. The others decide by block or by micro-batch.
+_PER_DEVICE = ("bilevel", "joint")
 
 
 class HeadParallelPlanner(D2FTPlanner):
@@ -29,6 +35,8 @@ class HeadParallelPlanner(D2FTPlanner):
     def __init__(self, model: nn.Module, ranks: Ranks, num_micro_batches: int | None = None):
         super().__init__(model, num_micro_batches, progress=False)
         self.ranks_of_subnets = place_subnets(self.partition, ranks.size)
+        if self.config.policy in _PER_DEVICE:
+            self.policy = by_rank(self.policy, self.ranks_of_subnets)
         self.source = _CutScoreSource(self.source, ranks, self.ranks_of_subnets)
 
     def _sum_over_replicas(self, values: np.ndarray) -> np.ndarray:
@@ -36,6 +44,33 @@ class HeadParallelPlanner(D2FTPlanner):
 
     def _devices(self) -> np.ndarray:
         return self.ranks_of_subnets
+
+
+def by_rank(policy: Callable[[Problem], Schedule], ranks_of_subnets: np.ndarray) -> Callable[[Problem], Schedule]:
+    """Let a policy decide for all subnets of a rank together, as if they were one.
+
+    A knapsack over single subnets gives a rank's heavier heads every micro-batch and its lighter ones none. Then every
+    row travels to every rank, and skipping saves no bytes.
+
+    Args:
+        policy: The policy.
+        ranks_of_subnets: Rank of each subnet, [K].
+    """
+
+    def decide(problem: Problem) -> Schedule:
+        size = int(ranks_of_subnets.max()) + 1
+        of_rank = (ranks_of_subnets[:, None] == np.arange(size)).astype(float)
+        together = dataclasses.replace(
+            problem,
+            forward_scores=problem.forward_scores @ of_rank,
+            backward_scores=problem.backward_scores @ of_rank,
+            costs=of_rank.T @ problem.costs,
+            devices=np.arange(size),
+            blocks=np.zeros(size, dtype=np.int64),
+        )
+        return problem.schedule(policy(together).operations[:, ranks_of_subnets])
+
+    return decide
 
 
 class _CutScoreSource(ScoreSource):

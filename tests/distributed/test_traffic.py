@@ -28,7 +28,7 @@ N, SAMPLES, TOKENS = 5, 2, 10
 SETTINGS = {
     "3F+2S": {"num_full": 3},
     "2F+1O+2S": {"num_full": 2, "num_forward_only": 1, "forward_score": "weight_magnitude"},
-    "3F+2S, spread": {"num_full": 3, "tie_break": "spread", "heads_per_subnet": 2},
+    "3F+2S, spread": {"num_full": 3, "tie_break": "spread"},
     "one rank half as fast": {"device_capacities": [0.8, 0.4], "forward_score": "weight_magnitude"},
     "5F": {"num_full": 5},
 }
