@@ -72,6 +72,7 @@ class HeadParallel:
         self._check_same("weights", [checksum(p) for p in model.parameters()], "set the same seed before building the "
                          "model on every rank (transformers.set_seed), or load the same checkpoint")  # fmt: skip
         model.base_model._remove_interceptions()
+        model.zero_grad()  # gradients of the whole model fit no part of it
         partition, ranks = self.planner.partition, self.planner.ranks_of_subnets
         self._shards = cut_model(base, partition, ranks, self._ranks.rank)
         self._branches = []

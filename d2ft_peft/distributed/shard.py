@@ -96,7 +96,6 @@ def cut_model(base: nn.Module, partition: Partition, ranks: np.ndarray, rank: in
                 whole = shard.tensor
                 part = take_heads(whole.data, shard.axis, shard.layout, heads[rank])
                 whole.data = part.clone(memory_format=torch.contiguous_format)
-                whole.grad = None
                 _set_features(shard)
             shards += of_projection
     return shards
