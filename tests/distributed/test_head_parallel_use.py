@@ -1,11 +1,15 @@
 """What else a head-parallel run does: inference, accumulation, autocast, scores, logs, memory, and what it refuses."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from d2ft_peft import D2FTConfig, D2FTPlanner, D2FTTrainer
+from d2ft_peft import D2FTConfig, D2FTPlanner, D2FTTrainer, Operation
 from d2ft_peft.distributed import HeadParallel
+from d2ft_peft.scores import INDEX_KEY, score_samples
+from d2ft_peft.tuners import get_runtime
 from tests.distributed.head_parallel import Case, batches_of, join, model_of, random_schedule, rank
 from tests.distributed.launch import run
 
@@ -25,6 +29,7 @@ def on_two_ranks() -> dict:
         "autocast": autocast_gradients(HeadParallel),
         "scores": weight_magnitude(),
         "sizes": sizes_and_logs(),
+        "scores from before": scores_from_before(),
         "capacities": capacities(),
     }
 
@@ -104,6 +109,30 @@ def test_ranks_score_the_whole_model(two_ranks):
     expected = torch.from_numpy(source.of("weight_magnitude", None, 0))
     for of_rank in two_ranks:
         torch.testing.assert_close(of_rank["scores"], expected)
+
+
+def scores_from_before() -> tuple[list[list[int]], torch.Tensor]:
+    """Operations of a step by Fisher scores that were made before the model was cut, and the scores [n, K]."""
+    case = Case("vit", "full", (1,) * 5)
+    model = model_of(case, head_parallel=True, num_full=2, backward_score="fisher")
+    batches = [{**batch, INDEX_KEY: torch.tensor([i])} for i, batch in enumerate(batches_of(case, 0))]
+    table = score_samples(model, get_runtime(model).partitions["default"], copy.deepcopy(batches), "fisher")
+    parallel = HeadParallel(model)
+    parallel.planner.scores["fisher"] = table
+    parallel.forward_backward(batches)
+    return parallel.planner.schedule.operations.tolist(), torch.from_numpy(table.values)
+
+
+def test_scores_from_before_the_cut_choose_micro_batches_for_a_rank_as_a_whole(two_ranks):
+    for of_rank in two_ranks:
+        operations, scores = of_rank["scores from before"]
+        operations = torch.tensor(operations)
+        for heads in ([0, 1], [2, 3]):
+            owned = torch.arange(12).view(3, 4)[:, heads].flatten()
+            best = scores[:, owned].double().sum(1).topk(2).indices
+            expected = torch.zeros(5, len(owned), dtype=torch.int64)
+            expected[best] = Operation.FULL
+            torch.testing.assert_close(operations[:, owned], expected)
 
 
 def sizes_and_logs() -> dict:
