@@ -21,7 +21,8 @@ from .schedule import Budget, policy_facts
 
 
 D2FT_CONFIG_NAME = "d2ft_config.json"
-SCORES = ("weight_magnitude", "fisher", "gradient_magnitude", "taylor", "loss", "el2n")
+LIVE_SCORES = ("loss", "el2n")
+SCORES = ("weight_magnitude", "fisher", "gradient_magnitude", "taylor", *LIVE_SCORES)
 DEFAULT_COMPUTE_BUDGET = 0.6
 
 # What a LoraConfig can ask for and the head-wise execution of LoRA does not do.
@@ -55,6 +56,8 @@ class D2FTConfig(LoraConfig):
         num_devices: Devices that the subnets are spread over, block by block; None is one device per subnet, the
             paper's setting.
         device_capacities: Compute budget of each device, one number in (0, 1] each, instead of ``compute_budget``.
+        head_parallel: Whether the subnets live on the processes of the run, each process holding its own only; train
+            with `d2ft_peft.distributed.HeadParallel`. The processes are then the devices.
         policy: Name of the scheduling policy, see `d2ft_peft.schedule.policy_names`.
         rows: What the policy schedules: ``"micro_batches"`` as they come, or ``"samples"``, from which micro-batches
             are then composed; None is what the policy is meant for.
@@ -82,6 +85,7 @@ class D2FTConfig(LoraConfig):
     num_forward_only: int | None = None
     num_devices: int | None = None
     device_capacities: list[float] | None = None
+    head_parallel: bool = False
     policy: str = "bilevel"
     rows: Literal["micro_batches", "samples"] | None = None
     interval: int = 10
@@ -161,10 +165,23 @@ class D2FTConfig(LoraConfig):
         if capacities is not None:
             _check(isinstance(capacities, (list, tuple)), "device_capacities", capacities, "must be a list of numbers")
             _check(
-                self.num_devices == len(capacities),
+                self.num_devices == len(capacities) or (self.head_parallel and self.num_devices is None),
                 "device_capacities", capacities, f"needs num_devices={len(capacities)}, not {self.num_devices}",
             )  # fmt: skip
         self.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
+        _check(isinstance(self.head_parallel, bool), "head_parallel", self.head_parallel, "must be True or False")
+        if self.head_parallel:
+            self._check_head_parallel()
+
+    def _check_head_parallel(self) -> None:
+        for name, refused, why in (
+            ("shortcut", ("mean",), "needs the features of all heads on one process; use 'zero' or 'rescale'"),
+            ("rows", ("samples",), "skips whole samples, where plain data parallelism is better; leave it out"),
+            ("backward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'weight_magnitude'"),
+            ("forward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'fisher'"),
+            ("lora_bias", (True,), "is not available under head_parallel=True; leave it out"),
+        ):
+            _check(getattr(self, name) not in refused, name, getattr(self, name), why)
 
     def _check_full(self) -> None:
         for f in dataclasses.fields(LoraConfig):

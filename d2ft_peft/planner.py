@@ -79,11 +79,20 @@ class D2FTPlanner:
         each_is_a_step: Whether an optimizer step follows every micro-batch instead of the last one.
     """
 
+    is_head_parallel = False
+    """Whether all processes get the same micro-batches, and share out the heads."""
+
     def __init__(self, model: nn.Module, num_micro_batches: int | None = None, progress: bool = True):
         self.model, self.num_micro_batches, self.progress = model, num_micro_batches, progress
         self.runtime = get_runtime(model)
         adapter = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapters()[0]
         self.config, self.partition = model.peft_config[adapter], self.runtime.partitions[adapter]
+        if self.config.head_parallel and not self.is_head_parallel:
+            raise ValueError(
+                "head_parallel=True: the processes share out the heads of the model, which a planner (or D2FTTrainer) "
+                "on its own does not drive; train with d2ft_peft.distributed.HeadParallel, or set "
+                "model.peft_config['default'].head_parallel = False."
+            )
         self.policy = get_policy(self.config.policy)
         self.rng = np.random.default_rng(self.config.seed)
         self.step = 0
@@ -151,17 +160,21 @@ class D2FTPlanner:
         indices = [batch.pop(INDEX_KEY, None) for batch in batches]
         sizes = np.array([batch_size(batch) for batch in batches])
         self.prepare(batches[0])
-        global_sizes = all_reduce(sizes)
+        global_sizes = self._sum_over_replicas(sizes)
         known = all(index is not None for index in indices)
         samples = np.concatenate([index.cpu().numpy() for index in indices]) if known else None
         starts = np.cumsum(sizes) - sizes
 
         def mean(values: np.ndarray) -> np.ndarray:
             """Over the samples of each micro-batch, in all processes."""
-            return all_reduce(np.add.reduceat(values, starts)) / global_sizes[:, None]
+            return self._sum_over_replicas(np.add.reduceat(values, starts)) / global_sizes[:, None]
 
         self.use(self.policy(self._problem(samples, mean, self._budget(len(batches)), global_sizes)), sizes)
         return self.schedule
+
+    def _sum_over_replicas(self, values: np.ndarray) -> np.ndarray:
+        """Sum over the processes that have different data."""
+        return all_reduce(values)
 
     def compose(self, indices: Sequence[int], size: int) -> list[np.ndarray]:
         """Schedule the samples of one optimizer step, and compose micro-batches of those that run.

@@ -21,6 +21,7 @@ DEFAULTS = {
     "num_forward_only": None,
     "num_devices": None,
     "device_capacities": None,
+    "head_parallel": False,
     "policy": "bilevel",
     "rows": "micro_batches",
     "interval": 10,

@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..config import LIVE_SCORES as LIVE_SCORES
 
-LIVE_SCORES = ("loss", "el2n")
+
 IGNORED = -100
 """Label of tokens that carry no loss, as everywhere in transformers."""
 

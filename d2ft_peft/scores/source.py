@@ -56,7 +56,7 @@ class ScoreSource:
         if name == "weight_magnitude":
             era = step // self.interval
             if self._magnitude is None or self._magnitude[0] != era:
-                self._magnitude = era, weight_magnitude(self.model, self.partition)
+                self._magnitude = era, self._weight_magnitude()
             return self._magnitude[1]
         table = self.tables.get(name)
         if indices is None or (name in GRADIENT_SCORES and table is None):
@@ -68,6 +68,9 @@ class ScoreSource:
         if name in GRADIENT_SCORES:
             return table.lookup(indices)
         return np.tile(self.live[name].lookup(indices)[:, None], (1, self.partition.num_scheduled))
+
+    def _weight_magnitude(self) -> np.ndarray:
+        return weight_magnitude(self.model, self.partition)
 
     def observe(self, logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
         """Live scores [n] of the samples of a forward pass, by name; `update` takes them over."""

@@ -1,0 +1,8 @@
+"""Head-parallel execution: the subnets of a model live on different processes, and rows travel to them."""
+
+from .head_parallel import HeadParallel
+from .placement import place_subnets
+from .traffic import Traffic
+
+
+__all__ = ["HeadParallel", "Traffic", "place_subnets"]

@@ -1,0 +1,135 @@
+"""Cuts a model to the heads that one rank owns, and puts whole tensors together again for saving."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..partition import Branch, FeatureLayout, Partition, Projection
+from ..tuners import D2FTLayer
+from .placement import heads_by_rank
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A parameter of which each rank keeps the features of its heads.
+
+    Attributes:
+        module: The layer that has it.
+        parameter: Its name there, ``"weight"`` or ``"bias"``.
+        axis: The axis that belongs to heads.
+        layout: How the whole axis belongs to heads.
+        heads: Heads of each rank, in the order of their features.
+        of_adapter: Whether it belongs to an adapter, not to the frozen base model.
+    """
+
+    module: nn.Module
+    parameter: str
+    axis: int
+    layout: FeatureLayout
+    heads: tuple[tuple[int, ...], ...]
+    of_adapter: bool
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        """This rank's part."""
+        return getattr(self.module, self.parameter)
+
+    def shape(self, num_heads: int) -> torch.Size:
+        """Shape of a part of `num_heads` heads."""
+        shape = list(self.tensor.shape)
+        shape[self.axis] = self.layout.parts * num_heads * self.layout.width
+        return torch.Size(shape)
+
+    def take(self, num_heads: int, heads: tuple[int, ...]) -> Tensor:
+        """The features of some heads, by their positions among the `num_heads` that are here; differentiable."""
+        return take_heads(self.tensor, self.axis, replace(self.layout, heads=num_heads), heads)
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The whole tensor from every rank's part."""
+        layout = self.layout
+        whole = parts[0].new_empty(self.shape(layout.heads))
+        by_head = whole.unflatten(self.axis, (layout.parts, layout.heads, layout.width))
+        for part, heads in zip(parts, self.heads, strict=True):
+            index = torch.tensor(heads, device=part.device)
+            by_head.index_copy_(
+                self.axis + 1, index, part.unflatten(self.axis, (layout.parts, len(heads), layout.width))
+            )
+        return whole
+
+
+def take_heads(tensor: Tensor, axis: int, layout: FeatureLayout, heads: tuple[int, ...]) -> Tensor:
+    """The features of some heads along an axis: a view where they are neighbours, else a copy."""
+    by_head = tensor.unflatten(axis, (layout.parts, layout.heads, layout.width))
+    if layout.parts == 1 and heads == tuple(range(heads[0], heads[0] + len(heads))):
+        return by_head.narrow(axis + 1, heads[0], len(heads)).flatten(axis, axis + 2)
+    index = torch.tensor(heads, device=tensor.device)
+    return by_head.index_select(axis + 1, index).flatten(axis, axis + 2)
+
+
+@torch.no_grad()
+def cut_model(base: nn.Module, partition: Partition, ranks: np.ndarray, rank: int) -> list[Shard]:
+    """Keep the features of this rank's heads in every projection; the rest is freed.
+
+    Parameters stay the same objects, so that names and optimizers that know them stay valid.
+
+    Args:
+        base: The transformers model whose paths the partition names.
+        partition: Its subnets.
+        ranks: Rank of each subnet, [K].
+        rank: This rank.
+
+    Returns:
+        What was cut, in the same order on every rank.
+    """
+    shards = []
+    for branch in partition.branches:
+        heads = heads_by_rank(partition, ranks, branch.block)
+        for projection in branch.projections:
+            of_projection = list(_shards(base.get_submodule(projection.name), projection, branch, heads))
+            for shard in of_projection:
+                whole = shard.tensor
+                part = take_heads(whole.data, shard.axis, shard.layout, heads[rank])
+                whole.data = part.clone(memory_format=torch.contiguous_format)
+                _set_features(shard)
+            shards += of_projection
+    return shards
+
+
+def _shards(
+    module: nn.Module, projection: Projection, branch: Branch, heads: tuple[tuple[int, ...], ...]
+) -> Iterator[Shard]:
+    """The parameters of one projection that belong to heads. A row-parallel bias belongs to none."""
+    layout, column = projection.layout, projection.kind == "column"
+    if isinstance(module, D2FTLayer):
+        layers = [(module.base_layer, False), *((layer, True) for layer in module.d2ft_layers.values())]
+    else:
+        layers = [(module.base_layer if isinstance(module, LoraLayer) else module, False)]
+    for layer, of_adapter in layers:
+        yield Shard(layer, "weight", projection.head_axis, layout, heads, of_adapter)
+        if column and layer.bias is not None:
+            yield Shard(layer, "bias", 0, layout, heads, of_adapter)
+    if isinstance(module, LoraLayer):
+        # The other factor is shared by all heads.
+        factors = module.lora_B if column else module.lora_A
+        for factor in factors.values():
+            yield Shard(factor, "weight", 0 if column else 1, layout, heads, True)
+
+
+def _set_features(shard: Shard) -> None:
+    """Tell a layer its new size; transformers' ``Conv1D`` is told at every run, see `BranchForward`."""
+    module = shard.module
+    if shard.parameter == "weight" and isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+
+
+def row_biases(base: nn.Module, branch: Branch) -> list[nn.Parameter]:
+    """Biases of a branch's row-parallel projection, of the base model and of every adapter."""
+    module = base.get_submodule(branch.row.name)
+    layers = [m for m in module.modules() if not isinstance(m, D2FTLayer | LoraLayer)]
+    return [bias for layer in layers if (bias := getattr(layer, "bias", None)) is not None]

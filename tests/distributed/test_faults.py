@@ -1,0 +1,65 @@
+"""A rank that hangs or dies ends the step of the others with an error that names rank, block and exchange."""
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from d2ft_peft.distributed import HeadParallel, ranks
+from tests.distributed.head_parallel import Case, batches_of, join, model_of, random_schedule, rank
+from tests.distributed.launch import run
+
+
+pytestmark = pytest.mark.distributed
+
+CASE = Case("vit", "full", (1, 2))
+
+
+def step_without_rank_1(do) -> str:
+    """What a step says in which rank 1 does something else instead of the second block's combine."""
+    exchange = ranks.Ranks._exchange
+
+    def absent(self, *args):
+        if rank() == 1 and args[-2:] == ("combine", "block 1 (attention)"):
+            do()
+        return exchange(self, *args)
+
+    parallel = HeadParallel(model_of(CASE, head_parallel=True), timeout=timedelta(seconds=2))
+    ranks.Ranks._exchange = absent
+    try:
+        parallel.forward_backward(batches_of(CASE, 0), random_schedule(CASE, 0))
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        ranks.Ranks._exchange = exchange
+    return "no error"
+
+
+def hang_then_die(folder: str) -> list[str]:
+    join()
+    ranks._REPORT = timedelta(seconds=0.5)
+    noticed = Path(folder) / "noticed"
+
+    def hang():
+        while not noticed.exists():
+            time.sleep(0.05)
+
+    def die():
+        torch.save([], Path(folder) / "rank1.pt")  # what the launcher looks for
+        os._exit(0)
+
+    said = [step_without_rank_1(hang)]
+    noticed.touch()
+    return [*said, step_without_rank_1(die)]
+
+
+def test_the_error_names_rank_block_and_exchange(tmp_path):
+    said = run(__name__, "hang_then_die", tmp_path, str(tmp_path), processes=2)[0]
+    for message in said:
+        assert message.startswith(
+            "rank 0 failed in step 1, block 1 (attention), exchange 'combine': no sign of rank 1, it died or hangs; "
+            "timeout 0:00:02"
+        )
