@@ -128,20 +128,10 @@ class D2FTPlanner:
     def _kinds_read(self) -> tuple[str, ...]:
         """Which of the backward and forward score the policy looks at, given the budget."""
         reads = policy_facts(self.config.policy).reads
-        if self.config.policy == "bilevel" and not self._forward_only_fits():
+        n = self.num_micro_batches or self.config.num_micro_batches
+        if self.config.policy == "bilevel" and not self.config.budget.leaves_forward_only_a_choice(n):
             reads = ("backward",)
         return reads
-
-    def _forward_only_fits(self) -> bool:
-        """Whether FORWARD_ONLY can occur beside the FULL cells that the outer knapsack takes first."""
-        budget, n = self.config.budget, self.num_micro_batches or self.config.num_micro_batches
-        if budget.counts is not None:
-            # Where both fill the step, what is not FULL is FORWARD_ONLY: no score has a say.
-            return 0 < budget.counts[1] < n - budget.counts[0]
-        if isinstance(budget.compute, tuple):
-            return True
-        share = budget.compute if budget.compute is not None else budget.communication
-        return (share * n) % 1 > 1e-9
 
     def plan(self, batches: Sequence[dict[str, Any]]) -> Schedule:
         """Schedule the micro-batches of one optimizer step; every process of a distributed run makes the same.
@@ -323,20 +313,9 @@ class D2FTPlanner:
         self._rows = {}
 
     def pop_logs(self) -> dict[str, float]:
-        """Means over the steps since the last call, as executed: ``compute_ratio`` and ``communication_ratio`` of the
-        subnets, ``flops_ratio`` with embeddings and head, ``workload_variance`` over devices, ``step_flops``."""
+        """Means over the steps since the last call, as executed (`CostModel.means`)."""
         steps, self.executed = self.executed, []
-        if not steps:
-            return {}
-        flops = np.array([self.cost_model.schedule_flops(step) for step in steps])
-        full = np.array([self.cost_model.full_flops(step.weights) for step in steps])
-        return {
-            "compute_ratio": float(np.mean([step.compute_ratio for step in steps])),
-            "communication_ratio": float(np.mean([step.communication_ratio for step in steps])),
-            "workload_variance": float(np.mean([step.workload_variance for step in steps])),
-            "flops_ratio": float(flops.sum() / full.sum()),
-            "step_flops": float(flops.mean()),
-        }
+        return self.cost_model.means(steps) if steps else {}
 
     def last_flops(self) -> float:
         """FLOPs of the last micro-batch in this process, as executed."""

@@ -62,6 +62,21 @@ class Budget:
         """(num_full, num_forward_only) if the budget is given in counts, else None."""
         return None if self.num_full is None else (self.num_full, self.num_forward_only)
 
+    def leaves_forward_only_a_choice(self, num_micro_batches: int) -> bool:
+        """Whether a forward score can have a say: FORWARD_ONLY fits beside the FULL cells that are taken first.
+
+        Where FULL and FORWARD_ONLY counts fill the step, what is not FULL is FORWARD_ONLY, whatever the score.
+
+        Args:
+            num_micro_batches: micro-batches of a usual step.
+        """
+        if self.counts is not None:
+            return 0 < self.num_forward_only < num_micro_batches - self.num_full
+        if isinstance(self.compute, tuple):
+            return True
+        share = self.communication if self.compute is None else self.compute
+        return (share * num_micro_batches) % 1 > CAPACITY_TOLERANCE
+
     def of_rest(self, num_micro_batches: int, usual: int, forward_only: float) -> "Budget":
         """The budget of the rest of an epoch: as many FULL micro-batches as are worth no less.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +79,17 @@ class CostModel:
     def schedule_flops(self, schedule: Schedule) -> float:
         """FLOPs of a schedule whose weights are samples."""
         return self.step_flops(schedule.operations, schedule.weights)
+
+    def means(self, schedules: Sequence[Schedule]) -> dict[str, float]:
+        """Means over the schedules of some steps, at least one: ``compute_ratio`` and ``communication_ratio`` of the
+        subnets, ``flops_ratio`` with embeddings and head, ``workload_variance`` over devices, ``step_flops``."""
+        flops = np.array([self.schedule_flops(schedule) for schedule in schedules])
+        full = np.array([self.full_flops(schedule.weights) for schedule in schedules])
+        ratios = ("compute_ratio", "communication_ratio", "workload_variance")
+        return {name: float(np.mean([getattr(schedule, name) for schedule in schedules])) for name in ratios} | {
+            "flops_ratio": float(flops.sum() / full.sum()),
+            "step_flops": float(flops.mean()),
+        }
 
     def _row_flops(self, row: np.ndarray) -> float:
         if (row == Operation.SHORTCUT).all():
