@@ -176,7 +176,11 @@ class D2FTConfig(LoraConfig):
     def _check_head_parallel(self) -> None:
         for name, refused, why in (
             ("shortcut", ("mean",), "needs the features of all heads on one process; use 'zero' or 'rescale'"),
-            ("rows", ("samples",), "skips whole samples, where plain data parallelism is better; leave it out"),
+            (
+                "rows",
+                ("samples",),
+                "skips whole samples, as plain data parallelism can; choose a policy over micro-batches",
+            ),
             ("backward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'weight_magnitude'"),
             ("forward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'fisher'"),
             ("lora_bias", (True,), "is not available under head_parallel=True; leave it out"),

@@ -46,9 +46,11 @@ class Gradients:
         earlier = [(p, p.grad) for p in self._replicated if p.grad is not None]
         for parameter, _ in earlier:
             parameter.grad = None
-        yield
-        for parameter, gradient in earlier:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        try:
+            yield
+        finally:
+            for parameter, gradient in earlier:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def reduce(self, loss: Tensor, operations: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Sum the gradients of replicated parameters over ranks.

@@ -77,9 +77,9 @@ class Step:
             shared = of_one is not None and of_one.shape == of_all.shape
             if not shared and len(of_all) != sum(self.sizes):
                 raise ValueError(
-                    f"a block takes a tensor of shape {list(of_all.shape)} for {sum(self.sizes)} samples and of shape "
-                    f"{list(of_one.shape)} for {samples}: head-parallel execution needs one entry per sample on its "
-                    "first axis, or the same for all."
+                    f"a block takes a tensor of shape {list(of_all.shape)} for {sum(self.sizes)} samples and "
+                    f"{'none' if of_one is None else list(of_one.shape)} for {samples}: head-parallel execution needs "
+                    "one entry per sample on its first axis, or the same for all."
                 )
             self._by_sample[id(of_all)] = not shared
             self._known.append(of_all)  # an id is only good while its object lives

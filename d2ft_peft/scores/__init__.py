@@ -2,7 +2,7 @@
 
 from .contribution import GRADIENT_SCORES, gradient_scores, weight_magnitude
 from .dataset import CANDIDATES_KEY, CandidateCollator, CandidateDataset, IndexedCollator, IndexedDataset, load_items
-from .live import LIVE_SCORES, LiveScores, live_score
+from .live import LiveScores, live_score
 from .source import ScoreSource
 from .table import INDEX_KEY, ScoreTable, preserved_rng, score_samples
 
@@ -11,7 +11,6 @@ __all__ = [
     "CANDIDATES_KEY",
     "GRADIENT_SCORES",
     "INDEX_KEY",
-    "LIVE_SCORES",
     "CandidateCollator",
     "CandidateDataset",
     "IndexedCollator",

@@ -16,8 +16,6 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..config import LIVE_SCORES as LIVE_SCORES
-
 
 IGNORED = -100
 """Label of tokens that carry no loss, as everywhere in transformers."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
+from ..config import LIVE_SCORES
 from ..partition import Partition
 from ..tuners.flops import base_model
 from .contribution import GRADIENT_SCORES, weight_magnitude
-from .live import LIVE_SCORES, LiveScores, live_score
+from .live import LiveScores, live_score
 from .table import INDEX_KEY, ScoreTable
 
 

@@ -1,7 +1,7 @@
 """What stands before a module's own forward.
 
 An interception is an attribute of the module instance: state-dict keys, class and parameters stay as they are, and it
-travels with deepcopy and pickle, because it holds the module and the runtime by reference.
+travels with deepcopy and pickle, because it holds modules, runtime and other interceptions by reference.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class ProjectionForward(Intercept):
         inside: Whether it is part of its branch's region.
         head_axis: Which features of its weight belong to heads.
         lora_axis: Which features of LoRA's B (column-parallel) or A (row-parallel) do.
-        siblings: The projections of the branch that share its input, itself included.
+        siblings: The column-parallel projections of the branch, which share their input; itself included.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime, projection: Projection, index: int, inside: bool):
@@ -33,7 +33,12 @@ class ProjectionForward(Intercept):
         self.projection, self.index, self.inside = projection, index, inside
         self.head_axis = HeadAxis(projection.kind, projection.layout, projection.transposed)
         self.lora_axis = HeadAxis(projection.kind, projection.layout)
-        self.siblings: tuple[ProjectionForward, ...] = (self,)
+        self.siblings: tuple[ProjectionForward, ...] = ()
+
+    def remove(self) -> None:
+        """Give the module its own forward back, and let go of the siblings, which know this one in turn."""
+        super().remove()
+        self.siblings = ()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.inside:

@@ -84,13 +84,10 @@ class RegionForward(Intercept):
 
 
 def _add(full: Any, forward_only: Any) -> Any:
-    """Sum of two passes; attention weights, where they are returned, are those of the FULL heads.
-
-    Made in place: no graph knows what came out of the FORWARD_ONLY pass.
-    """
+    """Sum of two passes; attention weights, where they are returned, are those of the FULL heads."""
     if isinstance(full, tuple):
-        return (forward_only[0].detach().add_(full[0]), *full[1:])
-    return forward_only.detach().add_(full)
+        return (full[0] + forward_only[0], *full[1:])
+    return full + forward_only
 
 
 def _without_cache(args: tuple, kwargs: dict) -> tuple[tuple, dict]:

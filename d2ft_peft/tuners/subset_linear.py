@@ -20,6 +20,10 @@ from ..partition import FeatureLayout
 from .plan import Heads
 
 
+# Up to this many runs of neighbours a product is summed run by run, without a copy of it; with more, kernels get small.
+_FEW_RUNS = 3
+
+
 @dataclass(frozen=True)
 class HeadAxis:
     """The axis of a weight that belongs to heads.
@@ -72,12 +76,6 @@ class Selection:
             return tensor.narrow(axis, *self.runs[0])
         return torch.cat([tensor.narrow(axis, *run) for run in self.runs], axis)
 
-    def put(self, values: Tensor, shape: torch.Size, axis: int) -> Tensor:
-        """Inverse of `take`: a tensor of this shape with `values` for the features, and zeros elsewhere."""
-        tensor = values.new_zeros(shape)
-        self.add(values, tensor, axis)
-        return tensor
-
     def add(self, values: Tensor, tensor: Tensor, axis: int) -> None:
         """Add `values` to the features in `tensor`."""
         offset = 0
@@ -96,10 +94,6 @@ class Selection:
             of_heads = tensor.narrow(axis, start, length)
             torch.addmm(of_heads, *factors, out=of_heads)  # FlopCounterMode does not know addmm_
             offset += length
-
-
-# Up to this many runs of neighbours a product is summed run by run, without a copy of it; with more, kernels get small.
-_FEW_RUNS = 3
 
 
 @lru_cache(maxsize=4096)
@@ -157,7 +151,7 @@ class _SubsetLinears(torch.autograd.Function):
         outputs = tuple(map(_output, [x] * n, weights, biases, axes, addends, selections))
         needs = ctx.needs_input_grad
         ctx.save_for_backward(x if any(needs[3 : 3 + n]) else None, *(weights if needs[0] else ()))
-        ctx.axes, ctx.selections, ctx.dtype = axes, selections, x.dtype
+        ctx.axes, ctx.selections, ctx.dtype, ctx.shape = axes, selections, x.dtype, x.shape
         ctx.weight_facts = [(weight.shape, weight.dtype) for weight in weights]
         # Edges of the graph are numbered by the tensors among the inputs, of which x is the first.
         ctx.edges = list(itertools.accumulate(tensor is not None for tensor in tensors))
@@ -188,8 +182,7 @@ class _SubsetLinears(torch.autograd.Function):
                 of_tensors[j] = _weight_gradient(ctx, j, grad_MO, x_MI)
             if needs[3 + n + j]:
                 of_tensors[n + j] = _bias_gradient(ctx, j, grad_MO)
-        grad_x = None if grad_x is None else grad_x.view(*grad.shape[:-1], -1)
-        return grad_x, None, None, *of_tensors
+        return None if grad_x is None else grad_x.view(ctx.shape), None, None, *of_tensors
 
 
 def _weight_gradient(ctx, j: int, grad_MO: Tensor, x_MI: Tensor) -> Tensor | None:
@@ -198,10 +191,9 @@ def _weight_gradient(ctx, j: int, grad_MO: Tensor, x_MI: Tensor) -> Tensor | Non
     # The product comes in the layout of the weight, so that its features are put back without transposing.
     left, right = (x_MI.t(), grad_MO) if head_axis.transposed else (grad_MO.t(), x_MI)
     accumulated = _accumulated(ctx.next_functions[ctx.edges[j]][0])
-    if accumulated is None:
-        return selection.put(_cast(left @ right, dtype), shape, head_axis.axis)
-    selection.add_product(left, right, accumulated, head_axis.axis)
-    return None
+    gradient = left.new_zeros(shape, dtype=dtype) if accumulated is None else accumulated
+    selection.add_product(left, right, gradient, head_axis.axis)
+    return gradient if accumulated is None else None
 
 
 def _bias_gradient(ctx, j: int, grad_MO: Tensor) -> Tensor | None:
@@ -211,10 +203,9 @@ def _bias_gradient(ctx, j: int, grad_MO: Tensor) -> Tensor | None:
     if head_axis.kind == "row":
         return grad
     accumulated = _accumulated(ctx.next_functions[ctx.edges[len(ctx.axes) + j]][0])
-    if accumulated is None:
-        return selection.put(grad, torch.Size([head_axis.layout.size]), 0)
-    selection.add(grad, accumulated, 0)
-    return None
+    gradient = grad.new_zeros(head_axis.layout.size) if accumulated is None else accumulated
+    selection.add(grad, gradient, 0)
+    return gradient if accumulated is None else None
 
 
 def _accumulated(node: torch.autograd.graph.Node | None) -> Tensor | None:

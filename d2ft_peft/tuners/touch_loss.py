@@ -26,7 +26,7 @@ class TouchLoss:
             return outputs
         # The loss where the model computes it, else what the caller computes it from.
         is_tensor = isinstance(outputs, Tensor)
-        named = {None: outputs} if is_tensor else outputs
+        named = {None: outputs} if is_tensor else dict(enumerate(outputs)) if type(outputs) is tuple else outputs
         name, value = next((n, v) for n, v in named.items() if isinstance(v, Tensor) and v.is_floating_point())
         if self.runtime.touch_gradients:
             value = _Touch.apply(value, *(p for p in self.model.parameters() if p.requires_grad))
@@ -35,6 +35,8 @@ class TouchLoss:
             value = value.requires_grad_().clone()
         if is_tensor:
             return value
+        if type(outputs) is tuple:
+            return (*outputs[:name], value, *outputs[name + 1 :])
         outputs[name] = value
         return outputs
 

@@ -7,7 +7,8 @@ A step is all forward and backward passes of N micro-batches, ready for the opti
 micro-batch, so that a busy machine slows all of them, and begin with another variant in every repeat; where a turn
 changes the model, a pass that is not timed goes first. Each ratio is the median over the repeats of the variant's time
 over the plain step's time of the same repeat. Efficiency is the share of time saved over the share of FLOPs saved.
-Weights are random: speed does not depend on them. `speed.py` puts other methods and shapes beside these.
+Gradients exist already, as they do from the second micro-batch of a step on, and every method adds to them. Weights are
+random: speed does not depend on them. `speed.py` puts other methods and shapes beside these.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """What execution saves and what it leaves alone: memory, graphs, shortcut modes, autocast, recomputation."""
 
 import contextlib
+import gc
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
 from d2ft_peft import Operation, partition_model
-from d2ft_peft.tuners import compile_plan, get_runtime, projection
+from d2ft_peft.tuners import D2FTLayer, compile_plan, get_runtime, projection
 from d2ft_peft.tuners.plan import Heads
 from d2ft_peft.tuners.reference import reference_forward
 from d2ft_peft.tuners.runtime import Run
@@ -221,9 +223,59 @@ def test_a_projection_with_an_input_of_its_own_computes_it():
     runtime.run = Run(Heads((0,)))
     first, own, again = query(x), key(y), query(x)
     runtime.run = None
+    own.sum().backward()
     width = partition.branches[0].columns[1].layout.width
     torch.testing.assert_close(own, y @ key.weight[:width].t())
     torch.testing.assert_close(first, again)
+
+
+def test_a_loss_that_leaves_out_the_last_of_the_projections_has_its_gradients():
+    """As one on attention weights does, which values have no part in."""
+    model, _, _, partition, _ = build("vit")
+    columns = [model.get_base_model().get_submodule(column.name) for column in partition.branches[0].columns]
+    x = torch.randn(2, 3, columns[0].weight.shape[1], dtype=torch.float64, requires_grad=True)
+    get_runtime(model).run = Run(Heads((0,)))
+    query, key, _ = (column(x) for column in columns)
+    get_runtime(model).run = None
+    (query * key).sum().backward()
+    width = partition.branches[0].columns[0].layout.width
+    twin = x.detach().requires_grad_()
+    plain = [torch.nn.functional.linear(twin, c.weight[:width].detach(), c.bias[:width].detach()) for c in columns]
+    (plain[0] * plain[1]).sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+
+
+def test_outputs_of_every_operation_stay_as_a_hook_saw_them():
+    model, _, _, partition, batch = build("vit")
+    seen = []
+    row = model.get_base_model().get_submodule(partition.branches[0].row.name)
+    row.register_forward_hook(lambda module, args, out: seen.append((out, out.detach().clone())))
+    plan = compile_plan(partition, np.resize([2, 1], partition.num_scheduled))
+    with get_runtime(model).use(plan):
+        model(**batch)
+    assert len(seen) == 2
+    for out, as_seen in seen:
+        torch.testing.assert_close(out, as_seen, rtol=0, atol=0)
+
+
+def test_a_model_that_returns_tuples_trains():
+    model, _, _, partition, batch = build("vit")
+    for row in ([2, 0], [1, 0]):
+        with get_runtime(model).use(compile_plan(partition, np.resize(row, partition.num_scheduled))):
+            model(**batch, return_dict=False)[0].backward()
+    assert model.get_base_model().get_submodule(partition.branches[0].row.name).weight.grad is not None
+
+
+def test_an_unloaded_model_holds_no_weights_of_the_adapter():
+    model = build("vit")[0]
+    copies = [weakref.ref(module) for module in model.modules() if isinstance(module, D2FTLayer)]
+    gc.collect()
+    gc.disable()
+    try:
+        model = model.merge_and_unload()
+        assert copies and not any(copy() for copy in copies)
+    finally:
+        gc.enable()
 
 
 def test_dropout_of_lora_draws_for_every_projection_apart():
