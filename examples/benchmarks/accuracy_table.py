@@ -31,16 +31,24 @@ def load(paths: list[str]) -> dict[tuple, dict[tuple, dict[int, dict]]]:
     return settings
 
 
-def difference(runs: dict[int, dict], others: dict[int, dict] | None, sign: int) -> str:
-    """Mean of the paired differences, positive where `runs` is better, with its confidence interval."""
+def gap(runs: dict[int, dict], others: dict[int, dict] | None, sign: int) -> tuple[float, float | None] | None:
+    """Mean of the paired differences, positive where `runs` is better, and half of its confidence interval; the half
+    is None for a single pair, and all is None without one."""
     seeds = sorted(set(runs) & set(others or {}))
     if not seeds:
-        return "-"
+        return None
     gaps = sign * np.array([runs[s]["value"] - others[s]["value"] for s in seeds])
     if len(gaps) == 1:
-        return f"{gaps[0]:+.2f}"
-    half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps))
-    return f"{gaps.mean():+.2f} ± {half:.2f}"
+        return gaps[0], None
+    return gaps.mean(), stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / np.sqrt(len(gaps))
+
+
+def difference(runs: dict[int, dict], others: dict[int, dict] | None, sign: int) -> str:
+    """`gap`, in words."""
+    found = gap(runs, others, sign)
+    if found is None:
+        return "-"
+    return f"{found[0]:+.2f}" if found[1] is None else f"{found[0]:+.2f} ± {found[1]:.2f}"
 
 
 def table(setting: tuple, rows: dict[tuple, dict[int, dict]]) -> str:
@@ -72,35 +80,34 @@ def run_share(run: dict) -> float:
 
 
 def plot(settings: dict, path: str) -> None:
-    """What each row gains on the better judge's mean, one panel a setting."""
+    """What each row gains on `fewer_samples` at the same budget, with its interval, where several seeds were run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = min(3, len(settings))
+    bars: dict[str, list] = {"accuracy": [], "loss": []}
+    for (task, mode, metric, _, samples, size), rows in settings.items():
+        for (row, budget), runs in sorted(rows.items(), key=lambda item: (-item[0][1], item[0][0])):
+            name = row.partition(":")[0]
+            judge = rows.get(("fewer_samples", 0.6 if name == "plain" else budget))
+            found = gap(runs, judge, 1 if metric == "accuracy" else -1)
+            if row == "fewer_samples" or found is None or found[1] is None:
+                continue
+            label = f"{task} {mode}, {samples} x {size}: {name} {'' if name == 'plain' else f'{budget:.0%}'}"
+            bars[metric].append((label, *found, "0.4" if name in ("plain", *JUDGES) else "C0"))
     figure, axes = plt.subplots(
-        -(-len(settings) // columns),
-        columns,
-        figsize=(4.6 * columns, 2.9 * -(-len(settings) // columns)),
-        squeeze=False,
-    )
-    for axis in axes.flat[len(settings) :]:
-        axis.set_axis_off()
-    for axis, (setting, rows) in zip(axes.flat, settings.items(), strict=False):
-        task, mode, metric, _, samples, size = setting
-        ordered = sorted(rows.items(), key=lambda item: (item[0][1], item[0][0]))
-        for position, ((row, _), runs) in enumerate(ordered):
-            values = [run["value"] for run in runs.values()]
-            color = "0.4" if row.startswith(("plain", *JUDGES)) else "C0"
-            axis.plot(values, [position] * len(values), "o", color=color, alpha=0.35, markersize=4)
-            axis.plot(np.mean(values), position, "|", color=color, markersize=14, markeredgewidth=2.5)
-        labels = [f"{row.replace('backward_score=', '')} {budget:.0%}" for (row, budget), _ in ordered]
-        axis.set_yticks(range(len(labels)), labels, fontsize=7)
-        axis.set_title(f"{task}, {mode}, {samples} samples of size {size} ({metric})", fontsize=7.5)
+        2, 1, figsize=(8, 1.6 + 0.24 * sum(map(len, bars.values()))),
+        height_ratios=[max(1, len(rows)) for rows in bars.values()],
+    )  # fmt: skip
+    for axis, (metric, rows) in zip(axes, bars.items(), strict=True):
+        for position, (_, mean, half, color) in enumerate(rows[::-1]):
+            axis.errorbar(mean, position, xerr=half, fmt="o", color=color, capsize=3, markersize=5)
+        axis.axvline(0, color="0.6", linewidth=0.8)
+        axis.set_yticks(range(len(rows)), [label for label, *_ in rows[::-1]], fontsize=8)
+        unit = "points of accuracy" if metric == "accuracy" else "nats of loss"
+        axis.set_xlabel(f"{unit} better than fewer_samples at the same budget (plain: at 60 %)", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
-        if metric == "loss":
-            axis.invert_xaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
