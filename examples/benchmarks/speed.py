@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peers import PEERS, Tuned, d2ft, plain
+from speed_table import CELL_KEYS
 from step_time import Variant, build_model, efficiency, flops_and_memory, make_batch, seconds, step_seconds
 
 from d2ft_peft import partition_model
@@ -58,7 +59,6 @@ PRESETS = {
 PRESETS["all"] = [*PRESETS["vit"], *PRESETS["bert"], *PRESETS["llama"]]
 """Cells as SHAPE:MICRO_BATCH_SIZE:BLOCKS."""
 
-CELL_KEYS = ("shape", "blocks", "micro_batch_size", "num_micro_batches", "dtype", "threads", "device", "rank")
 ROW_KEYS = ("mode", "variant", "schedule", "budget")
 
 
