@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..partition import Branch, FeatureLayout, Partition, Projection
 from ..tuners import D2FTLayer
+from ..tuners.plan import Heads
+from ..tuners.subset_linear import select
 from .placement import heads_by_rank
 
 
@@ -48,7 +50,7 @@ class Shard:
 
     def take(self, num_heads: int, heads: tuple[int, ...]) -> Tensor:
         """The features of some heads, by their positions among the `num_heads` that are here; differentiable."""
-        return take_heads(self.tensor, self.axis, replace(self.layout, heads=num_heads), heads)
+        return select(replace(self.layout, heads=num_heads), Heads(heads)).take(self.tensor, self.axis)
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The whole tensor from every rank's part."""
@@ -61,15 +63,6 @@ class Shard:
                 self.axis + 1, index, part.unflatten(self.axis, (layout.parts, len(heads), layout.width))
             )
         return whole
-
-
-def take_heads(tensor: Tensor, axis: int, layout: FeatureLayout, heads: tuple[int, ...]) -> Tensor:
-    """The features of some heads along an axis: a view where they are neighbours, else a copy."""
-    by_head = tensor.unflatten(axis, (layout.parts, layout.heads, layout.width))
-    if layout.parts == 1 and heads == tuple(range(heads[0], heads[0] + len(heads))):
-        return by_head.narrow(axis + 1, heads[0], len(heads)).flatten(axis, axis + 2)
-    index = torch.tensor(heads, device=tensor.device)
-    return by_head.index_select(axis + 1, index).flatten(axis, axis + 2)
 
 
 @torch.no_grad()
@@ -94,7 +87,7 @@ def cut_model(base: nn.Module, partition: Partition, ranks: np.ndarray, rank: in
             of_projection = list(_shards(base.get_submodule(projection.name), projection, branch, heads))
             for shard in of_projection:
                 whole = shard.tensor
-                part = take_heads(whole.data, shard.axis, shard.layout, heads[rank])
+                part = select(shard.layout, Heads(heads[rank])).take(whole.data, shard.axis)
                 whole.data = part.clone(memory_format=torch.contiguous_format)
                 _set_features(shard)
             shards += of_projection

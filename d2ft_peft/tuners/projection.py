@@ -62,7 +62,7 @@ class ProjectionForward(Intercept):
         if follow.forward_only is not None:
             with torch.no_grad():
                 constant = self._row(follow.output, follow.forward_only)
-            out = constant if out is None else constant.detach().add_(out)
+            out = constant if out is None else out + constant
         return out
 
     def constant(self, x: Tensor, run: Run) -> Tensor:

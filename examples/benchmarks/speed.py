@@ -34,7 +34,7 @@ from peers import PEERS, Tuned, d2ft, plain
 from speed_table import CELL_KEYS
 from step_time import Variant, build_model, efficiency, flops_and_memory, make_batch, seconds, step_seconds
 
-from d2ft_peft import partition_model
+from d2ft_peft import Operation, partition_model
 from d2ft_peft.schedule import Budget, Problem, Schedule, get_policy
 from d2ft_peft.tuners import compile_plan
 
@@ -165,8 +165,9 @@ def measure(rows: list[tuple], given: argparse.Namespace, repeats: int) -> list[
 
 def counts(variant: Variant) -> dict:
     """FULL and FORWARD_ONLY micro-batches of a subnet, in the mean over the subnets."""
-    table = np.array([[2] if plan is None else plan.operations for plan in variant.plans])
-    return {"num_full": float((table == 2).mean(1).sum()), "num_forward_only": float((table == 1).mean(1).sum())}
+    table = np.array([[Operation.FULL] if plan is None else plan.operations for plan in variant.plans])
+    named = {"num_full": Operation.FULL, "num_forward_only": Operation.FORWARD_ONLY}
+    return {name: float((table == operation).mean(1).sum()) for name, operation in named.items()}
 
 
 def run_cell(cell: str, args: argparse.Namespace, path: Path) -> None:
