@@ -4,6 +4,7 @@
 
 Differences are paired by seed, with the 95 % confidence interval of their mean (Student's t); accuracies are
 per cent, losses are nats. The judges are plain fine-tuning on fewer steps and on fewer samples at the same compute.
+Where a row ran at several learning rates, the one with the best mean counts, the judges' rows likewise.
 """
 
 from __future__ import annotations
@@ -22,13 +23,24 @@ JUDGES = ("fewer_steps", "fewer_samples")
 
 def load(paths: list[str]) -> dict[tuple, dict[tuple, dict[int, dict]]]:
     """Runs by setting (task, mode, metric, steps, samples, size), then by (row, budget), then by seed."""
-    settings: dict = defaultdict(lambda: defaultdict(dict))
+    by_rate: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for path in paths:
         for line in Path(path).read_text().splitlines():
             run = json.loads(line)
             setting = tuple(run[k] for k in ("task", "mode", "metric", "steps", "train_samples", "size"))
-            settings[setting][run["row"], run["budget"]][run["seed"]] = run
-    return settings
+            by_rate[setting][run["row"], run["budget"]][run["lr"]][run["seed"]] = run
+    return {setting: {row: at_best_rate(rates) for row, rates in rows.items()} for setting, rows in by_rate.items()}
+
+
+def at_best_rate(rates: dict[float, dict[int, dict]]) -> dict[int, dict]:
+    """Runs by seed at the learning rate with the best mean, over the seeds that were run at every rate."""
+    seeds = set.intersection(*(set(runs) for runs in rates.values()))
+
+    def mean(runs: dict[int, dict]) -> float:
+        values = [run["value"] if run["metric"] == "accuracy" else -run["value"] for run in runs.values()]
+        return float(np.mean([value for seed, value in zip(runs, values, strict=True) if not seeds or seed in seeds]))
+
+    return max(rates.values(), key=mean)
 
 
 def gap(runs: dict[int, dict], others: dict[int, dict] | None, sign: int) -> tuple[float, float | None] | None:
@@ -58,14 +70,15 @@ def table(setting: tuple, rows: dict[tuple, dict[int, dict]]) -> str:
     lines = [
         f"### {task}, {mode}: {steps} steps, {samples} samples, size {size}",
         "",
-        f"| row | compute | {metric} (mean of seeds) | to plain | to fewer steps | to fewer samples | CPU seconds |",
-        "|---|---|---|---|---|---|---|",
+        f"| row | rate | compute | {metric} (mean of seeds) | to plain | to fewer steps | to fewer samples | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (row, budget), runs in sorted(rows.items(), key=lambda item: (-item[0][1], item[0][0])):
         values = [run["value"] for run in runs.values()]
         judges = [difference(runs, rows.get((judge, budget)), sign) if row != judge else "-" for judge in JUDGES]
         lines.append(
-            f"| {row} | {np.mean([run['compute_ratio'] * run_share(run) for run in runs.values()]):.2f} | "
+            f"| {row} | {next(iter(runs.values()))['lr']:g} | "
+            f"{np.mean([run['compute_ratio'] * run_share(run) for run in runs.values()]):.2f} | "
             f"{np.mean(values):.2f} ({len(values)}) | {difference(runs, plain, sign) if runs is not plain else '-'} | "
             f"{judges[0]} | {judges[1]} | {np.median([run['cpu_seconds'] for run in runs.values()]):.0f} |"
         )

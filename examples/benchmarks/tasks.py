@@ -85,7 +85,10 @@ def text_task(name: str, columns: list[str], classes: int, assets: Path, train: 
             for ids, types, label in zip(encoded["input_ids"], encoded["token_type_ids"], rows["label"], strict=True)
         ]
 
-    if name == "sst2":  # its dev set is too small to tell rows apart; phrases of a sentence may be on both sides
+    if name in ("sst2", "mrpc"):  # their own test sets are too small to tell rows apart; phrases of one sentence of
+        # SST-2 may be on both sides
+        if train is None or test is None:
+            raise ValueError(f"task={name!r} takes its test samples from its training set; give --train and --test")
         samples = load("train", train + test)
         training, testing = samples[:train], samples[train:]
     else:
