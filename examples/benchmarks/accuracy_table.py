@@ -70,7 +70,8 @@ def table(setting: tuple, rows: dict[tuple, dict[int, dict]]) -> str:
     lines = [
         f"### {task}, {mode}: {steps} steps, {samples} samples, size {size}",
         "",
-        f"| row | rate | compute | {metric} (mean of seeds) | to plain | to fewer steps | to fewer samples | CPU seconds |",
+        f"| row | rate | compute | {metric} (mean of seeds) | to plain | to fewer steps | to fewer samples "
+        "| CPU seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for (row, budget), runs in sorted(rows.items(), key=lambda item: (-item[0][1], item[0][0])):
