@@ -18,6 +18,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,28 @@ def learning_rate(row: str, mode: str, task: Task, default: float | None) -> flo
     return parse(row)[1].get("lr") or default or task.learning_rate[mode]
 
 
+class Stopwatch:
+    """Processor seconds within some methods of an object, the time of one within another counted once."""
+
+    def __init__(self, owner: object, *methods: str):
+        self.seconds, self._running = 0.0, False
+        for name in methods:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, method: Callable) -> Callable:
+        def timed(*args, **kwargs):
+            if self._running:
+                return method(*args, **kwargs)
+            self._running, started = True, time.process_time()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.seconds += time.process_time() - started
+                self._running = False
+
+        return timed
+
+
 class Evaluator(D2FTTrainer):
     """The Trainer, whose training batches are augmented."""
 
@@ -100,6 +123,8 @@ def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespa
         if task.metric == "accuracy":
             trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
             trainer.compute_metrics = lambda p: {"accuracy": 100 * float(np.mean(p.predictions == p.label_ids))}
+        scoring = Stopwatch(trainer, "_score_once")
+        planning = Stopwatch(trainer._start(), "prepare", "plan", "compose", "observe")
         started, cpu = time.perf_counter(), time.process_time()
         trainer.train()
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
@@ -108,7 +133,8 @@ def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespa
     return {
         "task": args.task, "mode": args.mode, "row": row, "budget": 1.0 if row.startswith("plain") else budget,
         "seed": seed, "steps": args.steps, "lr": lr, "train_samples": len(task.train), "metric": task.metric,
-        "value": result, "seconds": seconds, "cpu_seconds": cpu_seconds, "compute_ratio": log["compute_ratio"],
+        "value": result, "seconds": seconds, "cpu_seconds": cpu_seconds, "scoring_seconds": scoring.seconds,
+        "planning_seconds": planning.seconds, "compute_ratio": log["compute_ratio"],
         "flops": trainer.state.total_flos, "size": args.size,
     }  # fmt: skip
 
