@@ -15,6 +15,7 @@ from transformers import Trainer
 from .checkpoint import load_state, operations_from, save_state
 from .planner import D2FTPlanner, batch_size
 from .scores import CANDIDATES_KEY, INDEX_KEY
+from .scores.live import IGNORED
 from .trainer_data import IndexedDataMixin
 from .tuners.flops import inference
 
@@ -60,12 +61,25 @@ class D2FTTrainerMixin(IndexedDataMixin):
             if self.args.ddp_find_unused_parameters is None:
                 # Every parameter receives a gradient, if only zero: there is nothing to look for.
                 self.accelerator.ddp_handler.find_unused_parameters = False
+            if self.planner.shares is not None:
+                self._prepare_shares()
             self._window: list[tuple[dict, int | None]] = []
             self._upcoming: list[int | None] = []
             self._idle = False
             self._last_loss: torch.Tensor | None = None
             self._divides_by_items: bool | None = None
         return self.planner
+
+    def _prepare_shares(self) -> None:
+        """Let nothing but the gradient exchange make the processes wait for each other."""
+        if not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices=False would weigh the processes alike, which run different numbers of "
+                "samples under device_capacities='auto'; leave it out."
+            )
+        if self.args.ddp_broadcast_buffers is None:
+            # Else every step begins with waiting for process 0. No buffer of a transformer changes in training.
+            self.accelerator.ddp_handler.broadcast_buffers = False
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; a training forward outside of the schedule is an error meanwhile."""
@@ -94,6 +108,25 @@ class D2FTTrainerMixin(IndexedDataMixin):
         batch, index = self._window.pop(0)
         self._upcoming = [index]
         return [batch], self._get_num_items_in_batch([batch], device)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """Items of all processes. Where every sample has one label their number is known without asking around."""
+        shares = None if self.planner is None else self.planner.shares
+        if shares is None or self.args.world_size == 1:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        labels = [batch["labels"] for batch in batch_samples if "labels" in batch]
+        counts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if counts and labels and all(label.ndim == 1 for label in labels):
+            if any((label == IGNORED).any() for label in labels):
+                raise ValueError(
+                    f"a sample has the label {IGNORED}, which carries no loss; under device_capacities='auto' samples count "
+                    "alike in all processes: leave such samples out of the data set."
+                )
+            return torch.tensor(int(shares.counts.sum()), device=device)
+        items = super()._get_num_items_in_batch(batch_samples, device)
+        if items is not None:
+            shares.pace.begin_together()
+        return items
 
     def _schedule(self, candidates: list[dict]) -> tuple[list[dict], list[int | None]]:
         """Schedule batches: as many again, those that do not run first, and the planner's index of each that does."""
@@ -129,6 +162,8 @@ class D2FTTrainerMixin(IndexedDataMixin):
         """Read steps ahead and schedule them together; a resumed run first finishes the window that it was in."""
         rest = self.__dict__.pop("_rest_of_window", None)
         size = self.planner.config.num_micro_batches if rest is None else len(rest["operations"])
+        if self.planner.shares is not None:
+            size = 1  # every process runs some of its samples in every step
         candidates = list(itertools.islice(epoch_iterator, size))
         if candidates:
             batches, order = self._schedule(candidates) if rest is None else self._resume_window(rest, candidates)
@@ -177,7 +212,7 @@ class D2FTTrainerMixin(IndexedDataMixin):
             result = result if return_outputs else result[0]
         if not model.training or self._loss_is_normalized(num_items_in_batch):
             return result
-        if self.args.gradient_accumulation_steps == 1:
+        if self.args.gradient_accumulation_steps == 1 and self.planner.shares is None:
             return result
         # The Trainer divides by the number of micro-batches next.
         factor = self._current.weight * self.current_gradient_accumulation_steps
@@ -223,6 +258,8 @@ class D2FTTrainerMixin(IndexedDataMixin):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self.planner is not None:
+            self.planner.share()
         if self.planner is not None and self.args.should_save:
             rest = self._unfinished_window() if self.args.gradient_accumulation_steps == 1 and self._window else None
             save_state(self.planner, output_dir, rest_of_window=rest)
