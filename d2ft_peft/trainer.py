@@ -119,8 +119,8 @@ class D2FTTrainerMixin(IndexedDataMixin):
         if counts and labels and all(label.ndim == 1 for label in labels):
             if any((label == IGNORED).any() for label in labels):
                 raise ValueError(
-                    f"a sample has the label {IGNORED}, which carries no loss; under device_capacities='auto' samples count "
-                    "alike in all processes: leave such samples out of the data set."
+                    f"a sample has the label {IGNORED}, which carries no loss, and device_capacities='auto' counts "
+                    "samples; leave such samples out of the data set."
                 )
             return torch.tensor(int(shares.counts.sum()), device=device)
         items = super()._get_num_items_in_batch(batch_samples, device)

@@ -79,9 +79,9 @@ class Shares:
         """
         if ran != self.counts[rank()]:
             raise ValueError(
-                f"device_capacities='auto' gave this process {self.counts[rank()]} samples and the policy ran {ran}; choose "
-                "a policy that runs as many whole samples as its budget has room for: 'fewer_samples', 'importance' "
-                "or 'selective_backprop'."
+                f"device_capacities='auto' gave this process {self.counts[rank()]} samples and the policy ran {ran}; "
+                "choose a policy that runs as many whole samples as its budget has room for: 'fewer_samples', "
+                "'importance' or 'selective_backprop'."
             )
         return int(self.counts.sum())
 
@@ -124,9 +124,8 @@ class Shares:
         )
 
     def logs(self) -> dict[str, float]:
-        """``share_of_process_<rank>``: the part of its candidates that each process runs; ``waiting_share``: the part of
-        a step for which processes waited for the last one, in the mean over them and the time since the exchange
-        before the last."""
+        """``share_of_process_<rank>``, the part of its candidates that each process runs, and ``waiting_share``, the
+        part of a step for which a process waited for the last one, before `figures` were told."""
         if not self._candidates or len(self.counts) == 1:
             return {}
         shares = {f"share_of_process_{r}": float(n / self._candidates) for r, n in enumerate(self.counts)}

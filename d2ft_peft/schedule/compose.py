@@ -33,9 +33,17 @@ class Composition:
         Returns:
             A schedule whose weights stand for the samples of all processes: those that run are spread over the
             micro-batches as they are here. And the sizes of its micro-batches here, [N].
+
+        Raises:
+            ValueError: There are other processes, and a sample runs in part.
         """
         here = self.schedule
         sizes, running = here.weights, ~here.skipped
+        if candidates > sizes.sum() and (here.operations[running] != Operation.FULL).any():
+            raise ValueError(
+                "a policy over samples ran some of them in part; in several processes they run as a whole: choose "
+                "policy='fewer_samples', 'importance' or 'selective_backprop', or set rows='micro_batches'"
+            )
         weights = sizes * (ran / sizes[running].sum())
         operations = here.operations
         if candidates > ran:

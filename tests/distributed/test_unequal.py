@@ -1,0 +1,130 @@
+"""device_capacities="auto": processes run different numbers of samples, and train what one process trains on all."""
+
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from d2ft_peft import D2FTPlanner, D2FTTrainer, Schedule
+from d2ft_peft.data_parallel import Pace, Shares
+from d2ft_peft.scores import INDEX_KEY
+from tests.distributed.launch import run
+from tests.test_trainer import adapt, arguments, assert_close, doubles, samples, trained
+
+
+pytestmark = pytest.mark.distributed
+
+CONFIG = {"device_capacities": "auto", "policy": "importance", "compute_budget": 0.6, "interval": 2}
+# (model, full or LoRA, gradient accumulation steps); an epoch of 40 samples ends with a shorter step.
+RUNS = [("vit", "full", 4), ("vit", "lora", 1), ("llama", "lora", 4), ("llama", "full", 1), ("bert", "full", 4)]
+STEPS = 7
+
+
+def data(name: str) -> list[dict[str, torch.Tensor]]:
+    """Forty samples; of texts every third one has fewer tokens that count."""
+    items = doubles(samples(name, n=40))
+    if name == "llama":
+        for item in items[::3]:
+            item["labels"][4:] = -100
+    return items
+
+
+def told_in_advance() -> None:
+    """Process 1 is at first half as fast as process 0, later it is the other way round."""
+    calls = []
+
+    def figures(self):
+        self._steps.clear()
+        calls.append(self)
+        slow = dist.get_rank() == (1 if calls.count(self) < 3 else 0)
+        return np.array([0.1, 2.0 if slow else 1.0, 1.0])
+
+    Pace.figures, Pace.warm_up, Pace.enough, Shares.first = figures, 0, 1, 1
+
+
+def train(name: str, mode: str, accumulation: int) -> dict:
+    """Weights after seven steps, and the samples that each step ran here."""
+    ran = []
+
+    class Watching(D2FTTrainer):
+        def get_batch_samples(self, *args):
+            batches, items = super().get_batch_samples(*args)
+            running = zip(batches, self._upcoming, strict=True)
+            ran.append(torch.cat([batch[INDEX_KEY] for batch, index in running if index is not None]))
+            return batches, items
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(
+            folder, per_device_train_batch_size=2 if accumulation > 1 else 8, gradient_accumulation_steps=accumulation,
+            max_steps=STEPS, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0,
+        )  # fmt: skip
+        trainer = Watching(model=adapt(name, mode, **CONFIG), args=args, train_dataset=data(name))
+        trainer.train()
+    logs = [{k: v for k, v in e.items() if "share" in k or "ratio" in k} for e in trainer.state.log_history[:-1]]
+    return {"weights": trained(trainer.model), "ran": ran, "logs": logs}
+
+
+def train_all() -> list[dict]:
+    told_in_advance()
+    return [train(*case) for case in RUNS]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """What two processes made of every run, by run."""
+    return list(zip(*run(__name__, "train_all", tmp_path_factory.mktemp("unequal")), strict=True))
+
+
+def candidates(accumulation: int, step: int) -> int:
+    """Of each process."""
+    return 4 if accumulation > 1 and step % 3 == 2 else 8
+
+
+def train_alone(name: str, mode: str, accumulation: int, steps: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One process, all samples of a step in one micro-batch."""
+    items = data(name)
+    model = adapt(name, mode, **{**CONFIG, "device_capacities": None}).train()
+    planner = D2FTPlanner(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step, ran in enumerate(steps):
+        # The Trainer takes BERT's loss for one that is divided by the items of all micro-batches and processes.
+        scale = candidates(accumulation, step) if name == "bert" else 1
+        batch = {key: torch.stack([items[i][key] for i in ran]) for key in items[0]}
+        planner.use(Schedule.all_full(1, planner.partition.num_scheduled, weights=[len(ran)]))
+        with planner.micro_batch(0):
+            (model(**batch).loss * scale).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return trained(model)
+
+
+@pytest.mark.parametrize("index", range(len(RUNS)), ids=[", ".join(map(str, case)) for case in RUNS])
+def test_two_unequal_processes_train_the_weights_of_one(processes, index):
+    first, second = processes[index]
+    assert_close(first["weights"], second["weights"])
+    steps = [torch.cat(parts) for parts in zip(first["ran"], second["ran"], strict=True)]
+    assert_close(first["weights"], train_alone(*RUNS[index], steps))
+    # Equality is not for want of a difference: if the processes weighed alike, other weights would come out.
+    alone = train_alone(*RUNS[index], [ran.repeat_interleave(2)[: len(ran)] for ran in steps])
+    assert any(not torch.allclose(alone[name], value) for name, value in first["weights"].items())
+
+
+def test_the_faster_process_runs_more_and_all_together_what_the_budget_says(processes):
+    """0.6 of 8 + 8 candidates are 10 samples, of 4 + 4 at the end of an epoch 5; told of after steps 1, 2, 4 and 6."""
+    for (_, _, accumulation), (first, second) in zip(RUNS, processes, strict=True):
+        counts = [tuple(map(len, parts)) for parts in zip(first["ran"], second["ran"], strict=True)]
+        equal, slow_second, slow_first = {8: (5, 5)}, {8: (7, 3), 4: (4, 1)}, {8: (3, 7), 4: (2, 3)}
+        expected = [equal, slow_second, slow_second, slow_second, slow_first, slow_first, slow_first]
+        assert counts == [shares[candidates(accumulation, step)] for step, shares in enumerate(expected)]
+        for rank in (first, second):
+            assert [(e["share_of_process_0"], e["share_of_process_1"]) for e in rank["logs"]] == [
+                (ours / candidates(accumulation, step), theirs / candidates(accumulation, step))
+                for step, (ours, theirs) in enumerate(counts)
+            ]
+            assert [e["compute_ratio"] for e in rank["logs"]] == [
+                sum(parts) / (2 * candidates(accumulation, step)) for step, parts in enumerate(counts)
+            ]
+            assert "waiting_share" not in rank["logs"][0]
+            assert rank["logs"][1]["waiting_share"] == 0.0
