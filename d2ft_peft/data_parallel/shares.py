@@ -16,6 +16,13 @@ from .pace import Pace
 TOLERATED_WAIT = 0.05
 """Share of a step for which a process may wait, as foreseen, before it is worth a warning."""
 
+WORTH_A_MOVE = 0.02
+"""Share of a step that other counts must save, as foreseen, before they replace the present ones."""
+
+SAME_SPEED = 1.25
+"""Figures within this factor of the last ones are averaged with them: they differ by noise, and because a sample costs
+more where it makes another micro-batch necessary. Beyond it a device has changed its speed."""
+
 
 class Shares:
     """Shares the samples of every step out over the processes, by how fast each of them was.
@@ -44,6 +51,7 @@ class Shares:
         self.waiting = 0.0
         self._candidates = 0
         self._known: dict[int, np.ndarray] = {}
+        self._former: dict[int, np.ndarray] = {}
         self._warned = False
 
     def exchange(self) -> None:
@@ -53,9 +61,13 @@ class Shares:
 
     def take(self, figures: np.ndarray) -> None:
         """Take over what the processes said, float [R, 3]."""
-        self.figures, self._known = figures, {}
         busy = figures[:, 2]
         self.waiting = float(1 - busy.mean() / busy.max())
+        if self.figures is not None:
+            change = figures[:, 1] / self.figures[:, 1]
+            same = (change < SAME_SPEED) & (change > 1 / SAME_SPEED)
+            figures = np.where(same[:, None], (figures + self.figures) / 2, figures)
+        self.figures, self._known, self._former = figures, {}, self._known
 
     def share(self, candidates: int) -> Budget:
         """The budget of this process in a step.
@@ -102,6 +114,9 @@ class Shares:
         equal = np.zeros(processes), np.ones(processes)
         fixed, per_sample = equal if self.figures is None else self.figures[:, :2].T
         counts = balance(total, fixed, per_sample, candidates)
+        former = self._former.get(candidates, counts)
+        if (fixed + per_sample * former).max() * (1 - WORTH_A_MOVE) < (fixed + per_sample * counts).max():
+            counts = former
         if self.figures is not None:
             self._warn_of_waiting(counts, candidates, fixed, per_sample)
         return counts
