@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,32 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from .data_parallel import Shares
+from .micro_batch import MicroBatch, batch_size
 from .processes import all_reduce, world_size
 from .schedule import Budget, CostModel, Problem, Schedule, compose, get_policy, policy_facts
 from .scores import INDEX_KEY, ScoreSource, ScoreTable
-from .tuners import Plan, compile_plan, get_runtime
+from .tuners import compile_plan, get_runtime
 from .tuners.flops import Probe, base_model, cost_model, probe_model
 from .tuners.plan import executed_operations
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What a training loop has to know of one micro-batch.
-
-    Attributes:
-        plan: Its operations.
-        weight: Its share of the samples that run in this optimizer step, over all processes, times their number: the
-            factor on its mean loss, so that the step's gradient is the mean over the samples that ran. A subnet that
-            was FULL in some of them only gets the sum of their contributions, not scaled up.
-    """
-
-    plan: Plan
-    weight: float
-
-    @property
-    def skipped(self) -> bool:
-        """Whether it is not to be run at all."""
-        return self.plan.skipped
 
 
 class D2FTPlanner:
@@ -197,10 +177,9 @@ class D2FTPlanner:
             self.shares.pace.arrive()
         if self.step and (self.step % self.config.interval == 0 or (self.shares and self.step == Shares.first)):
             self.share()
-        if self.shares is None:
-            usual = self.num_micro_batches or self.config.num_micro_batches
-            budget = self.config.budget.of_samples(len(indices), usual)
-        else:
+        usual = self.num_micro_batches or self.config.num_micro_batches
+        budget = self.config.budget.of_samples(len(indices), usual)
+        if self.shares is not None:
             budget = self.shares.share(len(indices))
         samples = self.policy(self._problem(indices, np.asarray, budget, np.ones(len(indices))))
         composition = compose(samples, size)
@@ -378,11 +357,3 @@ class D2FTPlanner:
             return self.config.budget
         forward_only, full = self.cost_model.costs[:, 1:].sum(axis=0)
         return self.config.budget.of_rest(num_micro_batches, self.num_micro_batches, forward_only / full)
-
-
-def batch_size(batch: dict[str, Any]) -> int:
-    """Samples in a batch: the length of its first tensor."""
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.ndim:
-            return len(value)
-    raise ValueError(f"a batch with keys {sorted(batch)} has no tensor; micro-batches are dictionaries of tensors.")

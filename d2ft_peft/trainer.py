@@ -13,14 +13,15 @@ from torch import nn
 from transformers import Trainer
 
 from .checkpoint import load_state, operations_from, save_state
-from .planner import D2FTPlanner, batch_size
+from .micro_batch import batch_size
+from .planner import D2FTPlanner
 from .scores import CANDIDATES_KEY, INDEX_KEY
-from .scores.live import IGNORED
 from .trainer_data import IndexedDataMixin
+from .trainer_shares import SharesMixin
 from .tuners.flops import inference
 
 
-class D2FTTrainerMixin(IndexedDataMixin):
+class D2FTTrainerMixin(SharesMixin, IndexedDataMixin):
     """What D2FT adds to a `transformers.Trainer`; mix it into any subclass of it, before that class.
 
     - `get_batch_samples`, called once per optimizer step with all its micro-batches, makes the schedule. Without
@@ -70,17 +71,6 @@ class D2FTTrainerMixin(IndexedDataMixin):
             self._divides_by_items: bool | None = None
         return self.planner
 
-    def _prepare_shares(self) -> None:
-        """Let nothing but the gradient exchange make the processes wait for each other."""
-        if not self.args.average_tokens_across_devices:
-            raise ValueError(
-                "average_tokens_across_devices=False would weigh the processes alike, which run different numbers of "
-                "samples under device_capacities='auto'; leave it out."
-            )
-        if self.args.ddp_broadcast_buffers is None:
-            # Else every step begins with waiting for process 0. No buffer of a transformer changes in training.
-            self.accelerator.ddp_handler.broadcast_buffers = False
-
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; a training forward outside of the schedule is an error meanwhile."""
         self._start().runtime.driven = True
@@ -108,25 +98,6 @@ class D2FTTrainerMixin(IndexedDataMixin):
         batch, index = self._window.pop(0)
         self._upcoming = [index]
         return [batch], self._get_num_items_in_batch([batch], device)
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        """Items of all processes. Where every sample has one label their number is known without asking around."""
-        shares = None if self.planner is None else self.planner.shares
-        if shares is None or self.args.world_size == 1:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        labels = [batch["labels"] for batch in batch_samples if "labels" in batch]
-        counts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
-        if counts and labels and all(label.ndim == 1 for label in labels):
-            if any((label == IGNORED).any() for label in labels):
-                raise ValueError(
-                    f"a sample has the label {IGNORED}, which carries no loss, and device_capacities='auto' counts "
-                    "samples; leave such samples out of the data set."
-                )
-            return torch.tensor(int(shares.counts.sum()), device=device)
-        items = super()._get_num_items_in_batch(batch_samples, device)
-        if items is not None:
-            shares.pace.begin_together()
-        return items
 
     def _schedule(self, candidates: list[dict]) -> tuple[list[dict], list[int | None]]:
         """Schedule batches: as many again, those that do not run first, and the planner's index of each that does."""

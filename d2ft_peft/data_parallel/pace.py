@@ -89,7 +89,7 @@ class Pace:
         if self._ready is None:
             raise RuntimeError(
                 "device_capacities='auto' saw no backward pass in a whole step, and cannot tell how fast this process "
-                "is: call backward inside the micro-batch's context, on a loss that is made of the model's first output."
+                "is: call backward inside the micro-batch's context, on a loss made of the model's first output."
             )
         step = Step(self._before, self._arrived, self._began, self._ready, samples)
         self._arrived = None
