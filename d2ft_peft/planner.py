@@ -174,7 +174,7 @@ class D2FTPlanner:
             raise ValueError("compose needs the model's costs; call prepare(batch) once, with any collated batch.")
         indices = np.asarray(indices)
         if self.shares is not None:
-            self.shares.pace.arrive()
+            self.shares.begin_step(self.model)
         if self.step and (self.step % self.config.interval == 0 or (self.shares and self.step == Shares.first)):
             self.share()
         usual = self.num_micro_batches or self.config.num_micro_batches

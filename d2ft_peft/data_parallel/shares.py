@@ -7,6 +7,8 @@ import warnings
 
 import numpy as np
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..processes import gather, rank, world_size
 from ..schedule import Budget, balance, balanced_total
@@ -68,6 +70,19 @@ class Shares:
             same = (change < SAME_SPEED) & (change > 1 / SAME_SPEED)
             figures = np.where(same[:, None], (figures + self.figures) / 2, figures)
         self.figures, self._known, self._former = figures, {}, self._known
+
+    def begin_step(self, model: nn.Module) -> None:
+        """A step begins.
+
+        Raises:
+            ValueError: The parameters of the model are sharded.
+        """
+        if not self._candidates and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise ValueError(
+                "device_capacities='auto' does not run under FSDP: processes run different numbers of micro-batches, and "
+                "sharded parameters are gathered from all processes in each of them; use DistributedDataParallel."
+            )
+        self.pace.arrive()
 
     def share(self, candidates: int) -> Budget:
         """The budget of this process in a step.

@@ -5,11 +5,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
-from d2ft_peft import D2FTPlanner
+from d2ft_peft import D2FTPlanner, D2FTTrainer
 from d2ft_peft.data_parallel import Pace, Shares, shares
 from d2ft_peft.schedule import Budget
-from tests.test_trainer import adapt, doubles, samples
+from tests.test_trainer import adapt, arguments, doubles, samples
 
 
 class Clock:
@@ -183,3 +184,21 @@ def test_figures_survive_a_checkpoint_of_as_many_processes(two, monkeypatch):
     other.load_state(ours.state())
     other.share(10)
     assert other.counts.tolist() == [6, 6, 6]
+
+
+def test_the_trainer_refuses_fsdp(tmp_path):
+    model = adapt(device_capacities="auto", policy="fewer_samples", compute_budget=0.5)
+    trainer = D2FTTrainer(model=model, args=arguments(tmp_path), train_dataset=samples())
+    trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    try:
+        with pytest.raises(ValueError, match="D2FT does not run under FSDP; use DistributedDataParallel"):
+            trainer.train()
+    finally:
+        trainer.accelerator.state.distributed_type = DistributedType.NO
+
+
+def test_the_trainer_does_not_let_processes_weigh_alike(tmp_path):
+    model = adapt(device_capacities="auto", policy="fewer_samples", compute_budget=0.5)
+    args = arguments(tmp_path, average_tokens_across_devices=False)
+    with pytest.raises(ValueError, match="average_tokens_across_devices=False would weigh the processes alike"):
+        D2FTTrainer(model=model, args=args, train_dataset=samples()).train()

@@ -1,11 +1,16 @@
 """device_capacities="auto": processes run different numbers of samples, and train what one process trains on all."""
 
-import tempfile
+import os
+from contextlib import nullcontext
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from d2ft_peft import D2FTPlanner, D2FTTrainer, Schedule
 from d2ft_peft.data_parallel import Pace, Shares
@@ -20,6 +25,7 @@ CONFIG = {"device_capacities": "auto", "policy": "importance", "compute_budget":
 # (model, full or LoRA, gradient accumulation steps); an epoch of 40 samples ends with a shorter step.
 RUNS = [("vit", "full", 4), ("vit", "lora", 1), ("llama", "lora", 4), ("llama", "full", 1), ("bert", "full", 4)]
 STEPS = 7
+WAIT = timedelta(seconds=30)
 
 
 def data(name: str) -> list[dict[str, torch.Tensor]]:
@@ -44,8 +50,8 @@ def told_in_advance() -> None:
     Pace.figures, Pace.warm_up, Pace.enough, Shares.first = figures, 0, 1, 1
 
 
-def train(name: str, mode: str, accumulation: int) -> dict:
-    """Weights after seven steps, and the samples that each step ran here."""
+def train(name: str, mode: str, accumulation: int, folder: str, steps: int = STEPS, **kwargs) -> dict:
+    """Weights after some steps, the samples that each step ran here, and what was logged of shares."""
     ran = []
 
     class Watching(D2FTTrainer):
@@ -55,26 +61,98 @@ def train(name: str, mode: str, accumulation: int) -> dict:
             ran.append(torch.cat([batch[INDEX_KEY] for batch, index in running if index is not None]))
             return batches, items
 
-    with tempfile.TemporaryDirectory() as folder:
-        args = arguments(
-            folder, per_device_train_batch_size=2 if accumulation > 1 else 8, gradient_accumulation_steps=accumulation,
-            max_steps=STEPS, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0,
-        )  # fmt: skip
-        trainer = Watching(model=adapt(name, mode, **CONFIG), args=args, train_dataset=data(name))
-        trainer.train()
+    args = arguments(
+        folder, per_device_train_batch_size=2 if accumulation > 1 else 8, gradient_accumulation_steps=accumulation,
+        max_steps=steps, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0, **kwargs,
+    )  # fmt: skip
+    trainer = Watching(model=adapt(name, mode, **CONFIG), args=args, train_dataset=data(name))
+    trainer.train(resume_from_checkpoint="save_strategy" in kwargs and steps > STEPS)
     logs = [{k: v for k, v in e.items() if "share" in k or "ratio" in k} for e in trainer.state.log_history[:-1]]
     return {"weights": trained(trainer.model), "ran": ran, "logs": logs}
 
 
-def train_all() -> list[dict]:
+def train_all(folder: str) -> dict:
+    """Everything that two processes do; starting them takes longer than the runs."""
+    result = {"ready": ready_before_the_exchange(), "bare": in_a_bare_loop(), "sharded": under_fsdp()}
     told_in_advance()
-    return [train(*case) for case in RUNS]
+    runs = [train(*case, folder) for case in RUNS]
+    save = {"save_strategy": "steps", "save_steps": STEPS}
+    whole = train(*RUNS[0], f"{folder}/whole", steps=STEPS, **save)
+    return {**result, "runs": runs, "whole": whole, "resumed": train(*RUNS[0], f"{folder}/whole", STEPS + 2, **save)}
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """What two processes made of every run, by run."""
-    return list(zip(*run(__name__, "train_all", tmp_path_factory.mktemp("unequal")), strict=True))
+    """What two processes did."""
+    folder = tmp_path_factory.mktemp("unequal")
+    return run(__name__, "train_all", folder, str(folder))
+
+
+def parallel(**config) -> tuple[DistributedDataParallel, D2FTPlanner]:
+    """A model under torch's own data parallelism, with a planner, as a bare loop has them."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    model = adapt(**{**CONFIG, **config}).train()
+    planner = D2FTPlanner(model)
+    planner.prepare({key: value[None] for key, value in data("vit")[0].items()})
+    return DistributedDataParallel(model), planner
+
+
+def ready_before_the_exchange() -> bool:
+    """Whether process 0 says that it is ready while process 1 has not begun its backward pass."""
+    model, planner = parallel()
+    # On its own: the exchange must not have to wait for it.
+    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]) + 1, 2, dist.get_rank() == 0, timeout=WAIT)
+    ready = planner.runtime.after_backward
+
+    def say() -> None:
+        ready()
+        store.set("ready", "yes")
+
+    if dist.get_rank() == 0:
+        planner.runtime.after_backward = say
+    (positions,) = planner.compose(np.arange(4), 4)
+    batch = {key: torch.stack([item[key] for item in data("vit")[:2]]) for key in data("vit")[0]}
+    with planner.micro_batch(0):
+        loss = model(**batch).loss
+        if dist.get_rank() == 1:
+            store.wait(["ready"])  # an error after WAIT
+        loss.backward()
+    dist.barrier()
+    return True
+
+
+def under_fsdp() -> str:
+    """What is said of a model whose parameters are sharded."""
+    model = adapt(**CONFIG).train()
+    planner = D2FTPlanner(model)
+    planner.prepare({key: value[None] for key, value in data("vit")[0].items()})
+    fully_shard(model.base_model.model.vit.layers[1], mesh=init_device_mesh("cpu", (2,)))
+    try:
+        planner.compose(np.arange(8), 4)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def in_a_bare_loop() -> dict:
+    """Three steps without a Trainer, told that process 1 is slow."""
+    model, planner = parallel(policy="fewer_samples")
+    planner.shares.take(np.array([[0.0, 1.0, 5.0], [0.0, 3.0, 15.0]]))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    items, ran = data("vit"), []
+    for step in range(3):
+        indices = np.arange(8) + 8 * (2 * step + dist.get_rank()) % 40
+        groups = planner.compose(indices, 3)
+        for i, positions in enumerate(groups):
+            batch = {key: torch.stack([items[j][key] for j in indices[positions]]) for key in items[0]}
+            last = i == len(groups) - 1
+            with planner.micro_batch(i) as micro_batch, nullcontext() if last else model.no_sync():
+                (model(**batch).loss * micro_batch.weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ran.append(torch.from_numpy(indices[np.concatenate(groups)]))
+    return {"weights": trained(model.module), "ran": ran}
 
 
 def candidates(accumulation: int, step: int) -> int:
@@ -100,9 +178,13 @@ def train_alone(name: str, mode: str, accumulation: int, steps: list[torch.Tenso
     return trained(model)
 
 
+def test_a_process_is_ready_before_it_waits_for_the_others(processes):
+    assert processes[0]["ready"] and processes[1]["ready"]
+
+
 @pytest.mark.parametrize("index", range(len(RUNS)), ids=[", ".join(map(str, case)) for case in RUNS])
 def test_two_unequal_processes_train_the_weights_of_one(processes, index):
-    first, second = processes[index]
+    first, second = (process["runs"][index] for process in processes)
     assert_close(first["weights"], second["weights"])
     steps = [torch.cat(parts) for parts in zip(first["ran"], second["ran"], strict=True)]
     assert_close(first["weights"], train_alone(*RUNS[index], steps))
@@ -111,9 +193,29 @@ def test_two_unequal_processes_train_the_weights_of_one(processes, index):
     assert any(not torch.allclose(alone[name], value) for name, value in first["weights"].items())
 
 
+def test_fsdp_is_refused(processes):
+    """Its processes meet in every block of every micro-batch, and these run different numbers of them."""
+    for process in processes:
+        assert process["sharded"].startswith("device_capacities='auto' does not run under FSDP")
+
+
+def test_a_bare_loop_trains_the_weights_of_one_process(processes):
+    first, second = (process["bare"] for process in processes)
+    assert [tuple(map(len, parts)) for parts in zip(first["ran"], second["ran"], strict=True)] == [(8, 2)] * 3
+    steps = [torch.cat(parts) for parts in zip(first["ran"], second["ran"], strict=True)]
+    assert_close(first["weights"], train_alone("vit", "full", 1, steps))
+
+
+def test_a_resumed_run_goes_on_with_the_shares_that_it_had(processes):
+    resumed = [process["resumed"] for process in processes]
+    assert [tuple(map(len, parts)) for parts in zip(*(r["ran"] for r in resumed), strict=True)] == [(3, 7), (4, 1)]
+    assert_close(resumed[0]["weights"], resumed[1]["weights"])
+
+
 def test_the_faster_process_runs_more_and_all_together_what_the_budget_says(processes):
     """0.6 of 8 + 8 candidates are 10 samples, of 4 + 4 at the end of an epoch 5; told of after steps 1, 2, 4 and 6."""
-    for (_, _, accumulation), (first, second) in zip(RUNS, processes, strict=True):
+    for index, (_, _, accumulation) in enumerate(RUNS):
+        first, second = (process["runs"][index] for process in processes)
         counts = [tuple(map(len, parts)) for parts in zip(first["ran"], second["ran"], strict=True)]
         equal, slow_second, slow_first = {8: (5, 5)}, {8: (7, 3), 4: (4, 1)}, {8: (3, 7), 4: (2, 3)}
         expected = [equal, slow_second, slow_second, slow_second, slow_first, slow_first, slow_first]
