@@ -8,7 +8,6 @@ import warnings
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..processes import gather, rank, world_size
 from ..schedule import Budget, balance, balanced_total
@@ -77,11 +76,8 @@ class Shares:
         Raises:
             ValueError: The parameters of the model are sharded.
         """
-        if not self._candidates and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            raise ValueError(
-                "device_capacities='auto' does not run under FSDP: processes run different numbers of micro-batches, and "
-                "sharded parameters are gathered from all processes in each of them; use DistributedDataParallel."
-            )
+        if not self._candidates and world_size() > 1:
+            _refuse_sharded(model)
         self.pace.arrive()
 
     def share(self, candidates: int) -> Budget:
@@ -169,6 +165,16 @@ class Shares:
         """Go on with a checkpoint's figures, if as many processes made it."""
         if state is not None and len(state) == world_size():
             self.take(np.array(state))
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            "device_capacities='auto' does not run under FSDP: processes run different numbers of micro-batches, and in "
+            "each of them sharded parameters are gathered from all processes; use DistributedDataParallel."
+        )
 
 
 def _seconds(times: np.ndarray) -> list[float]:

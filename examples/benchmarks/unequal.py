@@ -44,7 +44,8 @@ from d2ft_peft import D2FTConfig, D2FTPlanner, partition_model
 
 
 PHASES = {"no process is slow": None, "process 1 is slow": 1, "process 0 is slow": 0}
-Batch = dict[str, torch.Tensor]
+MicroBatch = tuple[np.ndarray, float, contextlib.AbstractContextManager]
+"""Its samples, the factor on its mean loss, and what it runs under."""
 
 
 class Loop:
@@ -64,27 +65,23 @@ class Loop:
         self.pixels = torch.randn(256, 3, args.image_size, args.image_size, generator=generator)
         self.labels = torch.randint(100, (256,), generator=generator)
 
-    def micro_batches(self, candidates: np.ndarray) -> Iterator[tuple[np.ndarray, contextlib.AbstractContextManager]]:
-        """The samples of each micro-batch, and what it runs under."""
-        raise NotImplementedError
-
-    def weight(self, samples: np.ndarray) -> float:
-        """The factor on a micro-batch's mean loss."""
+    def micro_batches(self, candidates: np.ndarray) -> list[MicroBatch]:
+        """What this process runs of its candidates."""
         raise NotImplementedError
 
     def step(self, phase: str, previous: float) -> float:
         """One optimizer step; returns when its exchange ended."""
         candidates = self.rng.choice(len(self.labels), self.args.candidates, replace=False)
-        groups, ran = list(self.micro_batches(candidates)), 0
-        for samples, context in groups:
-            ran += len(samples)
-            last = samples is groups[-1][0]
+        micro_batches = self.micro_batches(candidates)
+        for i, (samples, weight, context) in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
             with context, contextlib.nullcontext() if last else self.parallel.no_sync():
                 batch = {"pixel_values": self.pixels[samples], "labels": self.labels[samples]}
-                loss = self.parallel(**batch).loss * self.weight(samples)
+                loss = self.parallel(**batch).loss * weight
                 loss.register_hook(lambda grad: Variable._execution_engine.queue_callback(self._ready))
                 loss.backward()
         end = time.perf_counter()
+        ran = sum(len(samples) for samples, _, _ in micro_batches)
         self.trace.append({"phase": phase, "samples": ran, "start": previous, "ready": self._when, "end": end})
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -105,11 +102,8 @@ class Plain(Loop):
         self.samples = round(args.budget * args.candidates)
 
     def micro_batches(self, candidates):
-        for part in np.array_split(candidates[: self.samples], -(-self.samples // self.args.size)):
-            yield part, contextlib.nullcontext()
-
-    def weight(self, samples):
-        return len(samples) / self.samples
+        parts = np.array_split(candidates[: self.samples], -(-self.samples // self.args.size))
+        return [(part, len(part) / self.samples, contextlib.nullcontext()) for part in parts]
 
 
 class Auto(Loop):
@@ -125,13 +119,11 @@ class Auto(Loop):
         self.planner.prepare({"pixel_values": self.pixels[:1], "labels": self.labels[:1]})
 
     def micro_batches(self, candidates):
-        self.groups = self.planner.compose(candidates, self.args.size)
-        for index, positions in enumerate(self.groups):
-            yield candidates[positions], self.planner.micro_batch(index)
-
-    def weight(self, samples):
-        ran = int(self.planner.shares.counts.sum())
-        return len(samples) * dist.get_world_size() / ran
+        planner = self.planner
+        return [
+            (candidates[positions], planner.peek(index).weight, planner.micro_batch(index))
+            for index, positions in enumerate(planner.compose(candidates, self.args.size))
+        ]
 
 
 @contextlib.contextmanager
@@ -217,14 +209,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--candidates", type=int, default=40, help="of each process in a step")
-    parser.add_argument("--size", type=int, default=8, help="most samples of a micro-batch")
+    parser.add_argument("--image-size", type=int, default=80)
+    parser.add_argument("--candidates", type=int, default=60, help="of each process in a step")
+    parser.add_argument("--size", type=int, default=12, help="most samples of a micro-batch")
     parser.add_argument("--budget", type=float, default=0.6)
     parser.add_argument("--interval", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=10, help="steps of a turn")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a turn")
     parser.add_argument("--turns", type=int, default=4, help="turns of each variant in a phase")
-    parser.add_argument("--settled", type=int, default=20, help="step of a phase from which its figures are taken")
+    parser.add_argument("--settled", type=int, default=16, help="step of a phase from which its figures are taken")
     parser.add_argument("--out", type=Path, help="file for the figures, JSON")
     return parser.parse_args()
 
