@@ -172,8 +172,8 @@ def _refuse_sharded(model: nn.Module) -> None:
 
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
-            "device_capacities='auto' does not run under FSDP: processes run different numbers of micro-batches, and in "
-            "each of them sharded parameters are gathered from all processes; use DistributedDataParallel."
+            "device_capacities='auto' does not run under FSDP: processes run different numbers of micro-batches, and "
+            "in each of them sharded parameters are gathered from all processes; use DistributedDataParallel."
         )
 
 

@@ -23,7 +23,10 @@ pytestmark = pytest.mark.distributed
 
 CONFIG = {"device_capacities": "auto", "policy": "importance", "compute_budget": 0.6, "interval": 2}
 # (model, full or LoRA, gradient accumulation steps); an epoch of 40 samples ends with a shorter step.
-RUNS = [("vit", "full", 4), ("vit", "lora", 1), ("llama", "lora", 4), ("llama", "full", 1), ("bert", "full", 4)]
+RUNS = [
+    ("vit", "full", 4), ("vit", "lora", 1), ("llama", "lora", 4), ("llama", "full", 1), ("bert", "full", 4),
+    ("bert", "lora", 1),
+]  # fmt: skip
 STEPS = 7
 WAIT = timedelta(seconds=30)
 
@@ -37,9 +40,19 @@ def data(name: str) -> list[dict[str, torch.Tensor]]:
     return items
 
 
+meetings: list[None] = []
+"""One entry for each time that the processes told each other something besides gradients and logs."""
+
+
 def told_in_advance() -> None:
-    """Process 1 is at first half as fast as process 0, later it is the other way round."""
-    calls = []
+    """Process 1 is at first half as fast as process 0, later it is the other way round. Meetings are noted."""
+    calls, all_reduce = [], dist.all_reduce
+
+    def noted(*args, **kwargs):
+        meetings.append(None)
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = noted
 
     def figures(self):
         self._steps.clear()
@@ -52,23 +65,31 @@ def told_in_advance() -> None:
 
 def train(name: str, mode: str, accumulation: int, folder: str, steps: int = STEPS, **kwargs) -> dict:
     """Weights after some steps, the samples that each step ran here, and what was logged of shares."""
-    ran = []
+    ran, met = [], []
 
     class Watching(D2FTTrainer):
         def get_batch_samples(self, *args):
+            before = len(meetings)
             batches, items = super().get_batch_samples(*args)
+            met.append(len(meetings) - before)
             running = zip(batches, self._upcoming, strict=True)
             ran.append(torch.cat([batch[INDEX_KEY] for batch, index in running if index is not None]))
             return batches, items
+
+        def training_step(self, model, *args, **kwargs):
+            assert not model.broadcast_buffers
+            return super().training_step(model, *args, **kwargs)
 
     args = arguments(
         folder, per_device_train_batch_size=2 if accumulation > 1 else 8, gradient_accumulation_steps=accumulation,
         max_steps=steps, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0, **kwargs,
     )  # fmt: skip
     trainer = Watching(model=adapt(name, mode, **CONFIG), args=args, train_dataset=data(name))
+    if name != "llama":
+        trainer.accelerator.gather = None  # the number of items is known without it
     trainer.train(resume_from_checkpoint="save_strategy" in kwargs and steps > STEPS)
     logs = [{k: v for k, v in e.items() if "share" in k or "ratio" in k} for e in trainer.state.log_history[:-1]]
-    return {"weights": trained(trainer.model), "ran": ran, "logs": logs}
+    return {"weights": trained(trainer.model), "ran": ran, "met": met, "logs": logs}
 
 
 def train_all(folder: str) -> dict:
@@ -168,7 +189,8 @@ def train_alone(name: str, mode: str, accumulation: int, steps: list[torch.Tenso
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step, ran in enumerate(steps):
         # The Trainer takes BERT's loss for one that is divided by the items of all micro-batches and processes.
-        scale = candidates(accumulation, step) if name == "bert" else 1
+        micro_batches = candidates(accumulation, step) // 2 if accumulation > 1 else 1
+        scale = 2 * micro_batches if name == "bert" else 1
         batch = {key: torch.stack([items[i][key] for i in ran]) for key in items[0]}
         planner.use(Schedule.all_full(1, planner.partition.num_scheduled, weights=[len(ran)]))
         with planner.micro_batch(0):
@@ -197,6 +219,13 @@ def test_fsdp_is_refused(processes):
     """Its processes meet in every block of every micro-batch, and these run different numbers of them."""
     for process in processes:
         assert process["sharded"].startswith("device_capacities='auto' does not run under FSDP")
+
+
+def test_in_a_usual_step_processes_exchange_nothing_but_gradients(processes):
+    """They meet after the first step here, and then every second one; only tokens are summed in every step."""
+    for process in processes:
+        for done in process["runs"]:
+            assert [step for step, met in enumerate(done["met"]) if met] == [1, 2, 4, 6]
 
 
 def test_a_bare_loop_trains_the_weights_of_one_process(processes):
