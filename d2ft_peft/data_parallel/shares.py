@@ -151,7 +151,7 @@ class Shares:
 
     def logs(self) -> dict[str, float]:
         """``share_of_process_<rank>``, the part of its candidates that each process runs, and ``waiting_share``, the
-        part of a step for which a process waited for the last one, before `figures` were told."""
+        part of a step for which processes waited for the last one, in the mean over all, before `figures` were told."""
         if not self._candidates or len(self.counts) == 1:
             return {}
         shares = {f"share_of_process_{r}": float(n / self._candidates) for r, n in enumerate(self.counts)}

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2ft_peft import D2FTPlanner, D2FTTrainer, Schedule
 from d2ft_peft.data_parallel import Pace, Shares
-from d2ft_peft.scores import INDEX_KEY
+from d2ft_peft.scores import INDEX_KEY, LiveScores
 from tests.distributed.launch import run
 from tests.test_trainer import adapt, arguments, assert_close, doubles, samples, trained
 
@@ -42,6 +42,8 @@ def data(name: str) -> list[dict[str, torch.Tensor]]:
 
 meetings: list[None] = []
 """One entry for each time that the processes told each other something besides gradients and logs."""
+common_starts: list[None] = []
+"""One entry for each time that they waited for each other at the start of a step."""
 
 
 def told_in_advance() -> None:
@@ -52,7 +54,11 @@ def told_in_advance() -> None:
         meetings.append(None)
         return all_reduce(*args, **kwargs)
 
-    dist.all_reduce = noted
+    def start(self):
+        common_starts.append(None)
+        return begin_together(self)
+
+    dist.all_reduce, Pace.begin_together, begin_together = noted, start, Pace.begin_together
 
     def figures(self):
         self._steps.clear()
@@ -87,9 +93,11 @@ def train(name: str, mode: str, accumulation: int, folder: str, steps: int = STE
     trainer = Watching(model=adapt(name, mode, **CONFIG), args=args, train_dataset=data(name))
     if name != "llama":
         trainer.accelerator.gather = None  # the number of items is known without it
+    common_starts.clear()
     trainer.train(resume_from_checkpoint="save_strategy" in kwargs and steps > STEPS)
     logs = [{k: v for k, v in e.items() if "share" in k or "ratio" in k} for e in trainer.state.log_history[:-1]]
-    return {"weights": trained(trainer.model), "ran": ran, "met": met, "logs": logs}
+    done = {"weights": trained(trainer.model), "ran": ran, "met": met, "logs": logs}
+    return {**done, "common starts": len(common_starts)}
 
 
 def train_all(folder: str) -> dict:
@@ -97,15 +105,19 @@ def train_all(folder: str) -> dict:
     result = {"ready": ready_before_the_exchange(), "bare": in_a_bare_loop(), "sharded": under_fsdp()}
     told_in_advance()
     runs = [train(*case, folder) for case in RUNS]
-    save = {"save_strategy": "steps", "save_steps": STEPS}
+    save = {"save_strategy": "steps", "save_steps": 1}
     whole = train(*RUNS[0], f"{folder}/whole", steps=STEPS, **save)
     return {**result, "runs": runs, "whole": whole, "resumed": train(*RUNS[0], f"{folder}/whole", STEPS + 2, **save)}
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("unequal")
+
+
+@pytest.fixture(scope="module")
+def processes(folder):
     """What two processes did."""
-    folder = tmp_path_factory.mktemp("unequal")
     return run(__name__, "train_all", folder, str(folder))
 
 
@@ -226,6 +238,16 @@ def test_in_a_usual_step_processes_exchange_nothing_but_gradients(processes):
     for process in processes:
         for done in process["runs"]:
             assert [step for step, met in enumerate(done["met"]) if met] == [1, 2, 4, 6]
+        starts = {name: done["common starts"] for (name, _, _), done in zip(RUNS, process["runs"], strict=True)}
+        assert starts == {"vit": 0, "llama": STEPS, "bert": 0}
+
+
+def test_a_checkpoint_knows_of_the_samples_of_all_processes(processes, folder):
+    """Also if it is made before they have met for the first time."""
+    losses = LiveScores("loss")
+    losses.load(folder / "whole" / "checkpoint-1" / "d2ft_loss.safetensors")
+    ran = torch.cat([process["whole"]["ran"][0] for process in processes])
+    assert set(np.flatnonzero(~np.isnan(losses.values))) == set(ran.tolist())
 
 
 def test_a_bare_loop_trains_the_weights_of_one_process(processes):
