@@ -22,7 +22,7 @@ _MEANS_FILE = "d2ft_means.safetensors"
 
 
 def save_state(planner: D2FTPlanner, directory: str | os.PathLike, **extra: Any) -> None:
-    """Write a planner's state into a checkpoint folder.
+    """Write a planner's state into a checkpoint folder; of several processes one does, after `D2FTPlanner.share`.
 
     Args:
         planner: The planner.
@@ -38,7 +38,8 @@ def save_state(planner: D2FTPlanner, directory: str | os.PathLike, **extra: Any)
     if means:
         save_file(means, os.path.join(directory, _MEANS_FILE))
     with open(os.path.join(directory, STATE_FILE), "w") as file:
-        json.dump({"rng": planner.rng.bit_generator.state, "step": planner.step, **extra}, file)
+        shares = planner.shares and planner.shares.state()
+        json.dump({"rng": planner.rng.bit_generator.state, "step": planner.step, "shares": shares, **extra}, file)
 
 
 def load_state(planner: D2FTPlanner, directory: str | os.PathLike) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def load_state(planner: D2FTPlanner, directory: str | os.PathLike) -> dict[str, 
         state = json.load(file)
     planner.rng.bit_generator.state = state["rng"]
     planner.step = state["step"]
+    if planner.shares is not None:
+        planner.shares.load_state(state.get("shares"))
     for score in GRADIENT_SCORES:
         table = os.path.join(directory, _SCORES_FILE.format(score))
         if os.path.isfile(table):

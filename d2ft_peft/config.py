@@ -56,6 +56,9 @@ class D2FTConfig(LoraConfig):
         num_devices: Devices that the subnets are spread over, block by block; None is one device per subnet, the
             paper's setting.
         device_capacities: Compute budget of each device, one number in (0, 1] each, instead of ``compute_budget``.
+            ``"auto"`` is for data parallelism on unequal devices: ``compute_budget`` is then the mean over the
+            processes, and each runs as many of its samples as its measured speed allows, so that all reach the gradient
+            exchange together. It needs a policy over samples.
         head_parallel: Whether the subnets live on the processes of the run, each process holding its own only; train
             with `d2ft_peft.distributed.HeadParallel`. The processes are then the devices.
         policy: Name of the scheduling policy, see `d2ft_peft.schedule.policy_names`.
@@ -84,7 +87,7 @@ class D2FTConfig(LoraConfig):
     num_full: int | None = None
     num_forward_only: int | None = None
     num_devices: int | None = None
-    device_capacities: list[float] | None = None
+    device_capacities: list[float] | Literal["auto"] | None = None
     head_parallel: bool = False
     policy: str = "bilevel"
     rows: Literal["micro_batches", "samples"] | None = None
@@ -118,13 +121,18 @@ class D2FTConfig(LoraConfig):
         return self.r is not None
 
     @property
+    def is_auto(self) -> bool:
+        """Whether samples are shared out over processes by the speed of each."""
+        return isinstance(self.device_capacities, str) and self.device_capacities == "auto"
+
+    @property
     def budget(self) -> Budget:
         """The one budget that the fields state."""
         if self.num_full is not None:
             return Budget(num_full=self.num_full, num_forward_only=self.num_forward_only or 0)
         if self.communication_budget is not None:
             return Budget(communication=self.communication_budget)
-        if self.device_capacities is not None:
+        if self.device_capacities is not None and not self.is_auto:
             return Budget(compute=tuple(self.device_capacities))
         return Budget(compute=DEFAULT_COMPUTE_BUDGET if self.compute_budget is None else self.compute_budget)
 
@@ -151,7 +159,7 @@ class D2FTConfig(LoraConfig):
         ):  # fmt: skip
             _check(getattr(self, name) in allowed, name, getattr(self, name), f"must be one of {', '.join(allowed)}")
         given = [n for n in ("compute_budget", "communication_budget", "num_full", "device_capacities")
-                 if getattr(self, n) is not None]  # fmt: skip
+                 if getattr(self, n) is not None and not (n == "device_capacities" and self.is_auto)]  # fmt: skip
         _check(len(given) <= 1, " and ".join(given), [getattr(self, n) for n in given], "are both given; keep one")
         _check(
             self.num_forward_only is None or self.num_full is not None,
@@ -162,8 +170,11 @@ class D2FTConfig(LoraConfig):
             "num_forward_only", self.num_forward_only, "counts micro-batches; with rows='samples' give compute_budget",
         )  # fmt: skip
         capacities = self.device_capacities
-        if capacities is not None:
-            _check(isinstance(capacities, (list, tuple)), "device_capacities", capacities, "must be a list of numbers")
+        if self.is_auto:
+            self._check_auto()
+        elif capacities is not None:
+            fits = isinstance(capacities, (list, tuple))
+            _check(fits, "device_capacities", capacities, "must be a list of numbers, or 'auto'")
             _check(
                 self.num_devices == len(capacities) or (self.head_parallel and self.num_devices is None),
                 "device_capacities", capacities, f"needs num_devices={len(capacities)}, not {self.num_devices}",
@@ -172,6 +183,24 @@ class D2FTConfig(LoraConfig):
         _check(isinstance(self.head_parallel, bool), "head_parallel", self.head_parallel, "must be True or False")
         if self.head_parallel:
             self._check_head_parallel()
+
+    def _check_auto(self) -> None:
+        def check(condition: bool, name: str, constraint: str) -> None:
+            _check(condition, name, getattr(self, name), f"{constraint} with device_capacities='auto'")
+
+        check(not self.head_parallel, "head_parallel", "takes numbers, one per process, and is not possible")
+        check(
+            self.rows == "samples", "policy",
+            f"with rows={self.rows!r} schedules the same micro-batches in all processes; choose 'fewer_samples', "
+            "'importance' or 'selective_backprop'",
+        )  # fmt: skip
+        for name in ("communication_budget", "num_full", "num_devices"):
+            check(getattr(self, name) is None, name, "is not possible; give compute_budget, the mean over processes,")
+        check(
+            self.compute_budget != 1, "compute_budget",
+            "leaves every process all of its samples and nothing to share out; give a smaller mean over processes "
+            "(at most 0.75 if one of two is half as fast), and larger batches instead,",
+        )  # fmt: skip
 
     def _check_head_parallel(self) -> None:
         for name, refused, why in (

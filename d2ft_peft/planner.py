@@ -25,39 +25,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .processes import all_reduce, gather_samples, world_size
+from .data_parallel import Shares
+from .micro_batch import MicroBatch, batch_size
+from .processes import all_reduce, world_size
 from .schedule import Budget, CostModel, Problem, Schedule, compose, get_policy, policy_facts
 from .scores import INDEX_KEY, ScoreSource, ScoreTable
-from .tuners import Plan, compile_plan, get_runtime
+from .tuners import compile_plan, get_runtime
 from .tuners.flops import Probe, base_model, cost_model, probe_model
 from .tuners.plan import executed_operations
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What a training loop has to know of one micro-batch.
-
-    Attributes:
-        plan: Its operations.
-        weight: Its share of the samples that run in this optimizer step, over all processes, times their number: the
-            factor on its mean loss, so that the step's gradient is the mean over the samples that ran. A subnet that
-            was FULL in some of them only gets the sum of their contributions, not scaled up.
-    """
-
-    plan: Plan
-    weight: float
-
-    @property
-    def skipped(self) -> bool:
-        """Whether it is not to be run at all."""
-        return self.plan.skipped
 
 
 class D2FTPlanner:
@@ -75,6 +56,7 @@ class D2FTPlanner:
         schedule: The schedule of the current step, or None before the first.
         executed: Schedules of the steps since the last `pop_logs`, as they were executed.
         source: Where scores of samples come from.
+        shares: How samples are shared out over unequal processes, or None if all run equally many.
         step: Number of schedules made so far.
         each_is_a_step: Whether an optimizer step follows every micro-batch instead of the last one.
     """
@@ -106,8 +88,13 @@ class D2FTPlanner:
         base = base_model(model)
         projections = [base.get_submodule(name) for name in self.partition.projections]
         self._subnet_parameters = [p for module in projections for p in module.parameters()]
+        self.shares: Shares | None = None
+        if self.config.device_capacities == "auto":
+            self.shares = Shares(self.config.budget, self._subnet_parameters[0].device)
+            self.runtime.after_backward = self.shares.pace.ready
         self._micro_batches: list[MicroBatch] = []
         self._rows: dict[int, np.ndarray] = {}
+        self._sizes = np.zeros(0)
         self._last_index = 0
         self._last_row: np.ndarray | None = None
 
@@ -169,6 +156,9 @@ class D2FTPlanner:
     def compose(self, indices: Sequence[int], size: int) -> list[np.ndarray]:
         """Schedule the samples of one optimizer step, and compose micro-batches of those that run.
 
+        Several processes run whole samples, equally many each unless ``device_capacities="auto"``. So they need not ask
+        each other in a usual step; every ``interval`` steps they tell each other what they saw.
+
         Args:
             indices: Indices of the candidates in the data set, [n]; every process of a distributed run gives its own,
                 equally many.
@@ -178,23 +168,40 @@ class D2FTPlanner:
             For each micro-batch, in the order of `micro_batch`, the positions of its samples among the candidates.
 
         Raises:
-            ValueError: If `prepare` was not called.
+            ValueError: If `prepare` was not called, or samples run in part in a run of several processes.
         """
         if self.cost_model is None:
             raise ValueError("compose needs the model's costs; call prepare(batch) once, with any collated batch.")
         indices = np.asarray(indices)
+        if self.shares is not None:
+            self.shares.begin_step(self.model)
+        if self.step and (self.step % self.config.interval == 0 or (self.shares and self.step == Shares.first)):
+            self.share()
         usual = self.num_micro_batches or self.config.num_micro_batches
         budget = self.config.budget.of_samples(len(indices), usual)
+        if self.shares is not None:
+            budget = self.shares.share(len(indices))
         samples = self.policy(self._problem(indices, np.asarray, budget, np.ones(len(indices))))
         composition = compose(samples, size)
-        sizes = composition.schedule.weights
-        # Capacities bind what each process planned for its own samples; the schedule counts those of all.
-        self.use(replace(composition.schedule, weights=all_reduce(sizes), capacities=None), sizes)
+        ran = sum(map(len, composition.micro_batches))
+        ran = ran * world_size() if self.shares is None else self.shares.total(ran)
+        self.use(*composition.among_processes(ran, len(indices) * world_size()))
         self.pass_over()
         return list(composition.micro_batches)
 
+    def share(self) -> None:
+        """Tell the other processes which scores of samples, and which pace, this one has seen since the last time.
+
+        `compose` does so every ``interval`` steps. Before a checkpoint every process calls it, so that what one of
+        them writes holds for all.
+        """
+        self.source.share()
+        if self.shares is not None:
+            self.shares.exchange()
+            self.shares.pace.begin()
+
     def observe(self, indices: np.ndarray, logits: Tensor, labels: Tensor) -> None:
-        """Let scores that follow training see a forward pass; every process of a distributed run calls it alike.
+        """Let scores that follow training see a forward pass of this process.
 
         Args:
             indices: Indices of its samples in the data set, [n].
@@ -203,7 +210,7 @@ class D2FTPlanner:
         """
         if self.source.live:
             values = self.source.observe(logits.detach(), labels)
-            self.source.update(*gather_samples(np.asarray(indices), values))
+            self.source.update(np.asarray(indices), values, self.step)
 
     def _problem(
         self,
@@ -251,8 +258,7 @@ class D2FTPlanner:
         """
         sizes = schedule.weights if sizes is None else sizes
         ran = schedule.weights[~schedule.skipped].sum() if not schedule.skipped.all() else 1.0
-        self.schedule = schedule
-        self._rows = {}
+        self.schedule, self._sizes, self._rows = schedule, sizes, {}
         self._micro_batches = [
             MicroBatch(compile_plan(self.partition, row), float(size * world_size() / ran))
             for row, size in zip(schedule.operations, sizes, strict=True)
@@ -304,6 +310,8 @@ class D2FTPlanner:
                 parameter.grad = torch.zeros_like(parameter)
 
     def _finish_step(self) -> None:
+        if self.shares is not None:
+            self.shares.end_step()
         if not self.each_is_a_step and not self.schedule.skipped.all():
             self._zero_missing_gradients()
         schedule = self.schedule
@@ -313,16 +321,15 @@ class D2FTPlanner:
         self._rows = {}
 
     def pop_logs(self) -> dict[str, float]:
-        """Means over the steps since the last call, as executed (`CostModel.means`)."""
+        """Means over the steps since the last call, as executed (`CostModel.means`), and `Shares.logs`."""
         steps, self.executed = self.executed, []
-        return self.cost_model.means(steps) if steps else {}
+        return (self.cost_model.means(steps) if steps else {}) | (self.shares.logs() if self.shares else {})
 
     def last_flops(self) -> float:
         """FLOPs of the last micro-batch in this process, as executed."""
         if self._last_row is None:
             return 0.0
-        samples = self.schedule.weights[self._last_index] / world_size()
-        return self.cost_model.step_flops(self._last_row[None], np.array([samples]))
+        return self.cost_model.step_flops(self._last_row[None], self._sizes[[self._last_index]])
 
     def prepare(self, batch: dict[str, Any]) -> None:
         """Learn what the model costs, from one look at a batch."""
@@ -350,11 +357,3 @@ class D2FTPlanner:
             return self.config.budget
         forward_only, full = self.cost_model.costs[:, 1:].sum(axis=0)
         return self.config.budget.of_rest(num_micro_batches, self.num_micro_batches, forward_only / full)
-
-
-def batch_size(batch: dict[str, Any]) -> int:
-    """Samples in a batch: the length of its first tensor."""
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.ndim:
-            return len(value)
-    raise ValueError(f"a batch with keys {sorted(batch)} has no tensor; micro-batches are dictionaries of tensors.")

@@ -14,6 +14,18 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process; 0 without torch.distributed."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def gather(values: np.ndarray) -> np.ndarray:
+    """Values of all processes, one row for each."""
+    everyone = np.zeros((world_size(), *values.shape))
+    everyone[rank()] = values
+    return all_reduce(everyone)
+
+
 def all_reduce(values: np.ndarray, operation: Any = None) -> np.ndarray:
     """Sum (by default) over all processes, the same bits on each."""
     if world_size() == 1:
@@ -30,10 +42,10 @@ def gather_samples(indices: np.ndarray, values: dict[str, np.ndarray]) -> tuple[
         return indices, values
     rows = np.stack([indices.astype(np.float64), *values.values()])
     length = int(all_reduce(np.array([rows.shape[1]], dtype=float), dist.ReduceOp.MAX)[0])
+    if length == 0:
+        return indices, values
     padded = np.full((len(rows), length), np.nan)
     padded[:, : rows.shape[1]] = rows
-    everyone = np.zeros((world_size(), *padded.shape))
-    everyone[dist.get_rank()] = np.nan_to_num(padded, nan=-1.0)
-    rows = np.concatenate(list(all_reduce(everyone)), axis=1)
+    rows = np.concatenate(list(gather(np.nan_to_num(padded, nan=-1.0))), axis=1)
     rows = rows[:, rows[0] >= 0]
     return rows[0].astype(np.int64), dict(zip(values, rows[1:], strict=True))

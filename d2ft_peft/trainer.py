@@ -13,13 +13,15 @@ from torch import nn
 from transformers import Trainer
 
 from .checkpoint import load_state, operations_from, save_state
-from .planner import D2FTPlanner, batch_size
+from .micro_batch import batch_size
+from .planner import D2FTPlanner
 from .scores import CANDIDATES_KEY, INDEX_KEY
 from .trainer_data import IndexedDataMixin
+from .trainer_shares import SharesMixin
 from .tuners.flops import inference
 
 
-class D2FTTrainerMixin(IndexedDataMixin):
+class D2FTTrainerMixin(SharesMixin, IndexedDataMixin):
     """What D2FT adds to a `transformers.Trainer`; mix it into any subclass of it, before that class.
 
     - `get_batch_samples`, called once per optimizer step with all its micro-batches, makes the schedule. Without
@@ -60,6 +62,8 @@ class D2FTTrainerMixin(IndexedDataMixin):
             if self.args.ddp_find_unused_parameters is None:
                 # Every parameter receives a gradient, if only zero: there is nothing to look for.
                 self.accelerator.ddp_handler.find_unused_parameters = False
+            if self.planner.shares is not None:
+                self._prepare_shares()
             self._window: list[tuple[dict, int | None]] = []
             self._upcoming: list[int | None] = []
             self._idle = False
@@ -129,6 +133,8 @@ class D2FTTrainerMixin(IndexedDataMixin):
         """Read steps ahead and schedule them together; a resumed run first finishes the window that it was in."""
         rest = self.__dict__.pop("_rest_of_window", None)
         size = self.planner.config.num_micro_batches if rest is None else len(rest["operations"])
+        if self.planner.shares is not None:
+            size = 1  # every process runs some of its samples in every step
         candidates = list(itertools.islice(epoch_iterator, size))
         if candidates:
             batches, order = self._schedule(candidates) if rest is None else self._resume_window(rest, candidates)
@@ -177,7 +183,7 @@ class D2FTTrainerMixin(IndexedDataMixin):
             result = result if return_outputs else result[0]
         if not model.training or self._loss_is_normalized(num_items_in_batch):
             return result
-        if self.args.gradient_accumulation_steps == 1:
+        if self.args.gradient_accumulation_steps == 1 and self.planner.shares is None:
             return result
         # The Trainer divides by the number of micro-batches next.
         factor = self._current.weight * self.current_gradient_accumulation_steps
@@ -223,6 +229,8 @@ class D2FTTrainerMixin(IndexedDataMixin):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        if self.planner is not None:
+            self.planner.share()
         if self.planner is not None and self.args.should_save:
             rest = self._unfinished_window() if self.args.gradient_accumulation_steps == 1 and self._window else None
             save_state(self.planner, output_dir, rest_of_window=rest)

@@ -10,6 +10,7 @@ from d2ft_peft import D2FTConfig
 from d2ft_peft.schedule import Budget
 
 
+AUTO = {"device_capacities": "auto", "policy": "fewer_samples"}
 DEFAULTS = {
     "r": None,
     "train_boundary": False,
@@ -61,7 +62,15 @@ BAD = [
     ({"compute_budget": 0.5, "num_full": 2}, r"compute_budget and num_full=\[0.5, 2\] are both given; keep one"),
     ({"compute_budget": 0.5, "communication_budget": 0.5}, "compute_budget and communication_budget=.* keep one"),
     ({"compute_budget": 0.5, "num_devices": 1, "device_capacities": [0.5]}, "compute_budget and device_capacities="),
-    ({"device_capacities": 0.5}, "device_capacities=0.5 must be a list of numbers"),
+    ({"device_capacities": 0.5}, "device_capacities=0.5 must be a list of numbers, or 'auto'"),
+    ({"device_capacities": "fast"}, "device_capacities='fast' must be a list of numbers, or 'auto'"),
+    ({**AUTO, "policy": "bilevel"}, "policy='bilevel' with rows='micro_batches' schedules.*choose 'fewer_samples'"),
+    ({**AUTO, "rows": "micro_batches"}, "policy='fewer_samples' with rows='micro_batches' schedules"),
+    ({**AUTO, "num_full": 2}, "num_full=2 is not possible; give compute_budget, the mean over processes, with device_"),
+    ({**AUTO, "communication_budget": 0.5}, "communication_budget=0.5 is not possible"),
+    ({**AUTO, "num_devices": 2}, "num_devices=2 is not possible"),
+    ({**AUTO, "compute_budget": 1.0}, "compute_budget=1.0 leaves every process all of its samples"),
+    ({**AUTO, "head_parallel": True}, "head_parallel=True takes numbers, one per process"),
     ({"device_capacities": [0.5, 0.6]}, r"device_capacities=\[0.5, 0.6\] needs num_devices=2, not None"),
     ({"num_devices": 1, "device_capacities": [0.5, 0.6]}, "needs num_devices=2, not 1"),
     ({"num_devices": 2, "device_capacities": [0.5, 0]}, r"device_capacities\[1\]=0 must be in \(0, 1\]"),
@@ -140,6 +149,8 @@ def test_variants_of_lora_that_heads_do_not_fit(field):
         ({"num_full": 3}, Budget(num_full=3)),
         ({"num_full": 3, "num_forward_only": 1}, Budget(num_full=3, num_forward_only=1)),
         ({"num_devices": 2, "device_capacities": [0.5, 1]}, Budget(compute=(0.5, 1.0))),
+        (AUTO, Budget(compute=0.6)),
+        ({**AUTO, "compute_budget": 0.75}, Budget(compute=0.75)),
     ],
 )
 def test_the_budget_that_the_fields_state(values, budget):

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from d2ft_peft import D2FTPlanner, D2FTTrainer
-from d2ft_peft.scores import LiveScores, live_score
+from d2ft_peft.scores import LiveScores, live_score, source
 from tests.models import TINY
 from tests.test_trainer import adapt, arguments, assert_close, doubles, samples, trained
 
@@ -140,6 +140,22 @@ def test_a_sample_without_visit_counts_like_the_mean_of_the_others():
     assert scores.lookup(np.array([3, 7])).tolist() == [1, 1]
     scores.update(np.array([3, 900]), np.array([2.0, 4.0]))
     assert scores.lookup(np.array([3, 7, 900, 10_000])).tolist() == [2, 3, 4, 3]
+
+
+def test_of_several_visits_to_a_sample_the_last_counts_whichever_process_saw_it(monkeypatch):
+    def with_the_other_process(indices, values):
+        """It saw sample 3 before this process did, and sample 4 after it."""
+        others = {"step": [1.0, 9.0], "loss": [30.0, 40.0]}
+        return np.append(indices, [3, 4]), {name: np.append(values[name], others[name]) for name in values}
+
+    monkeypatch.setattr(source, "world_size", lambda: 2)
+    monkeypatch.setattr(source, "gather_samples", with_the_other_process)
+    scores = D2FTPlanner(adapt(policy="importance")).source
+    for step, value in ((2, 1.0), (5, 2.0)):
+        scores.update(np.array([3, 4]), {"loss": np.array([value, value])}, step)
+    assert scores.live["loss"].lookup(np.array([3, 4])).tolist() == [2, 2]
+    scores.share()
+    assert scores.live["loss"].lookup(np.array([3, 4])).tolist() == [2, 40]
 
 
 def test_data_without_indices_is_refused(tmp_path):

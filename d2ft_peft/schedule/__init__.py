@@ -3,6 +3,7 @@
 A `Problem` holds scores, costs, sizes and the `Budget` of one step; a policy turns it into a `Schedule`.
 """
 
+from .balance import balance, balanced_total
 from .budget import Budget
 from .compose import compose
 from .cost import CostModel
@@ -19,6 +20,8 @@ __all__ = [
     "Operation",
     "Problem",
     "Schedule",
+    "balance",
+    "balanced_total",
     "bilevel_gap",
     "compose",
     "get_policy",

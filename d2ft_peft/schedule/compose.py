@@ -1,9 +1,10 @@
 """From a schedule of samples to micro-batches: samples that get the same operations run together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .operations import Operation
 from .schedule import Schedule
 
 
@@ -19,6 +20,38 @@ class Composition:
 
     micro_batches: tuple[np.ndarray, ...]
     schedule: Schedule
+
+    def among_processes(self, ran: int, candidates: int) -> tuple[Schedule, np.ndarray]:
+        """The step as all processes make it, of which this composition is one's part.
+
+        Where whole samples run, their number is all that has to be known of the other processes.
+
+        Args:
+            ran: Number of samples that run in all processes.
+            candidates: Number of candidates of all processes.
+
+        Returns:
+            A schedule whose weights stand for the samples of all processes: those that run are spread over the
+            micro-batches as they are here. And the sizes of its micro-batches here, [N].
+
+        Raises:
+            ValueError: There are other processes, and a sample runs in part.
+        """
+        here = self.schedule
+        sizes, running = here.weights, ~here.skipped
+        if candidates > sizes.sum() and (here.operations[running] != Operation.FULL).any():
+            raise ValueError(
+                "a policy over samples ran some of them in part; in several processes they run as a whole: choose "
+                "policy='fewer_samples', 'importance' or 'selective_backprop', or set rows='micro_batches'"
+            )
+        weights = sizes * (ran / sizes[running].sum())
+        operations = here.operations
+        if candidates > ran:
+            if running.all():  # here, not elsewhere
+                operations = np.concatenate([operations, np.zeros_like(operations[:1])])
+                weights, sizes = np.append(weights, 0.0), np.append(sizes, 0.0)
+            weights[-1] = candidates - ran
+        return replace(here, operations=operations, weights=weights, capacities=None), sizes
 
 
 def compose(samples: Schedule, size: int) -> Composition:

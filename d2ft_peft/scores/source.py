@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..config import LIVE_SCORES
 from ..partition import Partition
+from ..processes import gather_samples, world_size
 from ..tuners.flops import base_model
 from .contribution import GRADIENT_SCORES, weight_magnitude
 from .live import LiveScores, live_score
@@ -32,6 +33,7 @@ class ScoreSource:
         self.tables: dict[str, ScoreTable] = {}
         self.live = {name: LiveScores(name) for name in names if name in LIVE_SCORES}
         self._magnitude: tuple[int, np.ndarray] | None = None
+        self._untold: list[tuple[np.ndarray, int, dict[str, np.ndarray]]] = []
 
     @property
     def before_training(self) -> tuple[str, ...]:
@@ -78,7 +80,25 @@ class ScoreSource:
         base = base_model(self.model)
         return {name: live_score(name, base, logits, labels) for name in self.live}
 
-    def update(self, indices: np.ndarray, values: dict[str, np.ndarray]) -> None:
-        """Take over what `observe` returned, of this process or of others."""
+    def update(self, indices: np.ndarray, values: dict[str, np.ndarray], step: int = 0) -> None:
+        """Take over what `observe` returned in a step; the other processes learn of it by `share`."""
+        if self.live and world_size() > 1:
+            self._untold.append((indices, step, values))
+        self._take_over(indices, values)
+
+    def share(self) -> None:
+        """Tell the processes what each has seen since the last time; every process calls it alike."""
+        if not self.live or world_size() == 1:
+            return
+        visits, self._untold = self._untold, []
+        indices = np.concatenate([np.empty(0, dtype=np.int64), *(visit[0] for visit in visits)])
+        steps = np.concatenate([np.empty(0), *(np.full(len(visit[0]), visit[1]) for visit in visits)])
+        values = {name: np.concatenate([np.empty(0), *(visit[2][name] for visit in visits)]) for name in self.live}
+        indices, values = gather_samples(indices, {"step": steps, **values})
+        # Of several visits to a sample the last one counts, in all processes alike.
+        order = np.argsort(values.pop("step"), kind="stable")
+        self._take_over(indices[order], {name: value[order] for name, value in values.items()})
+
+    def _take_over(self, indices: np.ndarray, values: dict[str, np.ndarray]) -> None:
         for name, scores in self.live.items():
             scores.update(indices, values[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +99,8 @@ class Runtime:
         executed: What each branch did in the last training forward, by branch; None for all FULL.
         driven: Whether a D2FT trainer drives the model, so that a forward without a plan is an error.
         touch_gradients: Whether every trainable parameter must receive a gradient (DistributedDataParallel).
+        after_backward: Called when this process is through with the backward pass of a micro-batch, before it waits
+            for the gradients of others.
     """
 
     def __init__(self) -> None:
@@ -110,6 +112,7 @@ class Runtime:
         self.executed: dict[int, Cell | None] = {}
         self.driven = False
         self.touch_gradients = False
+        self.after_backward: Callable[[], None] | None = None
         self.means: dict[int, FeatureMean] = {}
         self.blocks: list[nn.Module] = []
         self._warned = False

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 from .runtime import Runtime
 
@@ -33,12 +34,19 @@ class TouchLoss:
         elif not value.requires_grad:
             # Not a leaf itself: the Trainer scales losses in place.
             value = value.requires_grad_().clone()
+        if self.runtime.after_backward is not None:
+            value.register_hook(self._when_backward_begins)
         if is_tensor:
             return value
         if type(outputs) is tuple:
             return (*outputs[:name], value, *outputs[name + 1 :])
         outputs[name] = value
         return outputs
+
+    def _when_backward_begins(self, grad: Tensor) -> None:
+        # The engine runs these callbacks in their order: this one before that of DistributedDataParallel, which waits
+        # for the other processes and is queued when the last gradients are complete.
+        Variable._execution_engine.queue_callback(self.runtime.after_backward)
 
 
 class _Touch(torch.autograd.Function):

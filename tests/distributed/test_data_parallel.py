@@ -61,7 +61,7 @@ def train(mode: str, config: str, batch_size: str) -> dict[str, torch.Tensor]:
 
 def train_on_chosen_samples() -> dict[str, torch.Tensor]:
     """Train on samples that each process draws among its own; return weights, last losses and what ran here."""
-    model = adapt(policy="importance", compute_budget=0.5)
+    model = adapt(policy="importance", compute_budget=0.5, interval=3)
     ran = []
 
     class Watching(InOrder):
@@ -73,19 +73,31 @@ def train_on_chosen_samples() -> dict[str, torch.Tensor]:
         args = arguments(folder, max_steps=4)
         trainer = Watching(model=model, args=args, train_dataset=doubles(samples(n=32)))
         trainer.train()
+
+    def losses():
+        values = trainer.planner.source.live["loss"].values[:32]
+        return torch.from_numpy(np.pad(values, (0, 32 - len(values)), constant_values=np.nan))
+
+    own = losses()
+    trainer.planner.share()
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    losses = torch.from_numpy(trainer.planner.source.live["loss"].values)
     sizes = torch.tensor(trainer.planner.schedule.weights)
-    return {**weights, "losses": losses, "ran": torch.tensor(ran[2:]), "sizes": sizes}  # [:2]: a look at the costs
+    ran = torch.tensor(ran[2:])  # [:2]: a look at the costs
+    return {**weights, "losses": losses(), "ran": ran, "sizes": sizes, "own": own}
 
 
 def test_processes_share_what_they_saw_of_samples(tmp_path):
     first, second = run(__name__, "train_on_chosen_samples", tmp_path)
-    for name in first.keys() - {"ran", "sizes"}:
+    for name in first.keys() - {"ran", "sizes", "own"}:
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, equal_nan=True, msg=name)
-    seen = set(torch.nonzero(~first["losses"].isnan())[:, 0].tolist())
-    assert seen == {*first["ran"].tolist(), *second["ran"].tolist()}
-    assert seen - set(first["ran"].tolist()) and seen - set(second["ran"].tolist())
+
+    def known(losses):
+        return set(torch.nonzero(~losses.isnan())[:, 0].tolist())
+
+    ran = [rank["ran"].tolist() for rank in (first, second)]
+    assert known(first["losses"]) == {*ran[0], *ran[1]}
+    # Until then the first knew of the other's three steps before they last met, and not of the one since.
+    assert known(first["own"]) == {*ran[0], *ran[1][:12]} != known(first["losses"])
     assert first["sizes"].tolist() == [4, 4, 8]
 
 
