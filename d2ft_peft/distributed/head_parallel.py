@@ -24,10 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..checkpoint import load_state, save_state
 from ..planner import batch_size
 from ..schedule import Schedule
 from ..scores import INDEX_KEY
 from ..tuners.flops import base_model
+from . import checkpoint
 from .branch import BranchForward
 from .gradients import Gradients, checksum
 from .placement import heads_by_rank
@@ -52,6 +54,8 @@ class HeadParallel:
         num_micro_batches: Micro-batches of a usual step; by default those of the first.
         timeout: How long an exchange may wait for another rank before it fails. NCCL keeps to it only with
             ``TORCH_NCCL_BLOCKING_WAIT=1``.
+        before_cut: Called with the planner while the model is still whole; may put scores that take a pass over the
+            data into its ``scores``.
 
     Attributes:
         model: The model.
@@ -62,7 +66,11 @@ class HeadParallel:
     """
 
     def __init__(
-        self, model: nn.Module, num_micro_batches: int | None = None, timeout: timedelta = timedelta(minutes=10)
+        self,
+        model: nn.Module,
+        num_micro_batches: int | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+        before_cut: Callable[[HeadParallelPlanner], None] | None = None,
     ):
         _check_model(model)
         base = base_model(model)
@@ -71,6 +79,8 @@ class HeadParallel:
         self.planner = HeadParallelPlanner(model, self._ranks, num_micro_batches)
         self._check_same("weights", [checksum(p) for p in model.parameters()], "set the same seed before building the "
                          "model on every rank (transformers.set_seed), or load the same checkpoint")  # fmt: skip
+        if before_cut is not None:
+            before_cut(self.planner)
         model.base_model._remove_interceptions()
         model.zero_grad()  # gradients of the whole model fit no part of it
         partition, ranks = self.planner.partition, self.planner.ranks_of_subnets
@@ -85,7 +95,7 @@ class HeadParallel:
         projections = [base.get_submodule(name) for name in partition.projections]
         self._gradients = Gradients(model, projections, self._shards, self._ranks)
         # Both would work on this rank's part, and nobody would notice before the result is used.
-        model.save_pretrained = _refuse("call HeadParallel.save_pretrained on every rank")
+        model.save_pretrained = self._save_whole
         model.base_model._unload_and_optionally_merge = _refuse(
             "save it with HeadParallel.save_pretrained, and load and merge it in one process"
         )
@@ -100,15 +110,23 @@ class HeadParallel:
         """Parameters that this rank holds."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def forward_backward(self, batches: list[dict[str, Any]], schedule: Schedule | None = None) -> Tensor:
+    def forward_backward(
+        self,
+        batches: list[dict[str, Any]],
+        schedule: Schedule | None = None,
+        backward: Callable[[dict[str, Any], float], Tensor] | None = None,
+    ) -> Tensor:
         """Run one optimizer step's micro-batches; gradients are complete afterwards, and add to those that are there.
 
         Args:
             batches: The micro-batches, the same on every rank, with labels; samples of all have the same length.
             schedule: Its operations; by default the planner makes it.
+            backward: For a loss that is not the model's own mean. It gets a micro-batch and its share of the samples
+                that run, calls the model (whose blocks have run then) and ``backward`` on its part of the step's loss,
+                and returns this part, detached.
 
         Returns:
-            The mean loss over the samples that ran, the same on every rank.
+            The step's loss, by default the mean over the samples that ran; the same on every rank.
 
         Raises:
             ValueError: If ranks differ in their schedules or batches, or these do not fit; no rank has begun then.
@@ -133,12 +151,14 @@ class HeadParallel:
         residence = Residence(sizes, choose_homes(routes, sizes))
         step = Step(residence, self._ranks.rank, routes, schedule.num_subnets, rescale, self._ranks.device)
         with self._gradients.of_one_step():
-            loss = self._run(step, batches)
+            loss = self._run(step, batches, backward or self._backward)
             loss, operations = self._gradients.reduce(loss, step.operations)
         self._note(schedule, ran, operations)
         return loss
 
-    def _run(self, step: Step, batches: list[dict[str, Any]]) -> Tensor:
+    def _run(
+        self, step: Step, batches: list[dict[str, Any]], backward: Callable[[dict[str, Any], float], Tensor]
+    ) -> Tensor:
         """Forward and backward of the micro-batches that live here, and of this rank's heads for all."""
         stack, own = self._stack, step.own
         with torch.no_grad():
@@ -157,7 +177,8 @@ class HeadParallel:
             for i in own:
                 part = end.narrow(0, first, step.sizes[i])
                 first += step.sizes[i]
-                loss += self._head(batches[i], part, step.sizes[i] / sum(step.sizes))
+                with stack.leaving(part):
+                    loss += backward(batches[i], step.sizes[i] / sum(step.sizes))
             if out.requires_grad:
                 torch.autograd.backward(out, torch.zeros_like(out) if end.grad is None else end.grad)
             return loss
@@ -165,12 +186,12 @@ class HeadParallel:
             for branch in self._branches:
                 branch.step = None
 
-    def _head(self, batch: dict[str, Any], hidden: Tensor, weight: float) -> Tensor:
+    def _backward(self, batch: dict[str, Any], share: float) -> Tensor:
         """Task head, loss, and their backward, of one micro-batch; returns its share of the mean loss."""
-        loss = getattr(self._stack.leave(batch, hidden), "loss", None)
+        loss = getattr(self.model(**batch), "loss", None)
         if loss is None:
             raise ValueError(f"the model returned no loss for a batch with keys {sorted(batch)}; give labels in it.")
-        loss = loss * weight
+        loss = loss * share
         loss.backward()
         return loss.detach()
 
@@ -245,8 +266,73 @@ class HeadParallel:
         """
         state = self.gather_state_dict()
         if state is not None:
-            type(self.model).save_pretrained(self.model, save_directory, state_dict=state, **kwargs)
+            self.model.save_pretrained(save_directory, state_dict=state, **kwargs)
         self._ranks.barrier("while saving")
+
+    def _save_whole(self, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
+        """Stands before the model's own method, which would save this rank's part."""
+        if state_dict is None:
+            _refuse("call HeadParallel.save_pretrained on every rank")()
+        type(self.model).save_pretrained(self.model, *args, state_dict=state_dict, **kwargs)
+
+    def load_adapter(self, directory: str | os.PathLike) -> None:
+        """Take the weights of a saved adapter, made on any number of ranks; each rank reads its own part.
+
+        Args:
+            directory: The adapter's folder.
+
+        Raises:
+            ValueError: If it does not fit the model.
+        """
+        checkpoint.load_adapter(self.model, directory, self._shards, self._ranks.rank)
+
+    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: str | os.PathLike) -> None:
+        """Write the optimizer's state with the shapes that it has on one process, as safetensors.
+
+        Args:
+            optimizer: Made after the model was cut.
+            directory: Folder that the first rank writes.
+
+        Raises:
+            ValueError: If the optimizer keeps what is of another shape than its parameter.
+        """
+        checkpoint.save_optimizer(optimizer, self.model, directory, self._shards, self._ranks)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: str | os.PathLike) -> None:
+        """Let an optimizer continue from a checkpoint, made on any number of ranks, or by a Trainer on one process.
+
+        Args:
+            optimizer: Made after the model was cut.
+            directory: The checkpoint's folder.
+
+        Raises:
+            ValueError: If it has no optimizer's state, or one of other parameters.
+        """
+        checkpoint.load_optimizer(optimizer, self.model, directory, self._shards, self._ranks.rank)
+
+    def save_checkpoint(self, directory: str | os.PathLike, optimizer: torch.optim.Optimizer) -> None:
+        """Write adapter, optimizer and planner; of a bare loop only its learning-rate scheduler is missing.
+
+        Args:
+            directory: Folder that the first rank writes.
+            optimizer: Made after the model was cut.
+        """
+        self.save_pretrained(directory)
+        self.save_optimizer(optimizer, directory)
+        if self._ranks.rank == 0:
+            save_state(self.planner, directory)
+        self._ranks.barrier("while saving")
+
+    def load_checkpoint(self, directory: str | os.PathLike, optimizer: torch.optim.Optimizer) -> None:
+        """Continue from what `save_checkpoint` wrote on any number of ranks.
+
+        Args:
+            directory: The folder.
+            optimizer: Made after the model was cut, over the same parameters as the saved one.
+        """
+        self.load_adapter(directory)
+        self.load_optimizer(optimizer, directory)
+        load_state(self.planner, directory)
 
 
 def _refuse(advice: str) -> Callable[..., NoReturn]:
