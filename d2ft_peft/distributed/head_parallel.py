@@ -36,7 +36,7 @@ from .placement import heads_by_rank
 from .planner import HeadParallelPlanner
 from .ranks import Ranks
 from .route import Residence, choose_homes, make_routes
-from .shard import cut_model
+from .shard import cut_model, shards_of
 from .stack import BlockStack, concatenate
 from .step import Step
 from .traffic import Traffic
@@ -77,13 +77,17 @@ class HeadParallel:
         self.model = model
         self._ranks = Ranks(timeout, next(model.parameters()).device)
         self.planner = HeadParallelPlanner(model, self._ranks, num_micro_batches)
-        self._check_same("weights", [checksum(p) for p in model.parameters()], "set the same seed before building the "
-                         "model on every rank (transformers.set_seed), or load the same checkpoint")  # fmt: skip
+        partition, ranks = self.planner.partition, self.planner.ranks_of_subnets
+        # What was loaded as a part is another one on every rank.
+        parts = {id(s.tensor) for s in shards_of(base, partition, ranks) if not s.is_whole(s.tensor.shape)}
+        weights = [checksum(p) for p in model.parameters() if id(p) not in parts]
+        self._check_same("weights", weights, "set the same seed before building the model on every rank "
+                         "(transformers.set_seed), or load the same checkpoint")  # fmt: skip
         if before_cut is not None:
+            _check_whole(not parts, self.planner.source.before_training)
             before_cut(self.planner)
         model.base_model._remove_interceptions()
         model.zero_grad()  # gradients of the whole model fit no part of it
-        partition, ranks = self.planner.partition, self.planner.ranks_of_subnets
         self._shards = cut_model(base, partition, ranks, self._ranks.rank)
         self._branches = []
         for branch in partition.branches:
@@ -340,6 +344,14 @@ def _refuse(advice: str) -> Callable[..., NoReturn]:
         raise ValueError(f"this rank holds a part of the adapter only; {advice}.")
 
     return refusal
+
+
+def _check_whole(whole: bool, scores: tuple[str, ...]) -> None:
+    if scores and not whole:
+        raise ValueError(
+            f"the scores {', '.join(scores)} take a pass over the data on the whole model, of which this rank has "
+            "loaded a part; choose backward_score='weight_magnitude', or load the model whole."
+        )
 
 
 def _check_model(model: nn.Module) -> None:

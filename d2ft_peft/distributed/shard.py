@@ -86,7 +86,8 @@ class Shard:
 def cut_model(base: nn.Module, partition: Partition, ranks: np.ndarray, rank: int) -> list[Shard]:
     """Keep the features of this rank's heads in every projection; the rest is freed.
 
-    Parameters stay the same objects, so that names and optimizers that know them stay valid.
+    Parameters stay the same objects, so that names and optimizers that know them stay valid. What was loaded as a part
+    stays as it is.
 
     Args:
         base: The transformers model whose paths the partition names.
@@ -97,15 +98,21 @@ def cut_model(base: nn.Module, partition: Partition, ranks: np.ndarray, rank: in
     Returns:
         What was cut, in the same order on every rank.
     """
+    shards = shards_of(base, partition, ranks)
+    for shard in shards:
+        if shard.is_whole(shard.tensor.shape):
+            shard.tensor.data = shard.part(shard.tensor.data, rank)
+        _set_features(shard)
+    return shards
+
+
+def shards_of(base: nn.Module, partition: Partition, ranks: np.ndarray) -> list[Shard]:
+    """The parameters that belong to heads, whole or cut, in the same order on every rank."""
     shards = []
     for branch in partition.branches:
         heads = heads_by_rank(partition, ranks, branch.block)
         for projection in branch.projections:
-            of_projection = list(_shards(base.get_submodule(projection.name), projection, branch, heads))
-            for shard in of_projection:
-                shard.tensor.data = shard.part(shard.tensor.data, rank)
-                _set_features(shard)
-            shards += of_projection
+            shards += _shards(base.get_submodule(projection.name), projection, branch, heads)
     return shards
 
 
