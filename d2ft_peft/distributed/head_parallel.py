@@ -14,35 +14,33 @@ parallel.save_pretrained("adapter")                    # whole, by the first pro
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checkpoint import load_state, save_state
 from ..planner import batch_size
 from ..schedule import Schedule
 from ..scores import INDEX_KEY
 from ..tuners.flops import base_model
-from . import checkpoint
 from .branch import BranchForward
 from .gradients import Gradients, checksum
 from .placement import heads_by_rank
 from .planner import HeadParallelPlanner
 from .ranks import Ranks
 from .route import Residence, choose_homes, make_routes
+from .saving import SavingMixin
 from .shard import cut_model, shards_of
 from .stack import BlockStack, concatenate
 from .step import Step
 from .traffic import Traffic
 
 
-class HeadParallel:
+class HeadParallel(SavingMixin):
     """D2FT as the paper has it (arXiv 2504.12471, section 3): each rank owns subnets, and rows travel to them.
 
     Every rank calls everything here, with the same arguments. The constructor cuts the model: each rank keeps the
@@ -98,11 +96,7 @@ class HeadParallel:
         self._stack = BlockStack(model, [base.get_submodule(name) for name in partition.blocks])
         projections = [base.get_submodule(name) for name in partition.projections]
         self._gradients = Gradients(model, projections, self._shards, self._ranks)
-        # Both would work on this rank's part, and nobody would notice before the result is used.
-        model.save_pretrained = self._save_whole
-        model.base_model._unload_and_optionally_merge = _refuse(
-            "save it with HeadParallel.save_pretrained, and load and merge it in one process"
-        )
+        self._guard_parts()
 
     @property
     def traffic(self) -> Traffic:
@@ -241,109 +235,6 @@ class HeadParallel:
             The norm before.
         """
         return self._gradients.clip(max_norm)
-
-    def gather_state_dict(self) -> dict[str, Tensor] | None:
-        """The model's state dict with whole adapter tensors, on rank 0; None on the others.
-
-        The frozen base model's own projections stay cut in it: adapters are saved without them.
-        """
-        state = self.model.state_dict(keep_vars=True)
-        names: dict[int, list[str]] = {}
-        for name, value in state.items():
-            names.setdefault(id(value), []).append(name)
-        for shard in self._shards:
-            if not shard.of_adapter:
-                continue
-            shapes = [shard.shape(len(heads)) for heads in shard.heads]
-            parts = self._ranks.to_first(shard.tensor.detach(), shapes)
-            if parts is not None:
-                whole = shard.join(parts).cpu()
-                state.update(dict.fromkeys(names[id(shard.tensor)], whole))
-        return None if self._ranks.rank else {name: value.detach() for name, value in state.items()}
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write the ordinary adapter, which loads on any number of ranks.
-
-        Args:
-            save_directory: Folder that the first rank writes.
-            kwargs: See `peft.PeftModel.save_pretrained`.
-        """
-        state = self.gather_state_dict()
-        if state is not None:
-            self.model.save_pretrained(save_directory, state_dict=state, **kwargs)
-        self._ranks.barrier("while saving")
-
-    def _save_whole(self, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
-        """Stands before the model's own method, which would save this rank's part."""
-        if state_dict is None:
-            _refuse("call HeadParallel.save_pretrained on every rank")()
-        type(self.model).save_pretrained(self.model, *args, state_dict=state_dict, **kwargs)
-
-    def load_adapter(self, directory: str | os.PathLike) -> None:
-        """Take the weights of a saved adapter, made on any number of ranks; each rank reads its own part.
-
-        Args:
-            directory: The adapter's folder.
-
-        Raises:
-            ValueError: If it does not fit the model.
-        """
-        checkpoint.load_adapter(self.model, directory, self._shards, self._ranks.rank)
-
-    def save_optimizer(self, optimizer: torch.optim.Optimizer, directory: str | os.PathLike) -> None:
-        """Write the optimizer's state with the shapes that it has on one process, as safetensors.
-
-        Args:
-            optimizer: Made after the model was cut.
-            directory: Folder that the first rank writes.
-
-        Raises:
-            ValueError: If the optimizer keeps what is of another shape than its parameter.
-        """
-        checkpoint.save_optimizer(optimizer, self.model, directory, self._shards, self._ranks)
-
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, directory: str | os.PathLike) -> None:
-        """Let an optimizer continue from a checkpoint, made on any number of ranks, or by a Trainer on one process.
-
-        Args:
-            optimizer: Made after the model was cut.
-            directory: The checkpoint's folder.
-
-        Raises:
-            ValueError: If it has no optimizer's state, or one of other parameters.
-        """
-        checkpoint.load_optimizer(optimizer, self.model, directory, self._shards, self._ranks.rank)
-
-    def save_checkpoint(self, directory: str | os.PathLike, optimizer: torch.optim.Optimizer) -> None:
-        """Write adapter, optimizer and planner; of a bare loop only its learning-rate scheduler is missing.
-
-        Args:
-            directory: Folder that the first rank writes.
-            optimizer: Made after the model was cut.
-        """
-        self.save_pretrained(directory)
-        self.save_optimizer(optimizer, directory)
-        if self._ranks.rank == 0:
-            save_state(self.planner, directory)
-        self._ranks.barrier("while saving")
-
-    def load_checkpoint(self, directory: str | os.PathLike, optimizer: torch.optim.Optimizer) -> None:
-        """Continue from what `save_checkpoint` wrote on any number of ranks.
-
-        Args:
-            directory: The folder.
-            optimizer: Made after the model was cut, over the same parameters as the saved one.
-        """
-        self.load_adapter(directory)
-        self.load_optimizer(optimizer, directory)
-        load_state(self.planner, directory)
-
-
-def _refuse(advice: str) -> Callable[..., NoReturn]:
-    def refusal(*args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(f"this rank holds a part of the adapter only; {advice}.")
-
-    return refusal
 
 
 def _check_whole(whole: bool, scores: tuple[str, ...]) -> None:

@@ -38,12 +38,12 @@ class HeadParallelPlanner(D2FTPlanner):
         if self.config.policy in _PER_DEVICE:
             self.policy = by_rank(self.policy, self.ranks_of_subnets)
         self.source = _CutScoreSource(self.source, ranks, self.ranks_of_subnets)
-        self._ranks = ranks
+        self.ranks = ranks
         self._logged = 0, 0  # bytes of rows, and steps, that were in the logs
 
     def pop_logs(self) -> dict[str, float]:
         """Means over the steps since the last call: `D2FTPlanner.pop_logs`, and the bytes of rows (`Traffic.rows`)."""
-        rows, steps = self._ranks.traffic.rows, self._ranks.traffic.steps
+        rows, steps = self.ranks.traffic.rows, self.ranks.traffic.steps
         before, first = self._logged if self._logged[1] <= steps else (0, 0)  # the counter may have been reset
         self._logged = rows, steps
         logs = super().pop_logs()
@@ -54,7 +54,7 @@ class HeadParallelPlanner(D2FTPlanner):
         if not self.executed:
             return 0.0
         step = self.executed[-1]
-        return self.cost_model.step_flops(step.operations, step.weights) / self._ranks.size
+        return self.cost_model.step_flops(step.operations, step.weights) / self.ranks.size
 
     def _sum_over_replicas(self, values: np.ndarray) -> np.ndarray:
         return values

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from d2ft_peft import D2FTTrainer, Operation, Schedule, register_policy
+from d2ft_peft.distributed import HeadParallel
 from d2ft_peft.distributed.checkpoint import OPTIMIZER_FILE
 from d2ft_peft.schedule.policies import registry
-from tests.distributed.head_parallel import adapter_of
+from tests.distributed.head_parallel import Case, adapter_of, batches_of, model_of
 from tests.distributed.launch import run
 from tests.distributed.test_head_parallel_use import message
 from tests.test_trainer import adapt, arguments, doubles, samples
@@ -86,6 +87,7 @@ def on_ranks(processes: str, folder: str) -> dict:
         "resumed": {case: train(case, folder / f"again {case}", 2, checkpoint_of(folder, 2, case)) for case in CASES},
         "from one": train("vit", folder / "from one", 2, checkpoint_of(folder, 1, "vit")),
         "errors": errors(folder),
+        "bare loop": [bare_loop(folder / f"bare {mode}", mode) for mode in MODES_OF_LOOP],
     }
 
 
@@ -186,6 +188,46 @@ def test_the_optimizer_is_saved_as_one_process_would_have_it(folder, one, two):
         for kind, value in of_one.items():
             torch.testing.assert_close(ours.pop(f"{names[index]}.{kind}"), value, rtol=1e-8, atol=1e-12)
     assert not ours
+
+
+MODES_OF_LOOP = ["boundary", "lora"]
+
+
+def bare_loop(folder: Path, mode: str) -> float:
+    """Largest difference of a weight between three steps and two, a checkpoint, and one step from there."""
+    case = Case("gpt2", mode, (2, 1, 2))
+
+    def start(seed: int):
+        model = model_of(case, head_parallel=True, seed=0, policy="random", compute_budget=0.6)
+        if seed:  # so that what is not loaded shows
+            for parameter in model.parameters():
+                parameter.data += 0.1 * parameter.requires_grad
+        parallel = HeadParallel(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        groups = [{"params": trained[:5], "weight_decay": 0.1}, {"params": trained[5:], "lr": 0.02 * (1 + seed)}]
+        return parallel, torch.optim.AdamW(groups, lr=0.01 * (1 + seed), betas=(0.8, 0.9 - 0.1 * seed))
+
+    def go(parallel, optimizer, steps):
+        for step in steps:
+            parallel.forward_backward(batches_of(case, step))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    parallel, optimizer = start(0)
+    go(parallel, optimizer, (0, 1))
+    parallel.save_checkpoint(folder, optimizer)
+    again, again_optimizer = start(1)
+    again.load_checkpoint(folder, again_optimizer)
+    for each, its_optimizer in ((parallel, optimizer), (again, again_optimizer)):
+        go(each, its_optimizer, (2, 3))
+    pairs = zip(parallel.model.parameters(), again.model.parameters(), strict=True)
+    return max((a - b).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("index", range(len(MODES_OF_LOOP)))
+def test_a_bare_loop_continues_from_its_checkpoint(two, index):
+    for of_rank in two:
+        assert of_rank["bare loop"][index] == 0
 
 
 def errors(folder: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from d2ft_peft import D2FTConfig, partition_model
@@ -35,6 +36,7 @@ def saved(folder: Path) -> None:
     for name in {name for name, *_ in CASES}:
         size = "30KB" if name == "llama" else "1GB"
         TINY[name].build().save_pretrained(folder / name, max_shard_size=size)
+    with_old_names(folder / "vit" / "model.safetensors")
     model = TINY["vit"].build()
     state = {key.replace("mlp.fc1", "mlp.other"): value for key, value in model.state_dict().items()}
     model.save_pretrained(folder / "incomplete", state_dict=state)
@@ -43,12 +45,30 @@ def saved(folder: Path) -> None:
     torch.save(model.state_dict(), folder / "pickle" / "pytorch_model.bin")
 
 
+# What ViT's weights are called in the checkpoints on the Hub.
+OLD_NAMES = {
+    "vit.layers.": "vit.encoder.layer.", "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key", "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+}  # fmt: skip
+
+
+def with_old_names(path: Path) -> None:
+    state = {}
+    for key, value in load_file(path).items():
+        for new, old in OLD_NAMES.items():
+            key = key.replace(new, old)
+        state[key] = value
+    assert any("encoder.layer.2.attention.attention.query" in key for key in state)
+    save_file(state, path, {"format": "pt"})
+
+
 def on_ranks(folder: str) -> dict:
     """Names of parameters that differ from those of the whole model's part, and bytes that were read."""
     join()
     folder, differing, count = Path(folder), [], []
     for name, config, kwargs in CASES:
-        config = {"head_parallel": True, **config}
+        config = {"head_parallel": True, "num_full": 1, **config}
         read = 0
         part = loading._Part.__getitem__
 
@@ -67,8 +87,10 @@ def on_ranks(folder: str) -> dict:
         whole = get_peft_model(model_class.from_pretrained(folder / name, **kwargs), D2FTConfig(**config))
         held = {id(p): p.nbytes for p in ours.parameters()}
         size = sum(p.nbytes for p in whole.parameters())
-        for model in (ours, whole):
-            HeadParallel(model)
+        batches = [TINY[name].batch(2, seed) for seed in (1, 2)]
+        for batch in batches:
+            batch["labels"] %= 3
+        losses = [HeadParallel(model.train()).forward_backward(batches).item() for model in (ours, whole)]
         assert type(ours.get_base_model()) is type(whole.get_base_model())
         mine, theirs = dict(ours.named_parameters()), dict(whole.named_parameters())
         buffers = dict(ours.named_buffers()), dict(whole.named_buffers())
@@ -76,7 +98,7 @@ def on_ranks(folder: str) -> dict:
         pairs = {**{k: (mine[k], theirs[k]) for k in mine}, **{k: (buffers[0][k], buffers[1][k]) for k in buffers[0]}}
         differing.append([k for k, (a, b) in pairs.items() if not (a.dtype == b.dtype and torch.equal(a, b))])
         flags = [k for k in mine if mine[k].requires_grad != theirs[k].requires_grad]
-        count.append({"read": read, "held": sum(held.values()), "whole": size, "flags": flags})
+        count.append({"read": read, "held": sum(held.values()), "whole": size, "flags": flags, "losses": losses})
     return {"differing": differing, "count": count, "errors": errors(folder)}
 
 
@@ -117,6 +139,8 @@ def two_ranks(tmp_path_factory, folder):
 def test_what_is_loaded_is_the_part_of_the_whole_model(two_ranks, index):
     for of_rank in two_ranks:
         assert of_rank["differing"][index] == [] == of_rank["count"][index]["flags"]
+        loss, expected = of_rank["count"][index]["losses"]
+        assert loss == expected > 0
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[f"{name}, {config}" for name, config, _ in CASES])
