@@ -99,12 +99,13 @@ class _LoadsParts:
         rank = dist.get_rank()
         shards = _cut_empty(model, shards_of(model, partition, place_subnets(partition, dist.get_world_size())), rank)
         with contextlib.ExitStack() as stack:
-            sources = {}
+            sources, paths = {}, {}
             for path in checkpoint_files:
                 file = stack.enter_context(safe_open(path, "pt"))
-                sources.update({key: file.get_slice(key) for key in file.keys()})  # noqa: SIM118 - no dictionary
+                for key in file.keys():  # noqa: SIM118 - no dictionary
+                    sources[key], paths[key] = file.get_slice(key), path
             for key, shard in _of_heads(sources, model, shards, load_config).items():
-                sources[key] = _Part(sources[key], shard, rank)
+                sources[key] = _Part(paths[key], key, shard, rank)
             info, offloaded = super()._load_pretrained_model(model, sources, None, load_config, *args)
         missing = sorted(shards.keys() & (info.missing_keys | {name for name, *_ in info.mismatched_keys}))
         if missing:
@@ -151,11 +152,14 @@ def _of_heads(
 
 @dataclass
 class _Part:
-    """A slice of a safetensors file that gives a rank's part of it, whatever is asked for."""
+    """Stands in for a slice of a safetensors file, and gives a rank's part of it, whatever is asked for."""
 
-    source: Any
+    path: str
+    key: str
     shard: Shard
     rank: int
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.shard.part(self.source, self.rank)
+        # Opened anew: as long as a file is open, the pages that were read from it stay mapped.
+        with safe_open(self.path, "pt") as file:
+            return self.shard.part(file.get_slice(self.key), self.rank)
