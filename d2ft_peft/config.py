@@ -57,7 +57,7 @@ class D2FTConfig(LoraConfig):
             paper's setting.
         device_capacities: Compute budget of each device, one number in (0, 1] each, instead of ``compute_budget``.
         head_parallel: Whether the subnets live on the processes of the run, each process holding its own only; train
-            with `d2ft_peft.distributed.HeadParallel`. The processes are then the devices.
+            with `D2FTTrainer` or `d2ft_peft.distributed.HeadParallel`. The processes are then the devices.
         policy: Name of the scheduling policy, see `d2ft_peft.schedule.policy_names`.
         rows: What the policy schedules: ``"micro_batches"`` as they come, or ``"samples"``, from which micro-batches
             are then composed; None is what the policy is meant for.
