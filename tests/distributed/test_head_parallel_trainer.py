@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import Dataset, IterableDataset
+from transformers import Trainer
 
-from d2ft_peft import D2FTTrainer, Operation, Schedule, register_policy
+from d2ft_peft import D2FTCallback, D2FTTrainer, Operation, Schedule, register_policy
 from d2ft_peft.distributed import HeadParallel
 from d2ft_peft.distributed.checkpoint import OPTIMIZER_FILE
 from d2ft_peft.schedule.policies import registry
@@ -26,8 +28,13 @@ CASES = {
     "vit": ("vit", "full", {"train_boundary": True}, {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.5}),
     "llama": ("llama", "lora", {}, {"max_grad_norm": 0, "label_smoothing_factor": 0.1}),
     "bert": ("bert", "full", {"modules_to_save": ["classifier"]}, {"load_best_model_at_end": True}),
+    # Dropout in the model, of which every rank draws its own, and noise in the data, of which all need the same.
+    "noise": ("vit", "full", {}, {}),
     "fisher": ("vit", "lora", {"policy": "bilevel", "backward_score": "fisher", "num_full": 2}, {}),
 }
+
+
+ALIKE = ["vit", "llama", "bert"]  # cases in which one process does the same
 
 
 def random_cells(problem):
@@ -49,6 +56,20 @@ def data_of(name: str, n: int, seed: int) -> list[dict]:
     return data
 
 
+class Noisy(Dataset):
+    """Samples with other noise at every visit, from torch's random stream."""
+
+    def __init__(self, data: list[dict]):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict:
+        pixels = self.data[index]["pixel_values"]
+        return {**self.data[index], "pixel_values": pixels + 0.1 * torch.randn_like(pixels)}
+
+
 def train(case: str, folder: Path, processes: int, resume: Path | None = None, **kwargs) -> dict:
     """Train, evaluate and predict; the adapter's weights (on rank 0), the logs, and what was predicted."""
     name, mode, config, settings = CASES[case]
@@ -60,8 +81,14 @@ def train(case: str, folder: Path, processes: int, resume: Path | None = None, *
             "include_num_input_tokens_seen": "all", "average_tokens_across_devices": True, **settings, **kwargs,
         },
     )  # fmt: skip
+    data = data_of(name, SAMPLES, 3)
+    if case == "noise":
+        data = Noisy(data)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.2
     trainer = D2FTTrainer(
-        model=model, args=args, train_dataset=data_of(name, SAMPLES, 3), eval_dataset=data_of(name, 6, 5),
+        model=model, args=args, train_dataset=data, eval_dataset=data_of(name, 6, 5),
         compute_metrics=lambda p: {"rows": len(p.predictions), "mean": float(np.mean(p.predictions))},
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume and str(resume))
@@ -87,6 +114,7 @@ def on_ranks(processes: str, folder: str) -> dict:
         "resumed": {case: train(case, folder / f"again {case}", 2, checkpoint_of(folder, 2, case)) for case in CASES},
         "from one": train("vit", folder / "from one", 2, checkpoint_of(folder, 1, "vit")),
         "errors": errors(folder),
+        "settings": {what: losses_with(folder, what, 2) for what in SETTINGS},
         "bare loop": [bare_loop(folder / f"bare {mode}", mode) for mode in MODES_OF_LOOP],
     }
 
@@ -114,7 +142,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one(folder, policies):
     """Every run on one process, which is not interrupted."""
-    return {case: train(case, of_ranks(folder, 1, case), 1) for case in CASES if case != "fisher"}
+    return {case: train(case, of_ranks(folder, 1, case), 1) for case in ALIKE}
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +154,6 @@ def assert_equal(ours: dict, theirs: dict):
     assert ours.keys() == theirs.keys() and ours
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n} {m}")
-
-
-ALIKE = ["vit", "llama", "bert"]
 
 
 @pytest.mark.parametrize("case", ALIKE)
@@ -230,16 +255,52 @@ def test_a_bare_loop_continues_from_its_checkpoint(two, index):
         assert of_rank["bare loop"][index] == 0
 
 
+class Stream(IterableDataset):
+    """Samples one after the other."""
+
+    def __init__(self, data: list[dict]):
+        self.data = data
+
+    def __iter__(self):
+        return iter(self.data)
+
+
+SETTINGS = {
+    "bf16": {"bf16": True},
+    "stream": {},
+    "dispatched stream": {"accelerator_config": {"dispatch_batches": True}},
+    "split batches": {"accelerator_config": {"split_batches": True}},
+}
+
+
+def losses_with(folder: Path, what: str, processes: int) -> list[float]:
+    model = adapt("llama", "lora", num_full=1, head_parallel=processes > 1).float()
+    args = arguments(folder / "settings", gradient_accumulation_steps=2, **SETTINGS[what])
+    data = data_of("llama", 16, 3)
+    trainer = D2FTTrainer(model=model, args=args, train_dataset=Stream(data) if "stream" in what else data)
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("what", SETTINGS)
+def test_settings_of_the_trainer_mean_what_they_mean_on_one_process(tmp_path, two, what):
+    expected = losses_with(tmp_path, what, 1)
+    for of_rank in two:
+        assert of_rank["settings"][what] == pytest.approx(expected, rel=5e-3 if what == "bf16" else 1e-5)
+
+
 def errors(folder: Path) -> dict[str, str]:
     """What two ranks say to settings that do not go with shared-out heads."""
 
-    def start(callbacks=None, resume=None, **kwargs):
+    def start(kind=D2FTTrainer, resume=None, callbacks=None, **kwargs):
         model = adapt(head_parallel=True, num_full=1)
         args = arguments(folder / "errors", **{"save_strategy": "no", "max_steps": 1, **kwargs})
-        D2FTTrainer(model=model, args=args, train_dataset=data_of("vit", 8, 3)).train(resume_from_checkpoint=resume)
+        trainer = kind(model=model, args=args, train_dataset=data_of("vit", 8, 3), callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=resume)
 
     return {
         "each": message(lambda: start(gradient_accumulation_steps=1)),
+        "callback": message(lambda: start(Trainer, callbacks=[D2FTCallback()])),
         "nodes": message(lambda: start(save_on_each_node=True)),
         "optimizer": message(lambda: start(optim="adafactor", save_strategy="steps", save_steps=1)),
         "other adapter": message(lambda: start(resume=str(checkpoint_of(folder, 2, "llama")))),
@@ -250,6 +311,7 @@ def errors(folder: Path) -> dict[str, str]:
     ("what", "says"),
     {
         "each": "ValueError: gradient_accumulation_steps=1 does not go with head_parallel=True: set it to the number",
+        "callback": "ValueError: head_parallel=True needs the same batches on all processes, and this Trainer was made",
         "nodes": "ValueError: save_on_each_node=True does not go with head_parallel=True",
         "optimizer": "ValueError: Adafactor keeps 'exp_avg_sq_row' of shape",
         "other adapter": "ValueError: the adapter in",
