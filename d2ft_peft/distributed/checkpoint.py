@@ -109,6 +109,14 @@ def load_optimizer(
             f"{sum(map(len, wanted))} in {len(wanted)} groups; make the model, the adapter and the optimizer as they "
             "were when it was saved."
         )
+    parameters = {name: parameter for named in named_groups for name, parameter in named}
+    for name, of_one in state.items():
+        for kind, value in of_one.items():
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameters[name].shape:
+                raise ValueError(
+                    f"{name}.{kind} in {os.fspath(directory)!r} has shape {list(value.shape)} where the parameter has "
+                    f"{list(parameters[name].shape)} on this rank; continue with the model that was saved."
+                )
     indices = {name: index for index, name in enumerate(name for named in wanted for name in named)}
     groups = [{**group, "params": [indices[name] for name in group["params"]]} for group in groups]
     optimizer.load_state_dict({"state": {indices[name]: of_one for name, of_one in state.items()},
@@ -183,8 +191,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, shards: Sequenc
                 f"them {differing[0]}, are in one of them only; load it with the configuration that it was saved with."
             )
         for key, value in known.items():
-            shard = by_parameter.get(id(value))
-            value.copy_(file.get_tensor(key) if shard is None else shard.part(file.get_slice(key), rank))
+            shard, source = by_parameter.get(id(value)), file.get_slice(key)
+            expected = list(value.shape if shard is None else shard.shape(shard.layout.heads))
+            if source.get_shape() != expected:
+                raise ValueError(
+                    f"{key} in {os.fspath(directory)!r} has shape {source.get_shape()}, and {expected} in this model; "
+                    "load it with the configuration that it was saved with."
+                )
+            value.copy_(file.get_tensor(key) if shard is None else shard.part(source, rank))
 
 
 def _named_groups(

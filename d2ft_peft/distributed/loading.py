@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.auto_factory import _get_model_class
 from transformers.pytorch_utils import Conv1D
 
 from ..config import D2FTConfig
@@ -62,8 +63,7 @@ def load_head_parallel(model_class: Any, path: str, config: D2FTConfig, **kwargs
         )
     if hasattr(model_class, "_model_mapping"):
         own = {name: kwargs[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in kwargs}
-        model_config = kwargs.get("config") or AutoConfig.from_pretrained(path, **own)
-        model_class = model_class._model_mapping[type(model_config)]
+        model_class = _get_model_class(AutoConfig.from_pretrained(path, **own), model_class._model_mapping)
     loads_parts = type(model_class.__name__, (_LoadsParts, model_class), {"heads_per_subnet": config.heads_per_subnet})
     model = loads_parts.from_pretrained(path, **kwargs)
     model.__class__ = model_class

@@ -21,7 +21,6 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_pt_utils import safe_globals
 
 from ..planner import D2FTPlanner
-from ..scores import preserved_rng
 from .checkpoint import OPTIMIZER_FILE, load_optimizer
 from .head_parallel import HeadParallel
 from .planner import HeadParallelPlanner
@@ -94,7 +93,6 @@ class HeadParallelMixin:
                 "out; construct D2FTTrainer(model=...) with the adapted model (no D2FTCallback, no model_init)."
             )
         for name, bad, advice in (
-            ("gradient_accumulation_steps", 1, "set it to the number of micro-batches that share one optimizer step"),
             ("fp16", True, "its gradient scaler looks at one rank only; use bf16"),
             ("save_on_each_node", True, "the first process writes whole files; put output_dir where all can read it"),
         ):
@@ -102,8 +100,9 @@ class HeadParallelMixin:
                 raise ValueError(f"{name}={bad!r} does not go with head_parallel=True: {advice}.")
 
     def _score_whole_model(self, planner: HeadParallelPlanner) -> None:
-        self.planner = planner
-        self._score_once()
+        if self.train_dataset is not None:
+            self.planner = planner
+            self._score_once()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; a resumed run reads its scores of samples from the checkpoint."""
@@ -113,6 +112,11 @@ class HeadParallelMixin:
     def _prepare_for_training(self, *args: Any) -> tuple:
         if self.head_parallel is None:
             return super()._prepare_for_training(*args)
+        if self.args.gradient_accumulation_steps == 1:
+            raise ValueError(
+                "gradient_accumulation_steps=1 does not go with head_parallel=True, which runs the micro-batches of an "
+                "optimizer step together; set it to their number."
+            )
         # Accelerate wraps a tensor-parallel model in nothing, and asks it for its degree.
         self.model.tp_size = self.args.world_size
         try:
@@ -144,7 +148,8 @@ class HeadParallelMixin:
             return self._plain_step(model, batch, num_items_in_batch)
 
         # Ranks draw unequally often (dropout), and must not drift apart in what the data loader draws from.
-        with preserved_rng(), self.accelerator.autocast():
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.accelerator.autocast():
             torch.manual_seed(hash((self.args.seed, self.state.global_step, self.args.process_index)))
             return self.head_parallel.forward_backward(batches, self.planner.schedule, backward)
 
@@ -168,6 +173,7 @@ class HeadParallelMixin:
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate or predict, on all ranks with the same batches."""
         if self._same_data:
+            self._start()  # of a model that was loaded in parts there is no other way
             self.gather_function = self._without_copies
         return super().evaluation_loop(*args, **kwargs)
 
@@ -224,7 +230,7 @@ class HeadParallelMixin:
             self.head_parallel.load_adapter(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)  # takes an optimizer of one process whole
         if checkpoint is None:
             return
         if self.head_parallel is not None:

@@ -6,17 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer
 
-from d2ft_peft import D2FTCallback, D2FTTrainer, Operation, Schedule, register_policy
+from d2ft_peft import D2FTCallback, D2FTConfig, D2FTTrainer, Operation, Schedule, register_policy
 from d2ft_peft.distributed import HeadParallel
 from d2ft_peft.distributed.checkpoint import OPTIMIZER_FILE
 from d2ft_peft.schedule.policies import registry
 from tests.distributed.head_parallel import Case, adapter_of, batches_of, model_of
 from tests.distributed.launch import run
 from tests.distributed.test_head_parallel_use import message
+from tests.models import TINY
 from tests.test_trainer import adapt, arguments, doubles, samples
 
 
@@ -289,6 +291,17 @@ def test_settings_of_the_trainer_mean_what_they_mean_on_one_process(tmp_path, tw
         assert of_rank["settings"][what] == pytest.approx(expected, rel=5e-3 if what == "bf16" else 1e-5)
 
 
+def load_other_rank(folder: Path) -> None:
+    model = get_peft_model(TINY["vit"].build().double(), D2FTConfig(r=2, head_parallel=True, num_full=1))
+    HeadParallel(model).load_adapter(folder)
+
+
+def load_other_optimizer(folder: Path) -> None:
+    model = adapt(head_parallel=True, num_full=1)
+    parallel = HeadParallel(model)
+    parallel.load_optimizer(torch.optim.AdamW(p for p in model.parameters() if p.requires_grad), folder)
+
+
 def errors(folder: Path) -> dict[str, str]:
     """What two ranks say to settings that do not go with shared-out heads."""
 
@@ -304,17 +317,21 @@ def errors(folder: Path) -> dict[str, str]:
         "nodes": message(lambda: start(save_on_each_node=True)),
         "optimizer": message(lambda: start(optim="adafactor", save_strategy="steps", save_steps=1)),
         "other adapter": message(lambda: start(resume=str(checkpoint_of(folder, 2, "llama")))),
+        "other rank": message(lambda: load_other_rank(checkpoint_of(folder, 2, "fisher"))),
+        "other optimizer": message(lambda: load_other_optimizer(checkpoint_of(folder, 2, "vit"))),
     }
 
 
 @pytest.mark.parametrize(
     ("what", "says"),
     {
-        "each": "ValueError: gradient_accumulation_steps=1 does not go with head_parallel=True: set it to the number",
+        "each": "ValueError: gradient_accumulation_steps=1 does not go with head_parallel=True, which runs",
         "callback": "ValueError: head_parallel=True needs the same batches on all processes, and this Trainer was made",
         "nodes": "ValueError: save_on_each_node=True does not go with head_parallel=True",
         "optimizer": "ValueError: Adafactor keeps 'exp_avg_sq_row' of shape",
         "other adapter": "ValueError: the adapter in",
+        "other rank": "ValueError: base_model.model.vit.layers.0.attention.q_proj.lora_A.weight in",
+        "other optimizer": "ValueError: the optimizer's state in",
     }.items(),
 )
 def test_errors_speak_on_every_rank(two, what, says):
