@@ -60,7 +60,7 @@ class D2FTConfig(LoraConfig):
             processes, and each runs as many of its samples as its measured speed allows, so that all reach the gradient
             exchange together. It needs a policy over samples.
         head_parallel: Whether the subnets live on the processes of the run, each process holding its own only; train
-            with `d2ft_peft.distributed.HeadParallel`. The processes are then the devices.
+            with `D2FTTrainer` or `d2ft_peft.distributed.HeadParallel`. The processes are then the devices.
         policy: Name of the scheduling policy, see `d2ft_peft.schedule.policy_names`.
         rows: What the policy schedules: ``"micro_batches"`` as they come, or ``"samples"``, from which micro-batches
             are then composed; None is what the policy is meant for.

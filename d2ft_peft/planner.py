@@ -71,8 +71,8 @@ class D2FTPlanner:
         self.config, self.partition = model.peft_config[adapter], self.runtime.partitions[adapter]
         if self.config.head_parallel and not self.is_head_parallel:
             raise ValueError(
-                "head_parallel=True: the processes share out the heads of the model, which a planner (or D2FTTrainer) "
-                "on its own does not drive; train with d2ft_peft.distributed.HeadParallel, or set "
+                "head_parallel=True: the processes share out the heads of the model, which a planner on its own does "
+                "not drive; train with D2FTTrainer or d2ft_peft.distributed.HeadParallel, or set "
                 "model.peft_config['default'].head_parallel = False."
             )
         self.policy = get_policy(self.config.policy)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer
 
 from .checkpoint import load_state, operations_from, save_state
+from .distributed.trainer import HeadParallelMixin
 from .micro_batch import batch_size
 from .planner import D2FTPlanner
 from .scores import CANDIDATES_KEY, INDEX_KEY
@@ -21,8 +22,8 @@ from .trainer_shares import SharesMixin
 from .tuners.flops import inference
 
 
-class D2FTTrainerMixin(SharesMixin, IndexedDataMixin):
-    """What D2FT adds to a `transformers.Trainer`; mix it into any subclass of it, before that class.
+class ScheduledTrainerMixin(SharesMixin, IndexedDataMixin):
+    """Schedules the micro-batches of a `transformers.Trainer`.
 
     - `get_batch_samples`, called once per optimizer step with all its micro-batches, makes the schedule. Without
       gradient accumulation it reads ``num_micro_batches`` steps ahead and schedules them together.
@@ -52,11 +53,7 @@ class D2FTTrainerMixin(SharesMixin, IndexedDataMixin):
                     f"D2FT does not run under {self.accelerator.distributed_type.value}; use DistributedDataParallel."
                 )
             steps = self.args.gradient_accumulation_steps
-            self.planner = D2FTPlanner(
-                model,
-                num_micro_batches=steps if steps > 1 else None,
-                progress=not self.args.disable_tqdm and self.is_world_process_zero(),
-            )
+            self.planner = self._make_planner(model)
             self.planner.each_is_a_step = steps == 1
             self.planner.runtime.touch_gradients = self.args.world_size > 1
             if self.args.ddp_find_unused_parameters is None:
@@ -70,6 +67,11 @@ class D2FTTrainerMixin(SharesMixin, IndexedDataMixin):
             self._last_loss: torch.Tensor | None = None
             self._divides_by_items: bool | None = None
         return self.planner
+
+    def _make_planner(self, model: nn.Module) -> D2FTPlanner:
+        steps = self.args.gradient_accumulation_steps
+        progress = not self.args.disable_tqdm and self.is_world_process_zero()
+        return D2FTPlanner(model, steps if steps > 1 else None, progress)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; a training forward outside of the schedule is an error meanwhile."""
@@ -166,8 +168,12 @@ class D2FTTrainerMixin(SharesMixin, IndexedDataMixin):
             self._current = micro_batch
             if self._divides_by_items is None:
                 self._divides_by_items = self._probe_loss(self._prepare_inputs(inputs))
-            self._last_loss = super().training_step(model, inputs, num_items_in_batch)
+            self._last_loss = self._plain_step(model, inputs, num_items_in_batch)
             return self._last_loss
+
+    def _plain_step(self, *args: Any) -> torch.Tensor:
+        """Forward and backward as the Trainer does them."""
+        return super().training_step(*args)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -248,6 +254,10 @@ class D2FTTrainerMixin(SharesMixin, IndexedDataMixin):
             self._window = []
             if state["rest_of_window"] is not None:
                 self._rest_of_window = state["rest_of_window"]
+
+
+class D2FTTrainerMixin(HeadParallelMixin, ScheduledTrainerMixin):
+    """What D2FT adds to a `transformers.Trainer`; mix it into any subclass of it, before that class."""
 
 
 class D2FTTrainer(D2FTTrainerMixin, Trainer):

@@ -14,17 +14,16 @@ parallel.save_pretrained("adapter")                    # whole, by the first pro
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..planner import batch_size
+from ..micro_batch import batch_size
 from ..schedule import Schedule
 from ..scores import INDEX_KEY
 from ..tuners.flops import base_model
@@ -34,13 +33,14 @@ from .placement import heads_by_rank
 from .planner import HeadParallelPlanner
 from .ranks import Ranks
 from .route import Residence, choose_homes, make_routes
-from .shard import cut_model
+from .saving import SavingMixin
+from .shard import cut_model, shards_of
 from .stack import BlockStack, concatenate
 from .step import Step
 from .traffic import Traffic
 
 
-class HeadParallel:
+class HeadParallel(SavingMixin):
     """D2FT as the paper has it (arXiv 2504.12471, section 3): each rank owns subnets, and rows travel to them.
 
     Every rank calls everything here, with the same arguments. The constructor cuts the model: each rank keeps the
@@ -52,6 +52,8 @@ class HeadParallel:
         num_micro_batches: Micro-batches of a usual step; by default those of the first.
         timeout: How long an exchange may wait for another rank before it fails. NCCL keeps to it only with
             ``TORCH_NCCL_BLOCKING_WAIT=1``.
+        before_cut: Called with the planner while the model is still whole; may put scores that take a pass over the
+            data into its ``scores``.
 
     Attributes:
         model: The model.
@@ -62,18 +64,28 @@ class HeadParallel:
     """
 
     def __init__(
-        self, model: nn.Module, num_micro_batches: int | None = None, timeout: timedelta = timedelta(minutes=10)
+        self,
+        model: nn.Module,
+        num_micro_batches: int | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+        before_cut: Callable[[HeadParallelPlanner], None] | None = None,
     ):
         _check_model(model)
         base = base_model(model)
         self.model = model
         self._ranks = Ranks(timeout, next(model.parameters()).device)
         self.planner = HeadParallelPlanner(model, self._ranks, num_micro_batches)
-        self._check_same("weights", [checksum(p) for p in model.parameters()], "set the same seed before building the "
-                         "model on every rank (transformers.set_seed), or load the same checkpoint")  # fmt: skip
+        partition, ranks = self.planner.partition, self.planner.ranks_of_subnets
+        # What was loaded as a part is another one on every rank.
+        parts = {id(s.tensor) for s in shards_of(base, partition, ranks) if not s.is_whole(s.tensor.shape)}
+        weights = [checksum(p) for p in model.parameters() if id(p) not in parts]
+        self._check_same("weights", weights, "set the same seed before building the model on every rank "
+                         "(transformers.set_seed), or load the same checkpoint")  # fmt: skip
+        if before_cut is not None:
+            _check_whole(not parts, self.planner.source.before_training)
+            before_cut(self.planner)
         model.base_model._remove_interceptions()
         model.zero_grad()  # gradients of the whole model fit no part of it
-        partition, ranks = self.planner.partition, self.planner.ranks_of_subnets
         self._shards = cut_model(base, partition, ranks, self._ranks.rank)
         self._branches = []
         for branch in partition.branches:
@@ -84,11 +96,7 @@ class HeadParallel:
         self._stack = BlockStack(model, [base.get_submodule(name) for name in partition.blocks])
         projections = [base.get_submodule(name) for name in partition.projections]
         self._gradients = Gradients(model, projections, self._shards, self._ranks)
-        # Both would work on this rank's part, and nobody would notice before the result is used.
-        model.save_pretrained = _refuse("call HeadParallel.save_pretrained on every rank")
-        model.base_model._unload_and_optionally_merge = _refuse(
-            "save it with HeadParallel.save_pretrained, and load and merge it in one process"
-        )
+        self._guard_parts()
 
     @property
     def traffic(self) -> Traffic:
@@ -100,15 +108,23 @@ class HeadParallel:
         """Parameters that this rank holds."""
         return sum(p.numel() for p in self.model.parameters())
 
-    def forward_backward(self, batches: list[dict[str, Any]], schedule: Schedule | None = None) -> Tensor:
+    def forward_backward(
+        self,
+        batches: list[dict[str, Any]],
+        schedule: Schedule | None = None,
+        backward: Callable[[dict[str, Any], float], Tensor] | None = None,
+    ) -> Tensor:
         """Run one optimizer step's micro-batches; gradients are complete afterwards, and add to those that are there.
 
         Args:
             batches: The micro-batches, the same on every rank, with labels; samples of all have the same length.
             schedule: Its operations; by default the planner makes it.
+            backward: For a loss that is not the model's own mean. It gets a micro-batch and its share of the samples
+                that run, calls the model (whose blocks have run then) and ``backward`` on its part of the step's loss,
+                and returns this part, detached.
 
         Returns:
-            The mean loss over the samples that ran, the same on every rank.
+            The step's loss, by default the mean over the samples that ran; the same on every rank.
 
         Raises:
             ValueError: If ranks differ in their schedules or batches, or these do not fit; no rank has begun then.
@@ -133,12 +149,14 @@ class HeadParallel:
         residence = Residence(sizes, choose_homes(routes, sizes))
         step = Step(residence, self._ranks.rank, routes, schedule.num_subnets, rescale, self._ranks.device)
         with self._gradients.of_one_step():
-            loss = self._run(step, batches)
+            loss = self._run(step, batches, backward or self._backward)
             loss, operations = self._gradients.reduce(loss, step.operations)
         self._note(schedule, ran, operations)
         return loss
 
-    def _run(self, step: Step, batches: list[dict[str, Any]]) -> Tensor:
+    def _run(
+        self, step: Step, batches: list[dict[str, Any]], backward: Callable[[dict[str, Any], float], Tensor]
+    ) -> Tensor:
         """Forward and backward of the micro-batches that live here, and of this rank's heads for all."""
         stack, own = self._stack, step.own
         with torch.no_grad():
@@ -157,7 +175,8 @@ class HeadParallel:
             for i in own:
                 part = end.narrow(0, first, step.sizes[i])
                 first += step.sizes[i]
-                loss += self._head(batches[i], part, step.sizes[i] / sum(step.sizes))
+                with stack.leaving(part):
+                    loss += backward(batches[i], step.sizes[i] / sum(step.sizes))
             if out.requires_grad:
                 torch.autograd.backward(out, torch.zeros_like(out) if end.grad is None else end.grad)
             return loss
@@ -165,12 +184,12 @@ class HeadParallel:
             for branch in self._branches:
                 branch.step = None
 
-    def _head(self, batch: dict[str, Any], hidden: Tensor, weight: float) -> Tensor:
+    def _backward(self, batch: dict[str, Any], share: float) -> Tensor:
         """Task head, loss, and their backward, of one micro-batch; returns its share of the mean loss."""
-        loss = getattr(self._stack.leave(batch, hidden), "loss", None)
+        loss = getattr(self.model(**batch), "loss", None)
         if loss is None:
             raise ValueError(f"the model returned no loss for a batch with keys {sorted(batch)}; give labels in it.")
-        loss = loss * weight
+        loss = loss * share
         loss.backward()
         return loss.detach()
 
@@ -217,43 +236,13 @@ class HeadParallel:
         """
         return self._gradients.clip(max_norm)
 
-    def gather_state_dict(self) -> dict[str, Tensor] | None:
-        """The model's state dict with whole adapter tensors, on rank 0; None on the others.
 
-        The frozen base model's own projections stay cut in it: adapters are saved without them.
-        """
-        state = self.model.state_dict(keep_vars=True)
-        names: dict[int, list[str]] = {}
-        for name, value in state.items():
-            names.setdefault(id(value), []).append(name)
-        for shard in self._shards:
-            if not shard.of_adapter:
-                continue
-            shapes = [shard.shape(len(heads)) for heads in shard.heads]
-            parts = self._ranks.to_first(shard.tensor.detach(), shapes)
-            if parts is not None:
-                whole = shard.join(parts).cpu()
-                state.update(dict.fromkeys(names[id(shard.tensor)], whole))
-        return None if self._ranks.rank else {name: value.detach() for name, value in state.items()}
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Write the ordinary adapter, which loads on any number of ranks.
-
-        Args:
-            save_directory: Folder that the first rank writes.
-            kwargs: See `peft.PeftModel.save_pretrained`.
-        """
-        state = self.gather_state_dict()
-        if state is not None:
-            type(self.model).save_pretrained(self.model, save_directory, state_dict=state, **kwargs)
-        self._ranks.barrier("while saving")
-
-
-def _refuse(advice: str) -> Callable[..., NoReturn]:
-    def refusal(*args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(f"this rank holds a part of the adapter only; {advice}.")
-
-    return refusal
+def _check_whole(whole: bool, scores: tuple[str, ...]) -> None:
+    if scores and not whole:
+        raise ValueError(
+            f"the scores {', '.join(scores)} take a pass over the data on the whole model, of which this rank has "
+            "loaded a part; choose backward_score='weight_magnitude', or load the model whole."
+        )
 
 
 def _check_model(model: nn.Module) -> None:

@@ -38,6 +38,23 @@ class HeadParallelPlanner(D2FTPlanner):
         if self.config.policy in _PER_DEVICE:
             self.policy = by_rank(self.policy, self.ranks_of_subnets)
         self.source = _CutScoreSource(self.source, ranks, self.ranks_of_subnets)
+        self.ranks = ranks
+        self._logged = 0, 0  # bytes of rows, and steps, that were in the logs
+
+    def pop_logs(self) -> dict[str, float]:
+        """Means over the steps since the last call: `D2FTPlanner.pop_logs`, and the bytes of rows (`Traffic.rows`)."""
+        rows, steps = self.ranks.traffic.rows, self.ranks.traffic.steps
+        before, first = self._logged if self._logged[1] <= steps else (0, 0)  # the counter may have been reset
+        self._logged = rows, steps
+        logs = super().pop_logs()
+        return {**logs, "row_bytes": (rows - before) / (steps - first)} if steps > first else logs
+
+    def last_flops(self) -> float:
+        """FLOPs of the last step as executed, this process's share of all."""
+        if not self.executed:
+            return 0.0
+        step = self.executed[-1]
+        return self.cost_model.step_flops(step.operations, step.weights) / self.ranks.size
 
     def _sum_over_replicas(self, values: np.ndarray) -> np.ndarray:
         return values

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,9 +49,25 @@ class Shard:
         shape[self.axis] = self.layout.parts * num_heads * self.layout.width
         return torch.Size(shape)
 
+    def is_whole(self, shape: Sequence[int]) -> bool:
+        """Whether a shape is that of the whole parameter."""
+        return tuple(shape) == tuple(self.shape(self.layout.heads))
+
     def take(self, num_heads: int, heads: tuple[int, ...]) -> Tensor:
         """The features of some heads, by their positions among the `num_heads` that are here; differentiable."""
         return select(replace(self.layout, heads=num_heads), Heads(heads)).take(self.tensor, self.axis)
+
+    def part(self, whole: Any, rank: int) -> Tensor:
+        """A rank's part of a whole tensor, copied.
+
+        Args:
+            whole: A tensor of the parameter's shape, or a slice of a safetensors file (``get_slice``), of which only
+                the part is then read.
+            rank: The rank.
+        """
+        before = (slice(None),) * self.axis
+        runs = select(self.layout, Heads(self.heads[rank])).runs
+        return torch.cat([whole[(*before, slice(start, start + length))] for start, length in runs], self.axis)
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The whole tensor from every rank's part."""
@@ -69,7 +86,8 @@ class Shard:
 def cut_model(base: nn.Module, partition: Partition, ranks: np.ndarray, rank: int) -> list[Shard]:
     """Keep the features of this rank's heads in every projection; the rest is freed.
 
-    Parameters stay the same objects, so that names and optimizers that know them stay valid.
+    Parameters stay the same objects, so that names and optimizers that know them stay valid. What was loaded as a part
+    stays as it is.
 
     Args:
         base: The transformers model whose paths the partition names.
@@ -80,17 +98,21 @@ def cut_model(base: nn.Module, partition: Partition, ranks: np.ndarray, rank: in
     Returns:
         What was cut, in the same order on every rank.
     """
+    shards = shards_of(base, partition, ranks)
+    for shard in shards:
+        if shard.is_whole(shard.tensor.shape):
+            shard.tensor.data = shard.part(shard.tensor.data, rank)
+        _set_features(shard)
+    return shards
+
+
+def shards_of(base: nn.Module, partition: Partition, ranks: np.ndarray) -> list[Shard]:
+    """The parameters that belong to heads, whole or cut, in the same order on every rank."""
     shards = []
     for branch in partition.branches:
         heads = heads_by_rank(partition, ranks, branch.block)
         for projection in branch.projections:
-            of_projection = list(_shards(base.get_submodule(projection.name), projection, branch, heads))
-            for shard in of_projection:
-                whole = shard.tensor
-                part = select(shard.layout, Heads(heads[rank])).take(whole.data, shard.axis)
-                whole.data = part.clone(memory_format=torch.contiguous_format)
-                _set_features(shard)
-            shards += of_projection
+            shards += _shards(base.get_submodule(projection.name), projection, branch, heads)
     return shards
 
 

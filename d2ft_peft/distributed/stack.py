@@ -72,8 +72,9 @@ class BlockStack:
                 hidden = hidden[0]
         return hidden
 
-    def leave(self, batch: dict[str, Any], hidden: Tensor) -> Any:
-        """Run what follows the blocks on hidden states [S, T, D] that came out of them; the model's output."""
+    @contextmanager
+    def leaving(self, hidden: Tensor) -> Iterator[None]:
+        """Let the model, if it is called meanwhile, take hidden states [S, T, D] for what its blocks return."""
         last = len(self.blocks) - 1
 
         def result(index: int) -> Callable:
@@ -83,7 +84,7 @@ class BlockStack:
             return forward
 
         with self._blocks_are(result):
-            return self.model(**batch)
+            yield
 
     @contextmanager
     def _blocks_are(self, forward_of: Callable[[int], Callable]) -> Iterator[None]:

@@ -8,13 +8,14 @@ from tests.distributed.launch import run
 pytestmark = pytest.mark.distributed
 
 
-def two_steps() -> list:
+def two_steps(folder: str) -> list:
     from examples import head_parallel
 
-    return [difference for difference in head_parallel.main(["--steps", "2"]) if difference is not None]
+    differences = head_parallel.main(["--steps", "2", "--folder", folder])
+    return [difference for difference in differences if difference is not None]
 
 
 def test_the_example_trains_the_weights_of_one_process(tmp_path):
-    first, second = run(__name__, "two_steps", tmp_path, processes=2)
+    first, second = run(__name__, "two_steps", tmp_path, str(tmp_path), processes=2)
     assert len(first) == 2 and not second
     assert all(0 < difference < 1e-11 for difference in first)
