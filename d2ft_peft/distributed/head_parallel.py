@@ -15,6 +15,7 @@ parallel.save_pretrained("adapter")                    # whole, by the first pro
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..planner import batch_size
 from ..schedule import Schedule
@@ -30,6 +32,7 @@ from ..scores import INDEX_KEY
 from ..tuners.flops import base_model
 from .branch import BranchForward
 from .gradients import Gradients, checksum
+from .mesh import replicas
 from .placement import heads_by_rank
 from .planner import HeadParallelPlanner
 from .ranks import Ranks
@@ -37,6 +40,7 @@ from .route import Residence, choose_homes, make_routes
 from .shard import cut_model
 from .stack import BlockStack, concatenate
 from .step import Step
+from .timeline import Timeline
 from .traffic import Traffic
 
 
@@ -52,6 +56,10 @@ class HeadParallel:
         num_micro_batches: Micro-batches of a usual step; by default those of the first.
         timeout: How long an exchange may wait for another rank before it fails. NCCL keeps to it only with
             ``TORCH_NCCL_BLOCKING_WAIT=1``.
+        mesh: With axes ``"data"`` and ``"heads"``: the ranks on the heads axis share out the heads of one replica of
+            the model, and replicas have micro-batches of their own. By default all ranks share out one model.
+        overlap: In how many waves the rows of a branch travel while heads run on other rows; 0 to wait for all rows
+            before any head runs.
 
     Attributes:
         model: The model.
@@ -62,12 +70,21 @@ class HeadParallel:
     """
 
     def __init__(
-        self, model: nn.Module, num_micro_batches: int | None = None, timeout: timedelta = timedelta(minutes=10)
+        self,
+        model: nn.Module,
+        num_micro_batches: int | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+        mesh: DeviceMesh | None = None,
+        overlap: int = 1,
     ):
-        _check_model(model)
+        _check_processes()
+        numbers = replicas(mesh)
+        _check_model(model, numbers.shape[1])
+        if not isinstance(overlap, int) or overlap < 0:
+            raise ValueError(f"overlap={overlap!r} must be a number of waves, or 0 to wait for all rows.")
         base = base_model(model)
-        self.model = model
-        self._ranks = Ranks(timeout, next(model.parameters()).device)
+        self.model, self.overlap = model, overlap
+        self._ranks = Ranks(timeout, next(model.parameters()).device, numbers)
         self.planner = HeadParallelPlanner(model, self._ranks, num_micro_batches)
         self._check_same("weights", [checksum(p) for p in model.parameters()], "set the same seed before building the "
                          "model on every rank (transformers.set_seed), or load the same checkpoint")  # fmt: skip
@@ -96,6 +113,11 @@ class HeadParallel:
         return self._ranks.traffic
 
     @property
+    def timeline(self) -> Timeline:
+        """When this rank computed and when its exchanges were under way, if it is switched on."""
+        return self._ranks.timeline
+
+    @property
     def num_parameters(self) -> int:
         """Parameters that this rank holds."""
         return sum(p.numel() for p in self.model.parameters())
@@ -104,11 +126,12 @@ class HeadParallel:
         """Run one optimizer step's micro-batches; gradients are complete afterwards, and add to those that are there.
 
         Args:
-            batches: The micro-batches, the same on every rank, with labels; samples of all have the same length.
+            batches: The micro-batches, the same on every rank of a replica, with labels; samples of all have the same
+                length.
             schedule: Its operations; by default the planner makes it.
 
         Returns:
-            The mean loss over the samples that ran, the same on every rank.
+            The mean loss over the samples that ran, in all replicas; the same on every rank.
 
         Raises:
             ValueError: If ranks differ in their schedules or batches, or these do not fit; no rank has begun then.
@@ -122,6 +145,7 @@ class HeadParallel:
                 "gradient checkpointing would repeat every exchange in backward and is not available under "
                 "head_parallel=True; call model.gradient_checkpointing_disable()."
             )
+        self._check_same("numbers of micro-batches", len(batches), "give every rank equally many")
         schedule = self.planner.plan(batches) if schedule is None else schedule
         batches = [{key: value for key, value in batch.items() if key != INDEX_KEY} for batch in batches]
         self._check_step(batches, schedule)
@@ -131,22 +155,30 @@ class HeadParallel:
         routes = make_routes(self.planner.partition, schedule, self.planner.ranks_of_subnets)
         rescale = self.planner.config.shortcut == "rescale"
         residence = Residence(sizes, choose_homes(routes, sizes))
-        step = Step(residence, self._ranks.rank, routes, schedule.num_subnets, rescale, self._ranks.device)
+        ranks, subnets = self._ranks, schedule.num_subnets
+        step = Step(residence, ranks.rank, routes, subnets, rescale, self.overlap, ranks.device)
+        samples = float(ranks.sum_array(np.array([sum(sizes)]), "check", "before the blocks", "data")[0])
         with self._gradients.of_one_step():
-            loss = self._run(step, batches)
+            loss = self._run(step, batches, samples)
             loss, operations = self._gradients.reduce(loss, step.operations)
         self._note(schedule, ran, operations)
         return loss
 
-    def _run(self, step: Step, batches: list[dict[str, Any]]) -> Tensor:
-        """Forward and backward of the micro-batches that live here, and of this rank's heads for all."""
+    def _run(self, step: Step, batches: list[dict[str, Any]], samples: float) -> Tensor:
+        """Forward and backward of the micro-batches that live here, and of this rank's heads for all.
+
+        Args:
+            step: The step.
+            batches: Its running micro-batches.
+            samples: How many samples run, in all replicas.
+        """
         stack, own = self._stack, step.own
         with torch.no_grad():
             _, of_all = stack.enter(concatenate(batches))
         # A rank on which nothing lives has to know what the rows look like all the same.
         entered = [stack.enter(batches[i]) for i in own or [0]]
-        of_one, samples = entered[0][1], step.sizes[own[0] if own else 0]
-        inputs = [step.learn(all_, one, samples) for all_, one in zip(of_all, of_one, strict=True)]
+        of_one, size = entered[0][1], step.sizes[own[0] if own else 0]
+        inputs = [step.learn(all_, one, size) for all_, one in zip(of_all, of_one, strict=True)]
         hidden = torch.cat([h for h, _ in entered]) if own else entered[0][0][:0]
         for branch in self._branches:
             branch.step = step
@@ -157,7 +189,7 @@ class HeadParallel:
             for i in own:
                 part = end.narrow(0, first, step.sizes[i])
                 first += step.sizes[i]
-                loss += self._head(batches[i], part, step.sizes[i] / sum(step.sizes))
+                loss += self._head(batches[i], part, step.sizes[i] / samples)
             if out.requires_grad:
                 torch.autograd.backward(out, torch.zeros_like(out) if end.grad is None else end.grad)
             return loss
@@ -194,17 +226,24 @@ class HeadParallel:
         # Looked at on every rank before anyone speaks: one rank's own error must not leave the others waiting.
         tensors = [v for batch in batches for _, v in sorted(batch.items()) if isinstance(v, Tensor)]
         self._check_same("schedules", [schedule.digest()], "make them from the same numbers and the same seed")
-        self._check_same("micro-batches", [(tuple(t.shape), checksum(t)) for t in tensors], "give every rank the same "
-                         "ones (no DistributedSampler, no sharded data loader)")  # fmt: skip
+        self._check_same("micro-batches", [(tuple(t.shape), checksum(t)) for t in tensors], "give every rank of a "
+                         "replica the same ones (no sampler or data loader that shares them out over all "
+                         "processes)", in_replica=True)  # fmt: skip
         if problem:
             raise ValueError(f"{problem}.")
 
-    def _check_same(self, what: str, value: Any, advice: str) -> None:
-        differing = self._ranks.differing([repr(value).encode()])[0]
-        if differing:
-            raise ValueError(
-                f"the {what} on rank {', '.join(map(str, differing))} differ from those on rank 0; {advice}."
-            )
+    def _check_same(self, what: str, value: Any, advice: str, in_replica: bool = False) -> None:
+        ranks = self._ranks
+        found = ranks.fingerprints(repr(value).encode())
+        problems = []
+        for line, of_line in zip(ranks.numbers, found, strict=True):
+            reference, expected = (line[0], of_line[0]) if in_replica else (ranks.numbers[0, 0], found[0, 0])
+            if (differing := line[of_line != expected]).size:
+                problems.append(f"on rank {', '.join(map(str, differing))} differ from those on rank {reference}")
+        if problems:
+            raise ValueError(f"the {what} {', and '.join(problems)}; {advice}.")
+        if in_replica and len(found) > 1 and (found == found[0]).all():
+            warnings.warn(f"all {len(found)} replicas have the same {what}; give each its own.", stacklevel=4)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale gradients down to a norm over all ranks; `torch.nn.utils.clip_grad_norm_` would see one rank's only.
@@ -234,7 +273,7 @@ class HeadParallel:
             if parts is not None:
                 whole = shard.join(parts).cpu()
                 state.update(dict.fromkeys(names[id(shard.tensor)], whole))
-        return None if self._ranks.rank else {name: value.detach() for name, value in state.items()}
+        return {name: value.detach() for name, value in state.items()} if self._ranks.is_first else None
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write the ordinary adapter, which loads on any number of ranks.
@@ -256,12 +295,15 @@ def _refuse(advice: str) -> Callable[..., NoReturn]:
     return refusal
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_processes() -> None:
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             "head-parallel execution needs processes: start with torchrun or accelerate launch, and create "
             "accelerate.PartialState() first."
         )
+
+
+def _check_model(model: nn.Module, size: int) -> None:
     configs = getattr(model, "peft_config", {})
     config = next(iter(configs.values()), None)
     if len(configs) != 1 or not getattr(config, "head_parallel", False):
@@ -269,10 +311,9 @@ def _check_model(model: nn.Module) -> None:
             f"{type(model).__name__} has adapters {list(configs)}; HeadParallel needs exactly one, made by "
             "get_peft_model(model, D2FTConfig(head_parallel=True, ...))."
         )
-    size = dist.get_world_size()
     if config.num_devices not in (None, size) or len(config.device_capacities or range(size)) != size:
         raise ValueError(
             f"num_devices={config.num_devices} and device_capacities={config.device_capacities} do not fit {size} "
-            "processes, which are the devices under head_parallel=True; leave num_devices out, and give one capacity "
-            "per process."
+            "processes that share out the heads, which are the devices under head_parallel=True; leave num_devices "
+            "out, and give one capacity per process."
         )
