@@ -8,8 +8,7 @@ Shape suffixes: B samples that live here, S samples of one micro-batch, T tokens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -170,8 +169,7 @@ class _Exchanged(torch.autograd.Function):
                 _run_full(ctx, group, part, rows, made, args, kwargs)
                 forward_only = among(group.forward_only, part)
                 if forward_only:
-                    with _uncached_casts():
-                        out = _run(branch, group, forward_only, rows, args, kwargs)[1]
+                    out = _run(branch, group, forward_only, rows, args, kwargs)[1]
                     _add(made, forward_only, out, step.sizes)
 
         out = _travel(branch, step, route, x, route.active, ("dispatch", "combine"), run_heads)
@@ -270,17 +268,6 @@ def _run(
     x = torch.cat([rows[i] for i in micro_batches]).detach().requires_grad_(needs_grad)
     args, kwargs = branch.step.side_inputs(args, micro_batches), branch.step.side_inputs(kwargs, micro_batches)
     return x, branch.compute(x, args, kwargs, group.heads)
-
-
-@contextmanager
-def _uncached_casts() -> Iterator[None]:
-    """Keep autocast from caching casts of weights: a later FULL pass would reuse them, and they carry no gradient."""
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
 
 
 def _add(made: dict[int, Tensor], micro_batches: MicroBatches, values: Tensor, sizes: tuple[int, ...]) -> None:
