@@ -37,8 +37,6 @@ TWO_RANKS = [
     Case("vit", "boundary", (2, 1, 2), shortcut="rescale"),
     Case("llama", "full", (3,)),
 ]
-# How the exchanges lie in time changes nothing; elsewhere it is the default.
-OVERLAPS = [(overlap, Case("llama", "boundary", FIVE)) for overlap in (0, 2, 9)]
 # Fewer micro-batches than ranks: nothing lives on some of them.
 FOUR_RANKS = [Case("vit", "boundary", FIVE), Case("bert", "lora", (2, 1, 3))]
 EXCHANGES = ("dispatch", "combine", "combine backward", "dispatch backward", "gradients")
@@ -49,7 +47,6 @@ def on_two_ranks(folder: str) -> dict:
     """Everything that two ranks do; starting processes takes longer than the runs."""
     results = {
         "runs": [train_together(case) for case in TWO_RANKS],
-        "overlaps": [train_together(case, overlap=overlap) for overlap, case in OVERLAPS],
         "wrong": {purpose: train_with_wrong(purpose) for purpose in EXCHANGES},
     }
     for case in SAVED:
@@ -98,11 +95,6 @@ def assert_equal(ours, theirs, case=""):
 def test_two_ranks_train_the_weights_of_one_process(two_ranks, index):
     assert_equal(two_ranks[0]["runs"][index], train_alone(TWO_RANKS[index]))
     assert_equal(two_ranks[1]["runs"][index], {"losses and norms": two_ranks[0]["runs"][index]["losses and norms"]})
-
-
-@pytest.mark.parametrize("index", range(len(OVERLAPS)), ids=map(str, OVERLAPS))
-def test_overlap_changes_no_weight(two_ranks, index):
-    assert_equal(two_ranks[0]["overlaps"][index], train_alone(OVERLAPS[index][1]))
 
 
 @pytest.mark.parametrize("index", range(len(FOUR_RANKS)), ids=map(str, FOUR_RANKS))
