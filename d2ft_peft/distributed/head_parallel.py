@@ -64,6 +64,7 @@ class HeadParallel:
     Attributes:
         model: The model.
         planner: Makes the schedules; its ``pop_logs`` tells what was executed.
+        overlap: See above; may change between steps, on all ranks alike.
 
     Raises:
         ValueError: If the processes, the configuration or the weights do not fit.

@@ -48,8 +48,9 @@ class HeadParallelPlanner(D2FTPlanner):
 
     def prepare(self, batch: dict[str, Any]) -> None:
         """See `D2FTPlanner`; replicas whose samples differ in length take the mean, to make the same schedule."""
-        if self.cost_model is None:
-            super().prepare(batch)
+        known = self.cost_model is not None
+        super().prepare(batch)
+        if not known and self.ranks.num_replicas > 1:
             lengths = self._sum_over_replicas(np.array([self.probe.sequence_length]))
             self.probe.sequence_length = round(float(lengths[0]) / self.ranks.num_replicas)
             self.cost_model = cost_model(self.model, self.partition, self.probe, self.config.forward_only_cost)

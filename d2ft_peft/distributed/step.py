@@ -63,8 +63,9 @@ class Step:
         active = route.active[self._rank]
         elsewhere = [i for rank, needed in enumerate(route.active) if rank != self._rank for i in needed]
         here, waves = among(active, self.own), range(1, len(self.waves))
-        if not self._overlap or (here == active and not among(self.own, tuple(elsewhere))):
-            return [(0, active), *((wave, ()) for wave in waves)]  # nothing of this rank travels
+        nothing_travels = here == active and not among(self.own, tuple(elsewhere))
+        if nothing_travels or not self._overlap:
+            return [(0, active), *((wave, ()) for wave in waves)]
         half = (len(here) + 1) // 2
         away = tuple(i for i in active if i not in here)
         travelling = [(number, among(wave, away)) for number, wave in enumerate(self.waves)]
