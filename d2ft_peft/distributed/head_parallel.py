@@ -76,7 +76,7 @@ class HeadParallel:
         num_micro_batches: int | None = None,
         timeout: timedelta = timedelta(minutes=10),
         mesh: DeviceMesh | None = None,
-        overlap: int = 1,
+        overlap: int = 2,
     ):
         _check_processes()
         numbers = replicas(mesh)

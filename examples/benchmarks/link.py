@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -102,23 +103,27 @@ def make_model(args: argparse.Namespace) -> torch.nn.Module:
     return get_peft_model(model, D2FTConfig(head_parallel=True, modules_to_save=["classifier"], **lora)).train()
 
 
-def bandwidth(megabytes: int = 4, repeats: int = 5) -> float:
-    """Mbit/s in each direction that an exchange of this size gets, both directions at once; the median."""
-    rows, arrived, rank = torch.zeros(megabytes, 1_000_000, dtype=torch.uint8), [], dist.get_rank()
-    splits = [0, megabytes] if rank == 0 else [megabytes, 0]
+def bandwidth(at_once: int, megabytes: int = 6, repeats: int = 5) -> int:
+    """Mbit/s in each direction that rows get in as many exchanges under way at once; the median."""
+    took, rank, part = [], dist.get_rank(), megabytes // at_once
+    splits = [0, part] if rank == 0 else [part, 0]
+    buffers = [(torch.empty(part, 1_000_000, dtype=torch.uint8), torch.zeros(part, 1_000_000, dtype=torch.uint8))
+               for _ in range(at_once)]  # fmt: skip
     for _ in range(repeats):
         dist.barrier()
         begin = time.perf_counter()
-        dist.all_to_all_single(torch.empty_like(rows), rows, splits, splits)
-        arrived.append(8 * megabytes / (time.perf_counter() - begin))
-    return statistics.median(arrived)
+        works = [dist.all_to_all_single(*pair, splits, splits, async_op=True) for pair in buffers]
+        for each in works:
+            each.wait()
+        took.append(time.perf_counter() - begin)
+    return round(8 * part * at_once / statistics.median(took))
 
 
 def work(args: argparse.Namespace) -> None:
     """Measure on this process; the first one writes what both found."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    measured = bandwidth()
+    measured = [bandwidth(at_once) for at_once in (1, 2, 3)]
     parallel = HeadParallel(make_model(args))
     pixels = torch.randn(10, args.images, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     batches = [{"pixel_values": p, "labels": torch.zeros(args.images, dtype=torch.long)} for p in pixels]
@@ -150,7 +155,7 @@ def work(args: argparse.Namespace) -> None:
             if repeat >= 0:
                 seconds[variant].append(took.item())
     timelines = {}
-    for overlap in (0, 1) if args.png else ():
+    for overlap in (0, 2) if args.png else ():
         parallel.timeline.spans.clear()
         parallel.timeline.on = True
         step("5F", overlap)
@@ -161,7 +166,7 @@ def work(args: argparse.Namespace) -> None:
     if dist.get_rank() == 0:
         rows = [
             {
-                "rate_mbit": args.rates[0], "measured_mbit": round(measured), "schedule": name,
+                "rate_mbit": args.rates[0], "measured_mbit": measured, "schedule": name,
                 "overlap": overlap, "mode": args.mode,
                 "seconds": statistics.median(times), "least": min(times), "most": max(times),
                 "repeats": len(times), "bytes_of_rows": moved[name, overlap], "hidden": args.hidden,
@@ -174,26 +179,22 @@ def work(args: argparse.Namespace) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    """Times of all rates, and the ratios to all FULL without overlap."""
-    columns = [(name, overlap) for name in SCHEDULES for overlap in OVERLAPS]
-    lines = [
-        "| Mbit/s (measured) | " + " | ".join(f"{name}, {overlap}" for name, overlap in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for rate in dict.fromkeys(row["rate_mbit"] for row in rows):
-        found = {(row["schedule"], row["overlap"]): row["seconds"] for row in rows if row["rate_mbit"] == rate}
-        cells = [f"{found[c]:.2f} s ({found[c] / found['5F', c[1]]:.2f})" for c in columns]
-        measured = next(row["measured_mbit"] for row in rows if row["rate_mbit"] == rate)
-        lines.append(f"| {rate:g} ({measured}) | " + " | ".join(cells) + " |")
+    """Times by rate and overlap, and their ratios to all FULL at the same rate and overlap."""
+    lines = ["| Mbit/s | overlap | " + " | ".join(SCHEDULES) + " |", "|---" * (len(SCHEDULES) + 2) + "|"]
+    found = {(row["rate_mbit"], row["overlap"], row["schedule"]): row["seconds"] for row in rows}
+    for rate, overlap in dict.fromkeys((row["rate_mbit"], row["overlap"]) for row in rows):
+        times = [found[rate, overlap, name] for name in SCHEDULES]
+        cells = [f"{seconds:.2f} s ({seconds / times[0]:.2f})" for seconds in times]
+        lines.append(f"| {rate or 'no limit'} | {overlap} | " + " | ".join(cells) + " |")
     moved = {row["schedule"]: row["bytes_of_rows"] for row in rows}
     shares = ", ".join(f"{name} {bytes_:,} ({bytes_ / moved['5F']:.3f})" for name, bytes_ in moved.items())
-    return (
-        "\n".join(lines) + f"\n\nbytes of rows on a rank: {shares}; in brackets after times: to 5F of the same overlap"
-    )
+    rates = {row["rate_mbit"]: row["measured_mbit"] for row in rows}
+    return "\n".join([*lines, "", f"bytes of rows on a rank: {shares}",
+                      f"Mbit/s that one, two, three exchanges at once get each way: {rates}"])  # fmt: skip
 
 
 def plot(timelines: dict, path: str, rate: float) -> None:
-    """Both ranks, without and with overlap, in two blocks forward and backward."""
+    """What both ranks do, and when, without and with overlap."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -202,12 +203,16 @@ def plot(timelines: dict, path: str, rate: float) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(11, 5), sharex=True)
     for axis, (overlap, ranks) in zip(axes, timelines.items(), strict=True):
         start = min(span["begin"] for spans in ranks for span in spans)
-        for rank, spans in enumerate(ranks):
+        for rank, spans in enumerate(sorted(of_rank, key=itemgetter("begin")) for of_rank in ranks):
+            free = [0.0, 0.0]  # when the last exchange in each half of the lane ended: several may be under way
             for span in spans:
-                computes = span["what"] in ("forward", "backward", "wait")
-                lane = -3 * rank - (0 if computes else 1)
-                axis.barh(lane, span["end"] - span["begin"], left=span["begin"] - start, height=0.8,
-                          color=COLORS[span["what"]], edgecolor="white", linewidth=0.3)  # fmt: skip
+                begin, end = span["begin"] - start, span["end"] - start
+                lane, height = -3 * rank, 0.8
+                if span["what"] not in ("forward", "backward", "wait"):
+                    half = 0 if free[0] <= begin else 1
+                    free[half], lane, height = end, lane - 0.8 - 0.42 * half, 0.4
+                axis.barh(lane, end - begin, left=begin, height=height, color=COLORS[span["what"]],
+                          edgecolor="white", linewidth=0.3)  # fmt: skip
         end = max(span["end"] for spans in ranks for span in spans) - start
         axis.set_yticks(
             [0, -1, -3, -4], ["rank 0 runs heads", "rank 0 exchanges", "rank 1 runs heads", "rank 1 exchanges"]

@@ -91,7 +91,7 @@ def tensor_parallel_bytes() -> int:
     return seen.bytes
 
 
-def head_parallel_bytes(overlap: int = 1, **setting) -> list[int]:
+def head_parallel_bytes(overlap: int = 2, **setting) -> list[int]:
     """(counted by the engine, seen below it) for the rows of one step; the same for everything else, with saving."""
     config = D2FTConfig(head_parallel=True, train_boundary=True, **setting)
     parallel = HeadParallel(get_peft_model(vit(), config).train(), overlap=overlap)
@@ -112,7 +112,7 @@ def head_parallel_bytes(overlap: int = 1, **setting) -> list[int]:
 def count() -> dict:
     join()
     counted = {name: head_parallel_bytes(**setting) for name, setting in SETTINGS.items()}
-    overlaps = [head_parallel_bytes(overlap, num_full=3)[0] for overlap in (0, 2)]
+    overlaps = [head_parallel_bytes(overlap, num_full=3)[0] for overlap in (0, 1)]
     return {"tensor parallel": tensor_parallel_bytes(), "overlaps": overlaps, **counted}
 
 
