@@ -146,7 +146,8 @@ class HeadParallel:
                 "gradient checkpointing would repeat every exchange in backward and is not available under "
                 "head_parallel=True; call model.gradient_checkpointing_disable()."
             )
-        self._check_same("numbers of micro-batches", len(batches), "give every rank equally many")
+        numbers = len(batches), self.overlap
+        self._check_same("numbers of micro-batches or of waves", numbers, "give every rank as many, and one overlap")
         schedule = self.planner.plan(batches) if schedule is None else schedule
         batches = [{key: value for key, value in batch.items() if key != INDEX_KEY} for batch in batches]
         self._check_step(batches, schedule)
@@ -235,12 +236,13 @@ class HeadParallel:
 
     def _check_same(self, what: str, value: Any, advice: str, in_replica: bool = False) -> None:
         ranks = self._ranks
-        found = ranks.fingerprints(repr(value).encode())
-        problems = []
-        for line, of_line in zip(ranks.numbers, found, strict=True):
-            reference, expected = (line[0], of_line[0]) if in_replica else (ranks.numbers[0, 0], found[0, 0])
-            if (differing := line[of_line != expected]).size:
-                problems.append(f"on rank {', '.join(map(str, differing))} differ from those on rank {reference}")
+        found, numbers = ranks.fingerprints(repr(value).encode()), ranks.numbers
+        lines = zip(numbers, found, strict=True) if in_replica else [(numbers.flatten(), found.flatten())]
+        problems = [
+            f"on rank {', '.join(map(str, line[of_line != of_line[0]]))} differ from those on rank {line[0]}"
+            for line, of_line in lines
+            if (of_line != of_line[0]).any()
+        ]
         if problems:
             raise ValueError(f"the {what} {', and '.join(problems)}; {advice}.")
         if in_replica and len(found) > 1 and (found == found[0]).all():

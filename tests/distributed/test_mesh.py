@@ -196,11 +196,20 @@ def errors() -> dict[str, str]:
     schedule, batches = random_schedule(case, 0), here(case, 0)
     step = parallel.forward_backward
     two = Case("vit", "full", (1, 2))
+
+    def with_waves():
+        parallel.overlap = min(rank(), 1)
+        try:
+            step(batches, schedule)
+        finally:
+            parallel.overlap = 2
+
     return {
         "batches": message(lambda: step(here(case, int(odd)), schedule)),
         "schedules": message(lambda: step(batches, random_schedule(case, rank() // 2))),
         "numbers": message(lambda: step(batches[: 3 - rank() // 2])),
         "same": message(lambda: step(batches_of(case, 0), schedule)),
+        "waves": message(with_waves),
         "weights": message(lambda: HeadParallel(model_of(case, head_parallel=True, seed=int(odd)), mesh=mesh())),
         "axes": message(lambda: HeadParallel(model_of(two, True), mesh=mesh("heads", "data"))),
         "names": message(lambda: HeadParallel(model_of(two, True), mesh=mesh("dp_shard", "tp"))),
@@ -217,8 +226,9 @@ def errors() -> dict[str, str]:
     {
         "batches": "ValueError: the micro-batches on rank 3 differ from those on rank 2; give every rank of a replica",
         "schedules": "ValueError: the schedules on rank 2, 3 differ from those on rank 0; make them from",
-        "numbers": "ValueError: the numbers of micro-batches on rank 2, 3 differ from those on rank 0; give every",
+        "numbers": "ValueError: the numbers of micro-batches or of waves on rank 2, 3 differ from those on rank 0",
         "same": "UserWarning: all 2 replicas have the same micro-batches; give each its own.",
+        "waves": "ValueError: the numbers of micro-batches or of waves on rank 1, 2, 3 differ from those on rank 0",
         "weights": "ValueError: the weights on rank 3 differ from those on rank 0; set the same seed",
         "axes": "ValueError: mesh has axes ('heads', 'data'); it needs 'heads', or 'data' and 'heads' in this order",
         "names": "ValueError: mesh has axes ('dp_shard', 'tp'); it needs",
