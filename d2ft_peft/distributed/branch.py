@@ -8,6 +8,7 @@ Shape suffixes: B samples that live here, S samples of one micro-batch, T tokens
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from ..partition import Branch
 from ..tuners import D2FTLayer
 from .ranks import Ranks
-from .route import HeadGroup, MicroBatches
+from .route import HeadGroup, MicroBatches, Route, among
+from .rows import Rows
 from .shard import Shard, row_biases
 from .step import Step
 
@@ -42,6 +44,7 @@ class BranchForward:
         self.region = base.get_submodule(branch.region)
         self.row = base.get_submodule(branch.row.name)
         self.place = f"block {branch.block} ({branch.name})"
+        self.rows = Rows(ranks, self.place)
         self.step: Step | None = None
         self.own_heads = tuple(range(num_heads))
         self._running = False
@@ -153,50 +156,103 @@ class BranchForward:
 
 
 class _Exchanged(torch.autograd.Function):
-    """Dispatch, heads, combine. Each rank's heads have a graph of their own, which backward runs on FULL rows."""
+    """Dispatch, heads, combine. Each rank's heads have graphs of their own, which backward runs on FULL rows."""
 
     @staticmethod
     def forward(ctx, x, anchor, branch, args, kwargs):
-        step, ranks = branch.step, branch.ranks
-        route = step.routes[branch.branch.block]
+        step, route = branch.step, branch.step.routes[branch.branch.block]
         ctx.branch, ctx.step, ctx.route, ctx.x_needs = branch, step, route, ctx.needs_input_grad[0]
-        rows = ranks.scatter(x, route.active, step.residence, "dispatch", branch.place)
-        parts: dict[int, Tensor] = {}
-        ctx.graphs = []
-        # All FULL passes first: under autocast later ones reuse casts of weights, and those must carry gradients.
-        for group in route.groups[ranks.rank]:
-            if group.full:
-                _run_full(ctx, group, rows, parts, args, kwargs)
-        for group in route.groups[ranks.rank]:
-            if group.forward_only:
-                out = _run(branch, group, group.forward_only, rows, args, kwargs)[1]
-                _add(parts, group.forward_only, out, step.sizes)
+        ctx.graphs = {}
+
+        def run_heads(part: MicroBatches, rows: dict[int, Tensor], made: dict[int, Tensor]) -> None:
+            for group in route.groups[branch.ranks.rank]:
+                _run_full(ctx, group, part, rows, made, args, kwargs)
+                forward_only = among(group.forward_only, part)
+                if forward_only:
+                    out = _run(branch, group, forward_only, rows, args, kwargs)[1]
+                    _add(made, forward_only, out, step.sizes)
+
+        out = _travel(branch, step, route, x, route.active, ("dispatch", "combine"), run_heads)
+        for group in route.groups[branch.ranks.rank]:
             step.executed(group)
-        return ranks.collect(parts, route.active, step.residence, x, "combine", branch.place)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        branch, step, route = ctx.branch, ctx.step, ctx.route
-        ranks, place = branch.ranks, branch.place
-        gradients = ranks.scatter(grad, route.full, step.residence, "combine backward", place)
-        parts: dict[int, Tensor] = {}
-        for micro_batches, x, out in ctx.graphs:
-            torch.autograd.backward(out, torch.cat([gradients[i] for i in micro_batches]))
-            if ctx.x_needs:
-                _add(parts, micro_batches, x.grad, step.sizes)
-        ctx.graphs = None
-        if not ctx.x_needs:
-            return None, None, None, None, None
-        grad_x = ranks.collect(parts, route.full, step.residence, grad, "dispatch backward", place)
+        def run_heads(part: MicroBatches, gradients: dict[int, Tensor], made: dict[int, Tensor]) -> None:
+            for micro_batches, x, out in ctx.graphs.pop(part, ()):
+                torch.autograd.backward(out, torch.cat([gradients[i] for i in micro_batches]))
+                if ctx.x_needs:
+                    _add(made, micro_batches, x.grad, ctx.step.sizes)
+
+        purposes = ("combine backward", "dispatch backward" if ctx.x_needs else None)
+        grad_x = _travel(ctx.branch, ctx.step, ctx.route, grad, ctx.route.full, purposes, run_heads)
         return grad_x, None, None, None, None
 
 
-def _run_full(ctx, group: HeadGroup, rows: dict, parts: dict, args: tuple, kwargs: dict) -> None:
+def _travel(
+    branch: BranchForward,
+    step: Step,
+    route: Route,
+    x_BTD: Tensor,
+    needed: tuple[MicroBatches, ...],
+    purposes: tuple[str, str | None],
+    run_heads: Callable[[MicroBatches, dict[int, Tensor], dict[int, Tensor]], None],
+) -> Tensor | None:
+    """Send rows to the ranks that need them, run heads, send home what they make, and add it up there.
+
+    While rows travel this rank runs heads on others, see `Step.parts`.
+
+    Args:
+        branch: The branch.
+        step: The step.
+        route: The route of the branch's block.
+        x_BTD: The micro-batches that live here, one after the other.
+        needed: For each rank, the micro-batches that it needs.
+        purposes: What the rows are on both ways, see `Traffic`; None if nothing goes home.
+        run_heads: Given some micro-batches and rows of them, adds to the third what it makes of each.
+
+    Returns:
+        Sums [B, T, D] of the micro-batches that live here, zero where nobody made anything; None if nothing goes home.
+    """
+    exchanges, residence, timeline = branch.rows, step.residence, branch.ranks.timeline
+    there, back = purposes
+    waves = [[among(of_rank, wave) for of_rank in needed] for wave in step.waves]
+    rows = dict(zip(step.own, x_BTD.split(residence.samples(step.own)), strict=True))
+    coming = [exchanges.scatter(rows, of_wave, residence, x_BTD, there) for of_wave in waves]
+    made: dict[int, Tensor] = {}
+    going = []
+    for wave, part in step.parts(route):
+        if wave is not None:
+            with timeline.span("wait", branch.place):
+                rows.update(coming[wave].wait())
+        with timeline.span("forward" if there == "dispatch" else "backward", branch.place):
+            run_heads(part, rows, made)
+        if wave is not None and back:
+            going.append(exchanges.collect(made, waves[wave], residence, x_BTD, back))
+    if not back:
+        return None
+    sums = x_BTD.new_zeros(x_BTD.shape)
+    at_home = dict(zip(step.own, sums.split(residence.samples(step.own)), strict=True))
+    with timeline.span("wait", branch.place):
+        arrived = [piece for exchange in going for piece in exchange.wait()]
+    for i, piece in [*arrived, *made.items()]:
+        if i in at_home:
+            at_home[i] += piece
+    return sums
+
+
+def _run_full(
+    ctx, group: HeadGroup, part: MicroBatches, rows: dict, made: dict[int, Tensor], args: tuple, kwargs: dict
+) -> None:
+    full = among(group.full, part)
+    if not full:
+        return
     with torch.enable_grad():
-        x, out = _run(ctx.branch, group, group.full, rows, args, kwargs, needs_grad=ctx.x_needs)
+        x, out = _run(ctx.branch, group, full, rows, args, kwargs, needs_grad=ctx.x_needs)
     if out.requires_grad:
-        ctx.graphs.append((group.full, x, out))
-    _add(parts, group.full, out.detach(), ctx.step.sizes)
+        ctx.graphs.setdefault(part, []).append((full, x, out))
+    _add(made, full, out.detach(), ctx.step.sizes)
 
 
 def _run(
@@ -214,10 +270,10 @@ def _run(
     return x, branch.compute(x, args, kwargs, group.heads)
 
 
-def _add(parts: dict[int, Tensor], micro_batches: MicroBatches, values: Tensor, sizes: tuple[int, ...]) -> None:
-    """Add rows to the parts of their micro-batches."""
+def _add(made: dict[int, Tensor], micro_batches: MicroBatches, values: Tensor, sizes: tuple[int, ...]) -> None:
+    """Add rows to what was made of their micro-batches."""
     for i, value in zip(micro_batches, values.split([sizes[i] for i in micro_batches]), strict=True):
-        parts[i] = parts[i] + value if i in parts else value
+        made[i] = made[i] + value if i in made else value
 
 
 def _take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:

@@ -63,7 +63,7 @@ def save_optimizer(
                         f"{list(parameter.shape)} on this rank: checkpoints here hold what is kept for every "
                         "weight on its own (SGD, Adam, AdamW); choose such an optimizer, or set save_only_model=True."
                     )
-    if ranks.rank == 0:
+    if ranks.is_first:
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         metadata = {"groups": json.dumps(groups), "others": json.dumps(others)}
         os.makedirs(directory, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Gradients after a step: summed over ranks where a parameter is on all of them, and clipped by their common norm."""
+"""Gradients after a step: summed over the ranks that have a parameter, and clipped by their common norm."""
 
 from __future__ import annotations
 
@@ -40,10 +40,15 @@ class Gradients:
     def _replicated(self) -> list[nn.Parameter]:
         return [p for p in self._trained if id(p) not in self._cut]
 
+    @property
+    def _heads(self) -> list[nn.Parameter]:
+        return [p for p in self._trained if id(p) in self._cut]
+
     @contextmanager
     def of_one_step(self) -> Iterator[None]:
         """Put gradients that are already summed over ranks aside meanwhile, and add them afterwards."""
-        earlier = [(p, p.grad) for p in self._replicated if p.grad is not None]
+        summed = self._replicated if self._ranks.num_replicas == 1 else self._trained
+        earlier = [(p, p.grad) for p in summed if p.grad is not None]
         for parameter, _ in earlier:
             parameter.grad = None
         try:
@@ -53,7 +58,7 @@ class Gradients:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def reduce(self, loss: Tensor, operations: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Sum the gradients of replicated parameters over ranks.
+        """Sum the gradients of replicated parameters over all ranks, those of heads over the replicas.
 
         A parameter that no rank has a gradient for stays without, as in one process, except that a projection that
         was FULL nowhere has a gradient of zero (see `D2FTPlanner`).
@@ -67,23 +72,27 @@ class Gradients:
         """
         replicated = self._replicated
         numbers = [[loss.item()], [p.grad is not None for p in replicated], operations.flatten()]
-        summed = self._ranks.sum_array(np.concatenate(numbers), "check", _AFTER)
+        summed = self._ranks.sum_array(np.concatenate(numbers), "check", _AFTER, "all")
         flags = summed[1 : 1 + len(replicated)]
         with_gradient = [p for p, flag in zip(replicated, flags, strict=True) if flag]
-        for dtype in dict.fromkeys(p.dtype for p in with_gradient):
-            self._sum([p for p in with_gradient if p.dtype == dtype])
+        self._sum(with_gradient, "gradients", "all")
+        if self._ranks.num_replicas > 1:
+            # Replicas run the same operations, so that they agree on which heads have gradients.
+            self._sum([p for p in self._heads if p.grad is not None], "gradients of heads", "data")
         for parameter in self._trained:
             if parameter.grad is None and id(parameter) in self._of_projections:
                 parameter.grad = torch.zeros_like(parameter)
-        everyone = summed[1 + len(replicated) :].reshape(operations.shape).astype(operations.dtype)
-        return loss.new_tensor(summed[0]), everyone
+        everyone = summed[1 + len(replicated) :].reshape(operations.shape) / self._ranks.num_replicas
+        return loss.new_tensor(summed[0]), everyone.astype(operations.dtype)
 
-    def _sum(self, parameters: list[nn.Parameter]) -> None:
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        self._ranks.all_reduce(flat, "gradients", _AFTER)
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
+    def _sum(self, parameters: list[nn.Parameter], purpose: str, axis: str) -> None:
+        for dtype in dict.fromkeys(p.dtype for p in parameters):
+            alike = [p for p in parameters if p.dtype == dtype]
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in alike]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            self._ranks.all_reduce(flat, purpose, _AFTER, axis)
+            for parameter, part in zip(alike, flat.split([p.numel() for p in alike]), strict=True):
+                parameter.grad = part.view_as(parameter)
 
     def clip(self, max_norm: float) -> Tensor:
         """See `HeadParallel.clip_grad_norm_`."""
@@ -91,7 +100,8 @@ class Gradients:
         squares = np.zeros(2)
         for parameter in parameters:
             squares[int(id(parameter) in self._cut)] += parameter.grad.double().square().sum().item()
-        squares[1] = self._ranks.sum_array(squares[1:], "check", _AFTER)[0]
+        # One sum over all ranks, so that the replicas get the same bits and stay alike.
+        squares[1] = self._ranks.sum_array(squares[1:] / self._ranks.num_replicas, "check", _AFTER, "all")[0]
         norm = torch.tensor(np.sqrt(squares.sum()), device=self._ranks.device)
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm

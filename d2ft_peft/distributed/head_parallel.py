@@ -14,6 +14,7 @@ parallel.save_pretrained("adapter")                    # whole, by the first pro
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..micro_batch import batch_size
 from ..schedule import Schedule
@@ -29,6 +31,7 @@ from ..scores import INDEX_KEY
 from ..tuners.flops import base_model
 from .branch import BranchForward
 from .gradients import Gradients, checksum
+from .mesh import replicas
 from .placement import heads_by_rank
 from .planner import HeadParallelPlanner
 from .ranks import Ranks
@@ -37,6 +40,7 @@ from .saving import SavingMixin
 from .shard import cut_model, shards_of
 from .stack import BlockStack, concatenate
 from .step import Step
+from .timeline import Timeline
 from .traffic import Traffic
 
 
@@ -54,10 +58,15 @@ class HeadParallel(SavingMixin):
             ``TORCH_NCCL_BLOCKING_WAIT=1``.
         before_cut: Called with the planner while the model is still whole; may put scores that take a pass over the
             data into its ``scores``.
+        mesh: With axes ``"data"`` and ``"heads"``: the ranks on the heads axis share out the heads of one replica of
+            the model, and replicas have micro-batches of their own. By default all ranks share out one model.
+        overlap: In how many waves the rows of a branch travel while heads run on other rows; 0 to wait for all rows
+            before any head runs.
 
     Attributes:
         model: The model.
         planner: Makes the schedules; its ``pop_logs`` tells what was executed.
+        overlap: See above; may change between steps, on all ranks alike.
 
     Raises:
         ValueError: If the processes, the configuration or the weights do not fit.
@@ -69,11 +78,17 @@ class HeadParallel(SavingMixin):
         num_micro_batches: int | None = None,
         timeout: timedelta = timedelta(minutes=10),
         before_cut: Callable[[HeadParallelPlanner], None] | None = None,
+        mesh: DeviceMesh | None = None,
+        overlap: int = 2,
     ):
-        _check_model(model)
+        _check_processes()
+        numbers = replicas(mesh)
+        _check_model(model, numbers.shape[1])
+        if not isinstance(overlap, int) or overlap < 0:
+            raise ValueError(f"overlap={overlap!r} must be a number of waves, or 0 to wait for all rows.")
         base = base_model(model)
-        self.model = model
-        self._ranks = Ranks(timeout, next(model.parameters()).device)
+        self.model, self.overlap = model, overlap
+        self._ranks = Ranks(timeout, next(model.parameters()).device, numbers)
         self.planner = HeadParallelPlanner(model, self._ranks, num_micro_batches)
         partition, ranks = self.planner.partition, self.planner.ranks_of_subnets
         # What was loaded as a part is another one on every rank.
@@ -104,6 +119,11 @@ class HeadParallel(SavingMixin):
         return self._ranks.traffic
 
     @property
+    def timeline(self) -> Timeline:
+        """When this rank computed and when its exchanges were under way, if it is switched on."""
+        return self._ranks.timeline
+
+    @property
     def num_parameters(self) -> int:
         """Parameters that this rank holds."""
         return sum(p.numel() for p in self.model.parameters())
@@ -117,14 +137,15 @@ class HeadParallel(SavingMixin):
         """Run one optimizer step's micro-batches; gradients are complete afterwards, and add to those that are there.
 
         Args:
-            batches: The micro-batches, the same on every rank, with labels; samples of all have the same length.
+            batches: The micro-batches, the same on every rank of a replica, with labels; samples of all have the same
+                length.
             schedule: Its operations; by default the planner makes it.
             backward: For a loss that is not the model's own mean. It gets a micro-batch and its share of the samples
                 that run, calls the model (whose blocks have run then) and ``backward`` on its part of the step's loss,
                 and returns this part, detached.
 
         Returns:
-            The step's loss, by default the mean over the samples that ran; the same on every rank.
+            The step's loss, by default the mean over the samples that ran in all replicas; the same on every rank.
 
         Raises:
             ValueError: If ranks differ in their schedules or batches, or these do not fit; no rank has begun then.
@@ -138,6 +159,8 @@ class HeadParallel(SavingMixin):
                 "gradient checkpointing would repeat every exchange in backward and is not available under "
                 "head_parallel=True; call model.gradient_checkpointing_disable()."
             )
+        numbers = len(batches), self.overlap
+        self._check_same("numbers of micro-batches or of waves", numbers, "give every rank as many, and one overlap")
         schedule = self.planner.plan(batches) if schedule is None else schedule
         batches = [{key: value for key, value in batch.items() if key != INDEX_KEY} for batch in batches]
         self._check_step(batches, schedule)
@@ -147,24 +170,37 @@ class HeadParallel(SavingMixin):
         routes = make_routes(self.planner.partition, schedule, self.planner.ranks_of_subnets)
         rescale = self.planner.config.shortcut == "rescale"
         residence = Residence(sizes, choose_homes(routes, sizes))
-        step = Step(residence, self._ranks.rank, routes, schedule.num_subnets, rescale, self._ranks.device)
+        ranks, subnets = self._ranks, schedule.num_subnets
+        step = Step(residence, ranks.rank, routes, subnets, rescale, self.overlap, ranks.device)
+        samples = float(ranks.sum_array(np.array([sum(sizes)]), "check", "before the blocks", "data")[0])
         with self._gradients.of_one_step():
-            loss = self._run(step, batches, backward or self._backward)
+            loss = self._run(step, batches, samples, backward or self._backward)
             loss, operations = self._gradients.reduce(loss, step.operations)
         self._note(schedule, ran, operations)
         return loss
 
     def _run(
-        self, step: Step, batches: list[dict[str, Any]], backward: Callable[[dict[str, Any], float], Tensor]
+        self,
+        step: Step,
+        batches: list[dict[str, Any]],
+        samples: float,
+        backward: Callable[[dict[str, Any], float], Tensor],
     ) -> Tensor:
-        """Forward and backward of the micro-batches that live here, and of this rank's heads for all."""
+        """Forward and backward of the micro-batches that live here, and of this rank's heads for all.
+
+        Args:
+            step: The step.
+            batches: Its running micro-batches.
+            samples: How many samples run, in all replicas.
+            backward: See `forward_backward`.
+        """
         stack, own = self._stack, step.own
         with torch.no_grad():
             _, of_all = stack.enter(concatenate(batches))
         # A rank on which nothing lives has to know what the rows look like all the same.
         entered = [stack.enter(batches[i]) for i in own or [0]]
-        of_one, samples = entered[0][1], step.sizes[own[0] if own else 0]
-        inputs = [step.learn(all_, one, samples) for all_, one in zip(of_all, of_one, strict=True)]
+        of_one, size = entered[0][1], step.sizes[own[0] if own else 0]
+        inputs = [step.learn(all_, one, size) for all_, one in zip(of_all, of_one, strict=True)]
         hidden = torch.cat([h for h, _ in entered]) if own else entered[0][0][:0]
         for branch in self._branches:
             branch.step = step
@@ -176,7 +212,7 @@ class HeadParallel(SavingMixin):
                 part = end.narrow(0, first, step.sizes[i])
                 first += step.sizes[i]
                 with stack.leaving(part):
-                    loss += backward(batches[i], step.sizes[i] / sum(step.sizes))
+                    loss += backward(batches[i], step.sizes[i] / samples)
             if out.requires_grad:
                 torch.autograd.backward(out, torch.zeros_like(out) if end.grad is None else end.grad)
             return loss
@@ -213,17 +249,25 @@ class HeadParallel(SavingMixin):
         # Looked at on every rank before anyone speaks: one rank's own error must not leave the others waiting.
         tensors = [v for batch in batches for _, v in sorted(batch.items()) if isinstance(v, Tensor)]
         self._check_same("schedules", [schedule.digest()], "make them from the same numbers and the same seed")
-        self._check_same("micro-batches", [(tuple(t.shape), checksum(t)) for t in tensors], "give every rank the same "
-                         "ones (no DistributedSampler, no sharded data loader)")  # fmt: skip
+        self._check_same("micro-batches", [(tuple(t.shape), checksum(t)) for t in tensors], "give every rank of a "
+                         "replica the same ones (no sampler or data loader that shares them out over all "
+                         "processes)", in_replica=True)  # fmt: skip
         if problem:
             raise ValueError(f"{problem}.")
 
-    def _check_same(self, what: str, value: Any, advice: str) -> None:
-        differing = self._ranks.differing([repr(value).encode()])[0]
-        if differing:
-            raise ValueError(
-                f"the {what} on rank {', '.join(map(str, differing))} differ from those on rank 0; {advice}."
-            )
+    def _check_same(self, what: str, value: Any, advice: str, in_replica: bool = False) -> None:
+        ranks = self._ranks
+        found, numbers = ranks.fingerprints(repr(value).encode()), ranks.numbers
+        lines = zip(numbers, found, strict=True) if in_replica else [(numbers.flatten(), found.flatten())]
+        problems = [
+            f"on rank {', '.join(map(str, line[of_line != of_line[0]]))} differ from those on rank {line[0]}"
+            for line, of_line in lines
+            if (of_line != of_line[0]).any()
+        ]
+        if problems:
+            raise ValueError(f"the {what} {', and '.join(problems)}; {advice}.")
+        if in_replica and len(found) > 1 and (found == found[0]).all():
+            warnings.warn(f"all {len(found)} replicas have the same {what}; give each its own.", stacklevel=4)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale gradients down to a norm over all ranks; `torch.nn.utils.clip_grad_norm_` would see one rank's only.
@@ -245,12 +289,15 @@ def _check_whole(whole: bool, scores: tuple[str, ...]) -> None:
         )
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_processes() -> None:
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             "head-parallel execution needs processes: start with torchrun or accelerate launch, and create "
             "accelerate.PartialState() first."
         )
+
+
+def _check_model(model: nn.Module, size: int) -> None:
     configs = getattr(model, "peft_config", {})
     config = next(iter(configs.values()), None)
     if len(configs) != 1 or not getattr(config, "head_parallel", False):
@@ -258,10 +305,9 @@ def _check_model(model: nn.Module) -> None:
             f"{type(model).__name__} has adapters {list(configs)}; HeadParallel needs exactly one, made by "
             "get_peft_model(model, D2FTConfig(head_parallel=True, ...))."
         )
-    size = dist.get_world_size()
     if config.num_devices not in (None, size) or len(config.device_capacities or range(size)) != size:
         raise ValueError(
             f"num_devices={config.num_devices} and device_capacities={config.device_capacities} do not fit {size} "
-            "processes, which are the devices under head_parallel=True; leave num_devices out, and give one capacity "
-            "per process."
+            "processes that share out the heads, which are the devices under head_parallel=True; leave num_devices "
+            "out, and give one capacity per process."
         )

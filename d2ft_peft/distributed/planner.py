@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -13,6 +14,7 @@ from ..planner import D2FTPlanner
 from ..schedule import Problem, Schedule
 from ..scores import ScoreSource
 from ..scores.contribution import weight_magnitude
+from ..tuners.flops import cost_model
 from .placement import heads_by_rank, place_subnets
 from .ranks import Ranks
 
@@ -56,8 +58,19 @@ class HeadParallelPlanner(D2FTPlanner):
         step = self.executed[-1]
         return self.cost_model.step_flops(step.operations, step.weights) / self.ranks.size
 
+        self.ranks = ranks
+
     def _sum_over_replicas(self, values: np.ndarray) -> np.ndarray:
-        return values
+        return self.ranks.sum_array(values, "check", "before the blocks", "data")
+
+    def prepare(self, batch: dict[str, Any]) -> None:
+        """See `D2FTPlanner`; replicas whose samples differ in length take the mean, to make the same schedule."""
+        known = self.cost_model is not None
+        super().prepare(batch)
+        if not known and self.ranks.num_replicas > 1:
+            lengths = self._sum_over_replicas(np.array([self.probe.sequence_length]))
+            self.probe.sequence_length = round(float(lengths[0]) / self.ranks.num_replicas)
+            self.cost_model = cost_model(self.model, self.partition, self.probe, self.config.forward_only_cost)
 
     def _devices(self) -> np.ndarray:
         return self.ranks_of_subnets

@@ -156,5 +156,24 @@ def choose_homes(routes: Sequence[Route], sizes: Sequence[int]) -> tuple[int, ..
     return tuple((homes if better else in_turn).tolist())
 
 
+def make_waves(residence: Residence, count: int) -> tuple[MicroBatches, ...]:
+    """Share micro-batches out over waves, those of every home alike; none is empty.
+
+    Args:
+        residence: Where they live.
+        count: Most waves.
+    """
+    waves: list[list[int]] = [[] for _ in range(min(count, len(residence.homes)))]
+    by_home = np.argsort(residence.homes, kind="stable").tolist()
+    for turn, micro_batch in enumerate(by_home):
+        waves[turn % len(waves)].append(micro_batch)
+    return tuple(tuple(sorted(wave)) for wave in waves)
+
+
+def among(micro_batches: MicroBatches, some: MicroBatches) -> MicroBatches:
+    """Those that are among some."""
+    return tuple(i for i in micro_batches if i in some)
+
+
 def _union(parts) -> MicroBatches:
     return tuple(sorted({micro_batch for part in parts for micro_batch in part}))

@@ -48,7 +48,7 @@ class SavingMixin:
             if parts is not None:
                 whole = shard.join(parts).cpu()
                 state.update(dict.fromkeys(names[id(shard.tensor)], whole))
-        return None if self._ranks.rank else {name: value.detach() for name, value in state.items()}
+        return {name: value.detach() for name, value in state.items()} if self._ranks.is_first else None
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write the ordinary adapter, which loads on any number of ranks.
@@ -112,7 +112,7 @@ class SavingMixin:
         """
         self.save_pretrained(directory)
         self.save_optimizer(optimizer, directory)
-        if self._ranks.rank == 0:
+        if self._ranks.is_first:
             save_state(self.planner, directory)
         self._ranks.barrier("while saving")
 

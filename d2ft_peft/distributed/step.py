@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..schedule import Operation
-from .route import HeadGroup, MicroBatches, Residence, Route
+from .route import HeadGroup, MicroBatches, Residence, Route, among, make_waves
 
 
 class Step:
@@ -21,6 +21,7 @@ class Step:
         residence: Where they live.
         sizes: Samples of each, [n].
         own: Those that live on this rank.
+        waves: Those whose rows travel together, for each wave.
         routes: One per block.
         rescale: Whether the heads that run are scaled up (``shortcut="rescale"``).
         anchor: A scalar that needs a gradient, see `BranchForward`.
@@ -34,15 +35,41 @@ class Step:
         routes: tuple[Route, ...],
         num_subnets: int,
         rescale: bool,
+        overlap: int,
         device: torch.device,
     ) -> None:
         self.residence, self.sizes, self.own = residence, residence.sizes, residence.on(rank)
+        self.waves, self._rank, self._overlap = make_waves(residence, max(overlap, 1)), rank, overlap
         self.routes, self.rescale = routes, rescale
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.operations = np.full((len(self.sizes), num_subnets), Operation.SHORTCUT, dtype=np.int8)
         self._by_sample: dict[int, bool] = {}
         self._known: list[Tensor] = []
         self._slices: dict[tuple[int, MicroBatches], Tensor] = {}
+
+    def parts(self, route: Route) -> list[tuple[int | None, MicroBatches]]:
+        """In which order this rank runs its heads in a block, for exchanges to overlap with it.
+
+        While the first wave travels here, rows that live here are at hand, and while the last one travels home, the
+        rest of them: half of them is run before all waves, half after.
+
+        Args:
+            route: The route of the block.
+
+        Returns:
+            The wave to wait for, or None for rows that live here, and micro-batches; a wave's results leave when it
+            has run.
+        """
+        active = route.active[self._rank]
+        elsewhere = [i for rank, needed in enumerate(route.active) if rank != self._rank for i in needed]
+        here, waves = among(active, self.own), range(1, len(self.waves))
+        nothing_travels = here == active and not among(self.own, tuple(elsewhere))
+        if nothing_travels or not self._overlap:
+            return [(0, active), *((wave, ()) for wave in waves)]
+        half = (len(here) + 1) // 2
+        away = tuple(i for i in active if i not in here)
+        travelling = [(number, among(wave, away)) for number, wave in enumerate(self.waves)]
+        return [(None, here[:half]), *travelling, (None, here[half:])]
 
     def executed(self, group: HeadGroup) -> None:
         """Note what a group of heads did."""

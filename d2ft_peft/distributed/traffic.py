@@ -17,19 +17,23 @@ class Traffic:
 
     Attributes:
         sent: Bytes by purpose: ``"dispatch"``, ``"combine"``, ``"combine backward"``, ``"dispatch backward"`` (rows
-            of hidden states and their gradients), ``"gradients"`` (replicated parameters), ``"check"``,
-            ``"inference"``, ``"gather"`` (saving).
+            of hidden states and their gradients), ``"gradients"`` (parameters that are on all ranks),
+            ``"gradients of heads"`` (between replicas), ``"check"``, ``"inference"``, ``"gather"`` (saving).
         received: The same for what comes in.
+        axes: Bytes sent and received by axis: ``"heads"`` (between ranks that share out a replica's heads), ``"data"``
+            (between replicas), ``"all"`` (sums over both).
         steps: Number of optimizer steps counted.
     """
 
     def __init__(self) -> None:
         self.sent: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
+        self.axes: Counter[str] = Counter()
         self.steps = 0
 
-    def count(self, purpose: str, sent: int, received: int) -> None:
+    def count(self, purpose: str, axis: str, sent: int, received: int) -> None:
         """Add one collective's bytes."""
+        self.axes[axis] += sent + received
         self.sent[purpose] += sent
         self.received[purpose] += received
 
@@ -42,6 +46,7 @@ class Traffic:
         """Start counting anew."""
         self.sent.clear()
         self.received.clear()
+        self.axes.clear()
         self.steps = 0
 
     def __str__(self) -> str:

@@ -58,7 +58,9 @@ def batches_of(case: Case, step: int) -> list[dict[str, torch.Tensor]]:
     for i, batch in enumerate(batches):
         if "pixel_values" in batch:
             batch["pixel_values"] = batch["pixel_values"].double()
-        elif i % 2:
+        elif case.name == "llama":  # a second tensor that differs between samples, beside the mask
+            batch["position_ids"] = (torch.arange(7) + 3 * i + torch.arange(case.sizes[i])[:, None]) % 50
+        if "attention_mask" in batch and i % 2:
             batch["attention_mask"][0, 5:] = 0
             if batch["labels"].ndim == 2:
                 batch["labels"][0, 5:] = -100
@@ -83,13 +85,13 @@ def optimizer_of(model, case: Case):
     return torch.optim.SGD(trained, lr=0.3, momentum=case.momentum)
 
 
-def train_alone(case: Case) -> dict[str, torch.Tensor]:
+def train_alone(case: Case, batches_of=batches_of, schedule_of=random_schedule) -> dict[str, torch.Tensor]:
     """The run on one process, micro-batch by micro-batch: the adapter's tensors and the losses."""
     model = model_of(case, head_parallel=False)
     planner, optimizer, losses = D2FTPlanner(model), optimizer_of(model, case), []
     for step in range(STEPS):
         loss = 0.0
-        planner.use(random_schedule(case, step))
+        planner.use(schedule_of(case, step))
         planner.pass_over()
         for i, batch in enumerate(batches_of(case, step)):
             if planner.peek(i).skipped:
@@ -105,14 +107,14 @@ def train_alone(case: Case) -> dict[str, torch.Tensor]:
     return {**adapter_of(model.state_dict()), "losses and norms": torch.tensor(losses, dtype=torch.float64)}
 
 
-def train_together(case: Case, **kwargs) -> dict[str, torch.Tensor]:
+def train_together(case: Case, batches_of=batches_of, schedule_of=random_schedule, **kwargs) -> dict[str, torch.Tensor]:
     """The same run with heads shared out; whole tensors on rank 0, and on all what they can say."""
     join()
-    model = model_of(case, head_parallel=True, **kwargs)
-    parallel = HeadParallel(model)
+    model = model_of(case, head_parallel=True)
+    parallel = HeadParallel(model, **kwargs)
     optimizer, losses = optimizer_of(model, case), []
     for step in range(STEPS):
-        losses.append(parallel.forward_backward(batches_of(case, step), random_schedule(case, step)).item())
+        losses.append(parallel.forward_backward(batches_of(case, step), schedule_of(case, step)).item())
         losses.append(parallel.clip_grad_norm_(0.5).item())
         optimizer.step()
         optimizer.zero_grad()

@@ -1,5 +1,7 @@
 """Under head-parallel execution a rank's subnets are scheduled together. No processes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -43,3 +45,22 @@ def test_a_rank_picks_the_micro_batches_that_score_highest_for_all_its_subnets()
     schedule = by_rank(get_policy("bilevel"), RANKS)(given)
     assert schedule.operations[:, RANKS == 0].tolist() == [[0] * 4] * 3 + [[2] * 4]
     assert schedule.operations[:, RANKS == 1].tolist() == [[0] * 4, [2] * 4, [0] * 4, [0] * 4]
+
+
+def test_a_rank_pays_for_all_its_subnets():
+    ranks = np.array([0, 1, 1, 1])  # unequal: FORWARD_ONLY costs rank 1 a half of FULL, its first subnet a fifth
+    costs = np.array([[0, 0.5, 1], [0, 0.2, 1], [0, 0.4, 1], [0, 0.9, 1]])
+    scores = np.ones((2, 4))
+    given = Problem(scores, scores, Budget(compute=0.6), costs=costs, devices=ranks, blocks=np.zeros(4, dtype=int))
+    schedule = by_rank(get_policy("bilevel"), ranks)(given)
+    assert schedule.operations.tolist() == [[2] * 4, [0] * 4]
+    more = by_rank(get_policy("bilevel"), ranks)(dataclasses.replace(given, budget=Budget(compute=0.75)))
+    assert more.operations.tolist() == [[2] * 4, [1] * 4]
+
+
+def test_forward_only_goes_to_the_highest_forward_scores():
+    backward, forward = np.ones((4, len(RANKS))), np.ones((4, len(RANKS)))
+    backward[0], forward[2] = 2, 2
+    given = Problem(forward, backward, Budget(num_full=1, num_forward_only=1), devices=RANKS, blocks=BLOCKS)
+    schedule = by_rank(get_policy("bilevel"), RANKS)(given)
+    assert schedule.operations[:, 0].tolist() == [2, 0, 1, 0]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from d2ft_peft.distributed import HeadParallel, ranks
+from d2ft_peft.distributed.rows import Rows
 from tests.distributed.head_parallel import Case, batches_of, join, model_of, random_schedule, rank
 from tests.distributed.launch import run
 
@@ -20,21 +21,21 @@ CASE = Case("vit", "full", (1, 2))
 
 def step_without_rank_1(do) -> str:
     """What a step says in which rank 1 does something else instead of the second block's combine."""
-    exchange = ranks.Ranks._exchange
+    exchange = Rows._exchange
 
     def absent(self, *args):
-        if rank() == 1 and args[-2:] == ("combine", "block 1 (attention)"):
+        if rank() == 1 and (args[-1], self.place) == ("combine", "block 1 (attention)"):
             do()
         return exchange(self, *args)
 
     parallel = HeadParallel(model_of(CASE, head_parallel=True), timeout=timedelta(seconds=2))
-    ranks.Ranks._exchange = absent
+    Rows._exchange = absent
     try:
         parallel.forward_backward(batches_of(CASE, 0), random_schedule(CASE, 0))
     except RuntimeError as error:
         return str(error)
     finally:
-        ranks.Ranks._exchange = exchange
+        Rows._exchange = exchange
     return "no error"
 
 

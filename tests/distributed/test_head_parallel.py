@@ -9,6 +9,7 @@ from peft import PeftModel
 from d2ft_peft import D2FTConfig
 from d2ft_peft.distributed import HeadParallel
 from d2ft_peft.distributed.ranks import Ranks
+from d2ft_peft.distributed.rows import Arriving, Rows
 from tests.distributed.head_parallel import (
     Case,
     adapter_of,
@@ -103,25 +104,24 @@ def test_four_ranks_train_the_weights_of_one_process(four_ranks, index):
 
 def train_with_wrong(purpose: str) -> dict[str, torch.Tensor]:
     """A run in which what one kind of exchange brings from other ranks is off by 1 %."""
-    exchange, all_reduce = Ranks._exchange, Ranks.all_reduce
+    wait, exchange, all_reduce = Arriving.wait, Rows._exchange, Ranks.all_reduce
 
-    def wrong_exchange(ranks, *args):
-        pieces = exchange(ranks, *args)
-        if args[-2] == purpose:
-            pieces = [
-                [(i, rows if source == ranks.rank else 1.01 * rows) for i, rows in of_source]
-                for source, of_source in enumerate(pieces)
-            ]
-        return pieces
+    def noted_exchange(rows, *args):
+        arriving = exchange(rows, *args)
+        arriving.wrong = args[-1] == purpose
+        return arriving
 
-    def wrong_all_reduce(ranks, tensor, of, place):
-        return all_reduce(ranks, tensor, of, place).mul_(1.01 if of == purpose else 1)
+    def wrong_wait(arriving):
+        return [(i, 1.01 * rows if arriving.wrong else rows) for i, rows in wait(arriving)]
 
-    Ranks._exchange, Ranks.all_reduce = wrong_exchange, wrong_all_reduce
+    def wrong_all_reduce(ranks, tensor, of, *args):
+        return all_reduce(ranks, tensor, of, *args).mul_(1.01 if of == purpose else 1)
+
+    Arriving.wait, Rows._exchange, Ranks.all_reduce = wrong_wait, noted_exchange, wrong_all_reduce
     try:
         return train_together(Case("vit", "boundary", FIVE))
     finally:
-        Ranks._exchange, Ranks.all_reduce = exchange, all_reduce
+        Arriving.wait, Rows._exchange, Ranks.all_reduce = wait, exchange, all_reduce
 
 
 @pytest.mark.parametrize("purpose", EXCHANGES)

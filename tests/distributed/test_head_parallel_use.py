@@ -230,7 +230,7 @@ def errors() -> dict[str, str]:
     ("what", "says"),
     {
         "schedules": "ValueError: the schedules on rank 1 differ from those on rank 0",
-        "batches": "ValueError: the micro-batches on rank 1 differ from those on rank 0; give every rank the same",
+        "batches": "ValueError: the micro-batches on rank 1 differ from those on rank 0; give every rank of a",
         "weights": "ValueError: the weights on rank 1 differ from those on rank 0; set the same seed",
         "shape": "ValueError: schedule has shape (3, 12) instead of (2, 12)",
         "nothing": "ValueError: schedule is SHORTCUT everywhere",

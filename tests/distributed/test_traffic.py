@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2ft_peft import D2FTConfig
-from d2ft_peft.distributed import HeadParallel
+from d2ft_peft.distributed import HeadParallel, Traffic
 from tests.distributed.head_parallel import join
 from tests.distributed.launch import run
 from tests.models import TINY
@@ -35,11 +35,16 @@ SETTINGS = {
 
 
 class BytesOfCollectives(TorchDispatchMode):
-    """Bytes that this rank's collectives send to and receive from others, seen below the code that calls them."""
+    """Bytes that this rank's collectives send to and receive from others, seen below the code that calls them.
+
+    Attributes:
+        bytes: Of rows.
+        others: Of sums, checks and what is gathered for saving.
+    """
 
     def __init__(self):
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.others = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -50,6 +55,10 @@ class BytesOfCollectives(TorchDispatchMode):
             self.bytes += 2 * (ranks - 1) * out.nbytes
         elif name == "alltoall_base_":
             self.bytes += args[0].nbytes + args[1].nbytes
+        elif name in ("allreduce_", "send", "recv_"):
+            self.others += (2 if name == "allreduce_" else 1) * sum(tensor.nbytes for tensor in args[0])
+        elif name == "allgather_":
+            self.others += 2 * (ranks - 1) * sum(tensor.nbytes for tensor in args[1])
         return out
 
 
@@ -82,10 +91,11 @@ def tensor_parallel_bytes() -> int:
     return seen.bytes
 
 
-def head_parallel_bytes(**setting) -> tuple[int, int]:
-    """(counted by the engine, seen below it) for the rows of one step."""
+def head_parallel_bytes(overlap: int = 2, **setting) -> list[int]:
+    """(counted by the engine, seen below it) for the rows of one step; the same for everything else, with saving."""
     config = D2FTConfig(head_parallel=True, train_boundary=True, **setting)
-    parallel = HeadParallel(get_peft_model(vit(), config).train())
+    parallel = HeadParallel(get_peft_model(vit(), config).train(), overlap=overlap)
+    parallel.traffic.reset()
     batches = [
         {"pixel_values": torch.randn(SAMPLES, 3, 24, 24, generator=torch.Generator().manual_seed(i)),
          "labels": torch.arange(SAMPLES)}
@@ -93,13 +103,17 @@ def head_parallel_bytes(**setting) -> tuple[int, int]:
     ]  # fmt: skip
     with BytesOfCollectives() as seen:
         parallel.forward_backward(batches)
-    return parallel.traffic.rows, seen.bytes
+        parallel.gather_state_dict()
+    traffic = parallel.traffic
+    others = sum(traffic.sent.values()) + sum(traffic.received.values()) - traffic.rows
+    return [traffic.rows, seen.bytes, others, seen.others]
 
 
 def count() -> dict:
     join()
     counted = {name: head_parallel_bytes(**setting) for name, setting in SETTINGS.items()}
-    return {"tensor parallel": tensor_parallel_bytes(), **counted}
+    overlaps = [head_parallel_bytes(overlap, num_full=3)[0] for overlap in (0, 1)]
+    return {"tensor parallel": tensor_parallel_bytes(), "overlaps": overlaps, **counted}
 
 
 @pytest.fixture(scope="module")
@@ -120,5 +134,22 @@ def test_rows_move_fewer_bytes_than_tensor_parallelism(ranks, setting, most):
 def test_the_counter_counts_what_the_collectives_get(ranks):
     for of_rank in ranks:
         for setting in SETTINGS:
-            counted, seen = of_rank[setting]
-            assert counted == seen
+            rows, seen_rows, others, seen_others = of_rank[setting]
+            assert rows == seen_rows > 0
+            assert others == seen_others > 0
+
+
+def test_overlap_moves_the_same_bytes(ranks):
+    for of_rank in ranks:
+        assert of_rank["overlaps"] == [of_rank["3F+2S"][0]] * 2
+
+
+def test_a_reset_counter_counts_from_zero():
+    traffic = Traffic()
+    traffic.count("dispatch", "heads", 3, 4)
+    traffic.count("gradients", "all", 5, 6)
+    traffic.steps += 1
+    assert (traffic.rows, dict(traffic.axes), traffic.steps) == (7, {"heads": 7, "all": 11}, 1)
+    traffic.reset()
+    assert (traffic.rows, dict(traffic.axes), traffic.steps) == (0, {}, 0)
+    assert not traffic.sent and not traffic.received
