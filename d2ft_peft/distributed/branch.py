@@ -181,7 +181,8 @@ class _Exchanged(torch.autograd.Function):
         gradients = ranks.scatter(grad, route.full, step.residence, "combine backward", place)
         parts: dict[int, Tensor] = {}
         for micro_batches, x, out in ctx.graphs:
-            torch.autograd.backward(out, torch.cat([gradients[i] for i in micro_batches]))
+            with ranks.clock.running():
+                torch.autograd.backward(out, torch.cat([gradients[i] for i in micro_batches]))
             if ctx.x_needs:
                 _add(parts, micro_batches, x.grad, step.sizes)
         ctx.graphs = None
@@ -211,7 +212,8 @@ def _run(
     """(input, output) of a group's heads on some micro-batches, as one batch."""
     x = torch.cat([rows[i] for i in micro_batches]).detach().requires_grad_(needs_grad)
     args, kwargs = branch.step.side_inputs(args, micro_batches), branch.step.side_inputs(kwargs, micro_batches)
-    return x, branch.compute(x, args, kwargs, group.heads)
+    with branch.ranks.clock.running():
+        return x, branch.compute(x, args, kwargs, group.heads)
 
 
 def _add(parts: dict[int, Tensor], micro_batches: MicroBatches, values: Tensor, sizes: tuple[int, ...]) -> None:

@@ -29,6 +29,7 @@ from ..schedule import Schedule
 from ..scores import INDEX_KEY
 from ..tuners.flops import base_model
 from .branch import BranchForward
+from .clock import Clock
 from .gradients import Gradients, checksum
 from .placement import heads_by_rank
 from .planner import HeadParallelPlanner
@@ -94,6 +95,11 @@ class HeadParallel:
     def traffic(self) -> Traffic:
         """Bytes that this rank sent and received."""
         return self._ranks.traffic
+
+    @property
+    def clock(self) -> Clock:
+        """Seconds that this rank's heads ran, where it is switched on."""
+        return self._ranks.clock
 
     @property
     def num_parameters(self) -> int:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .clock import Clock
 from .route import MicroBatches, Residence
 from .traffic import Traffic
 
@@ -39,6 +40,7 @@ class Ranks:
         rank: Number of this rank.
         size: Number of ranks R.
         traffic: What was moved.
+        clock: How long the heads of this rank ran.
     """
 
     def __init__(self, timeout: timedelta, device: torch.device):
@@ -46,6 +48,7 @@ class Ranks:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.timeout, self.device = timeout, device
         self.traffic = Traffic()
+        self.clock = Clock(device)
         self.step = 0
 
     def scatter(
