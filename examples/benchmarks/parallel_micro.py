@@ -2,93 +2,108 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from d2ft_peft import Schedule
 from d2ft_peft.distributed import HeadParallel
+from d2ft_peft.distributed.branch import BranchForward
+from d2ft_peft.distributed.route import Residence
 
 
 def micro_measurements(parallel: HeadParallel, batches: list[dict], repeats: int = 5) -> dict[str, list]:
-    """Seconds of single operations, on all ranks at the same time, the best of some repeats.
+    """Seconds of single operations, on all ranks at the same time, medians of some repeats.
 
     Returns:
-        ``"branches"``: (branch, samples, forward seconds, backward seconds) of this rank's heads of block 0 on 1 to N
-        micro-batches. ``"link"``: (bytes sent to each other rank, seconds) of an all-to-all. ``"rows"``: (bytes,
-        seconds) of a norm and a residual addition of rows of that many bytes, forward and backward.
+        ``"branches"``: (branch, samples, forward seconds, backward seconds) of this rank's heads on 1 to N
+        micro-batches; a mean over all blocks, one after the other, so that weights come from memory as in a step.
+        ``"link"``: (bytes sent, seconds) of rows that go to all other ranks, or come back from them, as the engine
+        sends them. ``"rows"``: (bytes, seconds) of a norm, a bias and a residual addition, forward and backward.
     """
-    found: dict[str, list] = {"branches": [], "link": [], "rows": []}
-    inputs = _inputs_of_block_0(parallel, batches)
-    for branch, (x, args, kwargs) in inputs.items():
-        n = len(batches)
-        for count in sorted({1, 2, (n + 1) // 2, n}):
-            rows = x[: len(x) * count // n]
-            forward, backward = _best(lambda b=branch, r=rows, a=args, k=kwargs: _pass(b, r, a, k), repeats)
-            found["branches"].append((branch.branch.name, len(rows), forward, backward))
-    hidden = next(iter(inputs.values()))[0]
-    others = dist.get_world_size()
-    for size in (2**10, 2**14, 2**18, 2**20, 2**22):
-        out = torch.zeros(others * size // 4)
-        found["link"].append(
-            (size, _best(lambda o=out: (_timed(lambda: dist.all_to_all_single(torch.empty_like(o), o)),), repeats)[0])
-        )
-    for part in (1, 2):
-        rows = hidden[: len(hidden) // part].detach().requires_grad_()
-        norm = torch.nn.LayerNorm(rows.shape[-1])
-        found["rows"].append(
-            (rows.nbytes, _best(lambda r=rows, m=norm: (_timed(lambda: _norm_and_residual(r, m)),), repeats)[0])
-        )
-    parallel.model.zero_grad()
+    n, found = len(batches), {"branches": [], "link": [], "rows": []}
+    inputs = _inputs(parallel, batches)
+    x = next(iter(inputs.values()))[0]
+    for count in sorted({1, 2, (n + 1) // 2, n}):
+        rows = x[: len(x) * count // n]
+        passes = _medians(lambda r=rows: _all_branches(parallel, r, inputs), repeats)
+        for name in inputs:
+            found["branches"].append((name, len(rows), passes[name, "forward"], passes[name, "backward"]))
+        found["link"].append(_medians(lambda r=rows, c=count: _there_and_back(parallel, r, c), repeats))
+        found["rows"].append((rows.nbytes, _medians(lambda r=rows: _norm_and_residual(r), repeats)["seconds"]))
+    found["link"] = [(point["bytes"], point["seconds"]) for point in found["link"]]
     return found
 
 
-def _norm_and_residual(rows: torch.Tensor, norm: torch.nn.Module) -> None:
-    out = rows + norm(rows)
-    out.backward(out.detach())
-    rows.grad = None
-
-
-def _pass(branch, rows, args, kwargs) -> tuple[float, float]:
-    x = rows.detach().requires_grad_()
-    start = time.perf_counter()
-    out = branch.compute(x, args, kwargs, branch.own_heads)
-    forward = time.perf_counter() - start
-    gradient = torch.ones_like(out)
-    start = time.perf_counter()
-    torch.autograd.backward(out, gradient)
-    return forward, time.perf_counter() - start
-
-
-def _timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _best(run: Callable[[], tuple], repeats: int) -> tuple:
-    dist.barrier()
-    run()
-    return tuple(min(values) for values in zip(*(run() for _ in range(repeats)), strict=True))
-
-
-def _inputs_of_block_0(parallel: HeadParallel, batches: list[dict]) -> dict:
-    """(rows, other arguments) with which the branches of block 0 run all micro-batches."""
-    from d2ft_peft import Schedule
-
-    seen: dict = {}
+def _inputs(parallel: HeadParallel, batches: list[dict]) -> dict[str, tuple]:
+    """(rows, other arguments) with which each branch of block 0 runs all micro-batches, by its name."""
+    seen: dict[str, tuple] = {}
     branches = [branch for branch in parallel._branches if branch.branch.block == 0]
     for branch in branches:
-        compute = branch.compute
 
-        def noted(x, args, kwargs, heads, branch=branch, compute=compute):
-            seen[branch] = (x.detach(), args, kwargs)
-            return compute(x, args, kwargs, heads)
+        def noted(x, args, kwargs, heads, branch=branch):
+            seen[branch.branch.name] = (x.detach(), args, kwargs)
+            return BranchForward.compute(branch, x, args, kwargs, heads)
 
         branch.compute = noted
-    schedule = Schedule.all_full(len(batches), parallel.planner.partition.num_scheduled)
-    parallel.forward_backward(batches, schedule)
+    parallel.forward_backward(batches, Schedule.all_full(len(batches), parallel.planner.partition.num_scheduled))
+    parallel.model.zero_grad()
     for branch in branches:
         del branch.compute
     return seen
+
+
+def _all_branches(parallel: HeadParallel, rows: Tensor, inputs: dict[str, tuple]) -> dict[tuple, float]:
+    """Mean seconds of the heads of a branch: forward of all blocks, then backward in reverse order."""
+    seconds, outputs, blocks = defaultdict(float), [], len(parallel.planner.partition.blocks)
+    for branch in parallel._branches:
+        name = branch.branch.name
+        x = rows.detach().requires_grad_()
+        start = time.perf_counter()
+        outputs.append((name, branch.compute(x, *inputs[name][1:], branch.own_heads)))
+        seconds[name, "forward"] += (time.perf_counter() - start) / blocks
+    gradient = torch.ones_like(rows)
+    while outputs:
+        name, out = outputs.pop()
+        start = time.perf_counter()
+        torch.autograd.backward(out, gradient)
+        seconds[name, "backward"] += (time.perf_counter() - start) / blocks
+    parallel.model.zero_grad()
+    return seconds
+
+
+def _there_and_back(parallel: HeadParallel, rows: Tensor, count: int, times: int = 10) -> dict[str, float]:
+    """Bytes that a rank sends, and seconds of one exchange; `count` micro-batches live on every rank, all need all."""
+    ranks, size = parallel._ranks, len(rows) // count
+    homes = tuple(rank for rank in range(ranks.size) for _ in range(count))
+    residence, needed = Residence((size,) * len(homes), homes), [tuple(range(len(homes)))] * ranks.size
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(times):
+        arrived = ranks.scatter(rows, needed, residence, "dispatch", "a measurement")
+        ranks.collect(arrived, needed, residence, rows, "combine", "a measurement")
+    return {"bytes": rows.nbytes * (ranks.size - 1), "seconds": (time.perf_counter() - start) / (2 * times)}
+
+
+def _norm_and_residual(rows: Tensor, times: int = 10) -> dict[str, float]:
+    x = rows.detach().requires_grad_()
+    norm = torch.nn.LayerNorm(rows.shape[-1])
+    bias = torch.nn.Parameter(torch.zeros(rows.shape[-1]))
+    gradient = torch.ones_like(rows)
+    start = time.perf_counter()
+    for _ in range(times):
+        (x + (norm(x) + bias)).backward(gradient)
+        x.grad = None
+    return {"seconds": (time.perf_counter() - start) / times}
+
+
+def _medians(run: Callable[[], dict], repeats: int) -> dict:
+    dist.barrier()
+    run()
+    found = [run() for _ in range(repeats)]
+    return {key: statistics.median(one[key] for one in found) for key in found[0]}

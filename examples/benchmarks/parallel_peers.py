@@ -94,10 +94,14 @@ def _all_tokens(x: Tensor) -> Tensor:
 
 def transformers_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> Peer:
     """What ``tp_plan="auto"`` does: the model's own plan, rows replicated on all ranks. For models that have a plan."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        dist.broadcast_object_list(folder)
+        model.save_pretrained(folder[0])  # the first rank writes
+        dist.barrier()
         config = DistributedConfig(tp_size=mesh.size(), tp_plan="auto")
-        model = type(model).from_pretrained(folder, distributed_config=config, dtype=torch.float32)
+        model = type(model).from_pretrained(folder[0], distributed_config=config, dtype=torch.float32)
+        dist.barrier()
     return model.train(), _plain_step(model)
 
 

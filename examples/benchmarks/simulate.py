@@ -54,8 +54,7 @@ def cluster_of(result: dict, workload: Workload) -> Cluster:
         devices.append(Device(flops, overhead, row_bandwidth=float((size / taken).mean())))
     # A collective is over when its last rank is.
     points = np.array([micro["link"] for micro in result["micro"]]).max(axis=0)
-    others = setting["processes"] - 1
-    latency, bandwidth = fit_line(points[:, 0] * others, points[:, 1])
+    latency, bandwidth = fit_line(points[:, 0], points[:, 1])
     return Cluster(tuple(devices), Link(latency, bandwidth))
 
 

@@ -10,7 +10,12 @@ from .workload import Workload
 
 
 def data_parallel(
-    workload: Workload, cluster: Cluster, samples: float, overlap: bool = True, sharded: bool = False
+    workload: Workload,
+    cluster: Cluster,
+    samples: float,
+    of_samples: float | None = None,
+    overlap: bool = True,
+    sharded: bool = False,
 ) -> Prediction:
     """One step of DDP, or of FSDP2, on all devices of all groups, with equally many samples each.
 
@@ -18,6 +23,7 @@ def data_parallel(
         workload: The model.
         cluster: The devices. Gradients go the slower way if there are replicas.
         samples: Samples of a group, shared out evenly among its devices.
+        of_samples: Samples that the step counts for, where some are not run; by default all.
         overlap: Whether what travels is hidden behind computation as far as that lasts: gradients behind the backward
             pass, gathered weights (`sharded`) behind both.
         sharded: Whether the devices share out weights and training state (FSDP2): weights are gathered in both
@@ -50,4 +56,4 @@ def data_parallel(
     for counter in (time.sent, time.received):
         counter["gradients"] += moved
     memory = workload.memory(1) / members + weights / blocks if sharded else workload.memory(1)
-    return time.result(samples, memory)
+    return time.result(samples if of_samples is None else of_samples, memory)

@@ -50,8 +50,11 @@ def head_parallel(workload: Workload, cluster: Cluster, schedule: Schedule, over
         samples = [[sum(residence.samples(residence.on(home, of))) for of in needed] for home in everyone]
         return np.array(samples) * row_bytes
 
+    # Below the first FULL head nothing asks for a gradient, unless the embedding trains.
+    needed, needs_gradient = workload.lora_rank is None, {}
     for branch in partition.branches:
         route = routes[branch.block]
+        needs_gradient[branch], needed = needed, needed or any(route.any_full)
         full, forward_only, passes, _ = _work(route, residence)
         there = exchanged(route.active)
         flops = (full + forward_only) * workload.forward(branch)
@@ -63,7 +66,8 @@ def head_parallel(workload: Workload, cluster: Cluster, schedule: Schedule, over
         full, _, _, passes = _work(route, residence)
         there = exchanged(route.full)
         flops = full * workload.backward(branch)
-        time.branch(("combine backward", there), flops, passes, ("dispatch backward", there.T))
+        back = there.T * needs_gradient[branch]
+        time.branch(("combine backward", there), flops, passes, ("dispatch backward", back))
         time.rows_backward(own * row_bytes)
     time.wait(cluster.link.latency)
     time.sum_over_group("gradients", workload.trained_of_all * workload.bytes_per_number)

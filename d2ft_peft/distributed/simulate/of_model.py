@@ -16,8 +16,9 @@ def workload_of_model(model: nn.Module, batch: dict[str, Any], **kwargs: Any) ->
     """What one sample of a model costs.
 
         with torch.device("meta"):                                # no weights, so any size will do
-            model = AutoModelForCausalLM.from_config(config)
-            batch = {"input_ids": torch.ones(1, 4096, dtype=torch.long)}
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            ids = torch.ones(1, 4096, dtype=torch.long)
+            batch = {"input_ids": ids, "attention_mask": ids, "use_cache": False}
         workload = workload_of_model(model, batch, bytes_per_number=2)
 
     Args:
