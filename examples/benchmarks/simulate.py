@@ -86,19 +86,17 @@ def validate(result: dict) -> str:
         f"devices: {devices}",
         f"link: {link.latency * 1e3:.2f} ms, {link.bandwidth / 1e9:.2f} GB/s",
         "",
-        "| | sent by rank 0, MB | predicted | compute of rank 0, s | predicted | error | step, s | predicted | error |",
+        "| | sent by rank 0, MB | predicted | heads of rank 0, s | predicted | error | step, s | predicted | error |",
         "|---" * 9 + "|",
     ]
     rows = {row["variant"]: row for row in result["rows"] if row["group"] == "equal"}
     for name, prediction in predict(result, workload, cluster).items():
         row = rows[name]
         moved = sum(sent[0] for sent in prediction.sent.values())
-        compute, step = row["compute_seconds"][0], row["step_seconds"]
-        lines.append(
-            f"| {name} | {row['sent'][0] / 1e6:.2f} | {moved / 1e6:.2f} | {compute:.3f} | {prediction.compute[0]:.3f} "
-            f"| {prediction.compute[0] / compute - 1:+.1%} | {step:.3f} | {prediction.seconds:.3f} "
-            f"| {prediction.seconds / step - 1:+.1%} |"
-        )
+        heads = row["compute_seconds"][0] if row["compute_kind"] == "heads" else None
+        pairs = (heads, prediction.compute[0]), (row["step_seconds"], prediction.seconds)
+        seconds = (f"{m:.3f} | {p:.3f} | {p / m - 1:+.1%}" if m else f"- | {p:.3f} | -" for m, p in pairs)
+        lines.append(f"| {name} | {row['sent'][0] / 1e6:.2f} | {moved / 1e6:.2f} | {' | '.join(seconds)} |")
     return "\n".join(lines)
 
 
