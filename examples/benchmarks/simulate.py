@@ -34,9 +34,13 @@ from d2ft_peft.distributed.simulate import (
 
 
 def workload_of(setting: dict) -> Workload:
+    args = argparse.Namespace(**setting)
     with torch.device("meta"):
-        args = argparse.Namespace(**setting)
-        return workload_of_model(build_model(args), make_batch(args, torch.device("meta")))
+        model, batch = build_model(args), make_batch(args, torch.device("meta"))
+    if "input_ids" in batch:  # otherwise transformers would look into tensors that have no content
+        batch |= {"attention_mask": torch.ones_like(batch["input_ids"]), "use_cache": False}
+        model.set_attn_implementation("eager")
+    return workload_of_model(model, batch)
 
 
 def cluster_of(result: dict, workload: Workload) -> Cluster:

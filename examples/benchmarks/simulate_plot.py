@@ -49,7 +49,7 @@ REPLICAS = (1, 2, 4, 8, 16, 32, 64, 128)
 STYLES = {
     "tensor parallel": ("C0", "-"), "tensor parallel, 3 of 5": ("C0", ":"), "D2FT 3F+2S": ("C1", "-"),
     "D2FT 3F+2S, by speed": ("C3", "-"), "D2FT 2F+1O+2S": ("C1", "--"), "D2FT 3F+2S, overlapped": ("C1", ":"),
-    "DDP": ("C4", "-"), "FSDP2": ("C2", "-"), "FSDP2, 3 of 5": ("C2", ":"),
+    "DDP": ("C4", "-"), "DDP, 3 of 5": ("C4", ":"), "FSDP2": ("C2", "-"), "FSDP2, 3 of 5": ("C2", ":"),
 }  # fmt: skip
 
 
@@ -111,6 +111,7 @@ def predictions(case: Case, mixed: bool, within: Link = WITHIN) -> dict[str, lis
         found["D2FT 2F+1O+2S"] = [head_parallel(workload, c, two) for c in clusters]
         found["D2FT 3F+2S, overlapped"] = [head_parallel(workload, c, three, overlap=True) for c in clusters]
     found["DDP"] = [data_parallel(workload, c, n * size) for c in clusters]
+    found["DDP, 3 of 5"] = [data_parallel(workload, c, 24 * size, n * size) for c in clusters]
     found["FSDP2"] = [data_parallel(workload, c, n * size, sharded=True) for c in clusters]
     found["FSDP2, 3 of 5"] = [data_parallel(workload, c, 24 * size, n * size, sharded=True) for c in clusters]
     return found
@@ -163,5 +164,7 @@ def in_table(name: str, found: dict[str, list[Prediction]]) -> str:
     for variant in STYLES:
         at_64 = found[variant][REPLICAS.index(8)] if variant in found else None
         fits = "too large" if at_64 else "-"
-        cells.append(f"{at_64.throughput / 64:.3g}" if at_64 and at_64.fits else fits)
+        cells.append(
+            f"{at_64.throughput / 64:,.{0 if at_64.throughput > 64 else 3}f}" if at_64 and at_64.fits else fits
+        )
     return f"| {name} | " + " | ".join(cells) + " |"

@@ -203,6 +203,21 @@ def test_one_device_is_one_device():
     extra = 4 * workload.below / 1e9  # the engine makes all embeddings once more, to learn the inputs of the blocks
     waiting = 3 * 1.0  # the checks
     assert alone.seconds - extra - waiting == pytest.approx(data.seconds)
+    with_norms = Cluster((Device(1e9, row_bandwidth=1e6),), Link(1.0, 1.0))
+    rows = 4 * workload.row_bytes * len(workload.partition.branches)
+    assert head_parallel(workload, with_norms, uniform(workload, 2, 2)).seconds - alone.seconds == pytest.approx(
+        rows / 1e6
+    )
+    assert data_parallel(workload, with_norms, samples=4).seconds - data.seconds == pytest.approx(rows / 1e6)
+
+
+def test_an_exchange_takes_as_long_as_its_busiest_device():
+    link = Link(0.5, 2.0)
+    assert link.exchange(np.array([[9, 0, 3], [0, 9, 3], [0, 0, 9]])) == 0.5 + 6 / 2
+    assert link.exchange(np.array([[9, 3, 3], [0, 9, 1], [0, 0, 9]])) == 0.5 + 6 / 2
+    assert link.exchange(np.diag([9, 9])) == 0
+    assert link.all_reduce(8.0, 4) == pytest.approx(2 * (2 * 0.5 + 3 / 4 * 8 / 2))
+    assert link.all_reduce(8.0, 1) == link.all_reduce(0.0, 4) == 0
 
 
 def test_data_parallelism_hides_gradients_behind_the_backward_pass():

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
+from d2ft_peft.distributed.simulate import Cluster, Device
+
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--model", "llama", "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--layers", "2", "--length", "16",
@@ -29,7 +31,7 @@ def scripts(monkeypatch):
 
 
 @pytest.mark.distributed
-def test_bytes_losses_and_predictions(scripts, tmp_path, capsys):
+def test_bytes_losses_and_predictions(scripts, tmp_path):
     parallel, simulate, _ = scripts
     path = tmp_path / "parallel.json"
     parallel.main([*TINY, "--json", str(path)])
@@ -48,16 +50,31 @@ def test_bytes_losses_and_predictions(scripts, tmp_path, capsys):
     assert sum(rows["FSDP2"]["parameters"]) == rows["DDP"]["parameters"][0]
     assert sum(result["calibrated"]["capacities"]) / 2 == pytest.approx(0.6)
 
-    capsys.readouterr()
-    simulate.main(["--measured", str(path)])
-    printed = capsys.readouterr().out
-    assert all(f"| {name} |" in printed for name in SHARES)
     workload = simulate.workload_of(result["setting"])
-    predictions = simulate.predict(result, workload, simulate.cluster_of(result, workload))
-    for name in (*SHARES, "DDP"):
+    predictions = simulate.predict(result, workload, Cluster((Device(1e9),) * 2))
+    for name in (*SHARES, "DDP", "FSDP2"):
         moved = [sum(sent[rank] for sent in predictions[name].sent.values()) for rank in range(2)]
         # Not predicted: hashes and flags that ranks compare, and tensor parallelism's gradients of norms.
         assert moved == pytest.approx(rows[name]["sent"], rel=0.02), name
+
+
+@pytest.mark.parametrize("name", ["parallel.json", "parallel_llama.json"])
+def test_predictions_are_near_what_was_measured(scripts, capsys, name):
+    """The files beside the scripts hold measured steps, and micro-measurements from which these are predicted."""
+    _, simulate, _ = scripts
+    path = simulate.Path(simulate.__file__).parent / "results" / name
+    simulate.main(["--measured", str(path)])
+    printed = capsys.readouterr().out
+    result = json.loads(path.read_text())
+    workload = simulate.workload_of(result["setting"])
+    predictions = simulate.predict(result, workload, simulate.cluster_of(result, workload))
+    rows = {row["variant"]: row for row in result["rows"] if row["group"] == "equal"}
+    for variant, prediction in predictions.items():
+        row = rows[variant]
+        assert f"| {variant} | {row['sent'][0] / 1e6:.2f} |" in printed
+        if row["compute_kind"] == "heads":
+            assert prediction.compute == pytest.approx(row["compute_seconds"], rel=0.08), variant
+            assert prediction.seconds == pytest.approx(row["step_seconds"], rel=0.15), variant
 
 
 def test_the_picture_of_what_cannot_be_run(scripts, tmp_path, monkeypatch):

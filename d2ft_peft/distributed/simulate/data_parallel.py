@@ -37,23 +37,27 @@ def data_parallel(
     passes = np.full(cluster.size, float(len(heads)))
     time.heads += share * sum(b.heads * (workload.forward(b) + workload.backward(b)) for b in heads) / cluster.flops
     time.heads += 2 * passes * cluster.overhead
-    members = cluster.num_devices
+    members, blocks = cluster.num_devices, len(workload.partition.blocks)
     trained = (workload.trained_of_all + workload.trained_of_heads) * workload.bytes_per_number
-    weights = (workload.head_parameters + workload.boundary_parameters) * workload.bytes_per_number
-    blocks = len(workload.partition.blocks)
-    gathered = blocks * link.gather(weights / blocks, members) if sharded else 0.0
-    gradients = blocks * link.gather(trained / blocks, members) if sharded else link.all_reduce(trained, members)
+    # What lies around the blocks stays gathered between the passes.
+    of_blocks, around = (
+        n * workload.bytes_per_number for n in (workload.head_parameters, workload.boundary_parameters)
+    )
+    gathered, gradients = 0.0, link.all_reduce(trained, members)
+    if sharded:
+        gathered = blocks * link.gather(of_blocks / blocks, members)
+        gradients = blocks * link.gather(trained / blocks, members)
     rows = share * workload.row_bytes * len(heads)
     for flops, run_rows, travel in (
-        (forward, time.rows_forward, gathered),
+        (forward, time.rows_forward, gathered + (link.gather(around, members) if sharded else 0.0)),
         (backward, time.rows_backward, gathered + gradients),
     ):
         before = time.now.max()
         time.compute(flops, passes)
         run_rows(rows)
         time.wait(max(0.0, before + travel - time.now.max()) if overlap else travel)
-    moved = (members - 1) / members * ((2 * weights + trained) if sharded else 2 * trained)
+    moved = (members - 1) / members * ((2 * of_blocks + around + trained) if sharded else 2 * trained)
     for counter in (time.sent, time.received):
         counter["gradients"] += moved
-    memory = workload.memory(1) / members + weights / blocks if sharded else workload.memory(1)
+    memory = workload.memory(1) / members + of_blocks / blocks if sharded else workload.memory(1)
     return time.result(samples if of_samples is None else of_samples, memory)
