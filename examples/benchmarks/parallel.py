@@ -18,7 +18,6 @@ import copy
 import functools
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from accelerate import PartialState
 from collectives import Collectives
 from parallel_micro import micro_measurements
 from parallel_peers import data_parallel, fully_sharded, tensor_parallel, transformers_tensor_parallel
-from parallel_table import table
+from parallel_table import merge, table
 from peft import get_peft_model
 from step_time import build_model, make_batch, peak_memory
 from torch.distributed.device_mesh import init_device_mesh
@@ -62,13 +61,13 @@ class Variant:
         model: What this process holds.
         run: Runs a step; returns the loss.
         parallel: The head-parallel engine, if it is one.
-        capacities: D2FT's device capacities, where it has them.
+        schedule: What D2FT runs.
     """
 
     model: torch.nn.Module
     run: Callable[[], torch.Tensor]
     parallel: HeadParallel | None = None
-    capacities: list[float] | None = None
+    schedule: Schedule | None = None
 
 
 def join(batches: list[dict]) -> dict:
@@ -79,6 +78,12 @@ def own_samples(batches: list[dict]) -> dict:
     """This rank's share of the step's samples, under data parallelism."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     return {key: value.chunk(ranks)[rank] for key, value in join(batches).items()}
+
+
+def d2ft(parallel: HeadParallel, batches: list[dict], **setting) -> Variant:
+    schedule = plan(parallel, batches, **setting)
+    run = functools.partial(parallel.forward_backward, batches, schedule)
+    return Variant(parallel.model, run, parallel, schedule)
 
 
 def head_parallel(model: torch.nn.Module, n: int) -> HeadParallel:
@@ -100,28 +105,22 @@ def plan(parallel: HeadParallel, batches: list[dict], **setting) -> Schedule:
 
 
 def make_variants(args: argparse.Namespace, model: torch.nn.Module, batches: list[dict]) -> dict[str, Variant]:
-    n, mesh = len(batches), init_device_mesh("cpu", (dist.get_world_size(),))
-    parallel, variants = head_parallel(model, n), {}
-
-    def d2ft(**setting) -> Variant:
-        run = functools.partial(parallel.forward_backward, batches, plan(parallel, batches, **setting))
-        return Variant(parallel.model, run, parallel, setting.get("device_capacities"))
+    n, ranks = len(batches), dist.get_world_size()
+    mesh, parallel, variants = init_device_mesh("cpu", (ranks,)), head_parallel(model, n), {}
+    for name, setting in SCHEDULES.items():
+        counts = {key: round(value * n) if key != "tie_break" else value for key, value in setting.items()}
+        variants[f"D2FT {name}"] = d2ft(parallel, batches, **counts)
+    capacities = [round(0.8 - 0.4 * rank / (ranks - 1), 3) for rank in range(ranks)]
+    variants["D2FT unequal"] = d2ft(parallel, batches, device_capacities=capacities)
+    everything, three = join(batches), join(batches[: round(0.6 * n)])
+    cut, step = tensor_parallel(model, mesh)
+    variants["tensor parallel"] = Variant(cut, functools.partial(step, everything))
+    variants["tensor parallel, 3 of 5"] = Variant(cut, functools.partial(step, three))
 
     def peer(make, batch) -> Variant:
         of_peer, step = make(model, mesh)
         return Variant(of_peer, functools.partial(step, batch))
 
-    for name, setting in SCHEDULES.items():
-        counts = {key: round(value * n) if key != "tie_break" else value for key, value in setting.items()}
-        variants[f"D2FT {name}"] = d2ft(**counts)
-    ranks = dist.get_world_size()
-    capacities = [round(0.8 - 0.4 * rank / (ranks - 1), 3) for rank in range(ranks)]
-    variants["D2FT unequal"] = d2ft(device_capacities=capacities)
-    everything, three = join(batches), join(batches[: round(0.6 * n)])
-    variants["tensor parallel"] = peer(tensor_parallel, everything)
-    whole = variants["tensor parallel"]
-    _, step = whole.model, whole.run.func
-    variants["tensor parallel, 3 of 5"] = Variant(whole.model, functools.partial(step, three))
     if args.model == "llama":
         variants["transformers tp_plan"] = peer(transformers_tensor_parallel, everything)
     variants["DDP"] = peer(data_parallel, own_samples(batches))
@@ -157,6 +156,15 @@ def timings(variants: dict[str, Variant], repeats: int) -> dict[str, list[dict[s
     return found
 
 
+def gradient_norm(variant: Variant) -> float:
+    """Norm of all gradients on all ranks: that of one process, if a variant is right."""
+    if variant.parallel:
+        return variant.parallel.clip_grad_norm_(float("inf")).item()
+    gradients = [p.grad for p in variant.model.parameters() if p.grad is not None]
+    whole = (g.full_tensor() if isinstance(g, DTensor) else g for g in gradients)
+    return sum(g.double().square().sum().item() for g in whole) ** 0.5
+
+
 def facts(variant: Variant) -> dict:
     """What one step moves and allocates, and what this process holds."""
     variant.model.zero_grad()
@@ -164,7 +172,8 @@ def facts(variant: Variant) -> dict:
         variant.parallel.traffic.reset()
     with Collectives() as counted:
         loss = variant.run().item()
-    found = {"loss": loss, "sent": sum(counted.sent.values()), "received": sum(counted.received.values())}
+    found = {"loss": loss, "gradient_norm": gradient_norm(variant)}
+    found |= {"sent": sum(counted.sent.values()), "received": sum(counted.received.values())}
     if variant.parallel:
         traffic = variant.parallel.traffic
         found["purposes"] = {purpose: [traffic.sent[purpose], traffic.received[purpose]] for purpose in traffic.sent}
@@ -198,13 +207,10 @@ def slowed(args: argparse.Namespace, variants: dict[str, Variant], batches: list
     last = dist.get_rank() == dist.get_world_size() - 1
     with busy_neighbour() if last else nullcontext():
         capacities = calibrate(parallel, batches, compute_budget=0.6)
-        schedule = plan(parallel, batches, device_capacities=capacities)
-        calibrated = Variant(
-            parallel.model, functools.partial(parallel.forward_backward, batches, schedule), parallel, capacities
-        )
+        calibrated = d2ft(parallel, batches, device_capacities=capacities)
         chosen = {name: variants[name] for name in ("D2FT 3F+2S", "tensor parallel", "tensor parallel, 3 of 5", "DDP")}
         times = timings({**chosen, "D2FT calibrated": calibrated}, args.repeats)
-    return {"capacities": capacities, "loads": schedule.loads.tolist(), "times": times}
+    return {"capacities": capacities, "loads": calibrated.schedule.loads.tolist(), "times": times}
 
 
 def work(args: argparse.Namespace) -> None:
@@ -223,7 +229,7 @@ def work(args: argparse.Namespace) -> None:
     variants = make_variants(args, model, batches)
     found = {"facts": {name: facts(variant) for name, variant in variants.items()}}
     found["schedules"] = {
-        name: variant.run.args[1].operations.tolist() for name, variant in variants.items() if variant.parallel
+        name: variant.schedule.operations.tolist() for name, variant in variants.items() if variant.schedule
     }
     found["times"] = timings(variants, args.repeats)
     found["micro"] = micro_measurements(variants["D2FT all FULL"].parallel, batches)
@@ -231,38 +237,6 @@ def work(args: argparse.Namespace) -> None:
         found["slowed"] = slowed(args, variants, batches)
     Path(args.worker, f"{rank}.json").write_text(json.dumps(found))
     state.destroy_process_group()
-
-
-def merge(args: argparse.Namespace, ranks: list[dict]) -> dict:
-    """Figures of all ranks together: medians over the repeats."""
-    rows = []
-    for group, of_ranks in (("equal", ranks), ("slowed", [rank.get("slowed", {"times": {}}) for rank in ranks])):
-        for name in of_ranks[0]["times"]:
-            repeats = [of_rank["times"][name] for of_rank in of_ranks]
-            kind = "heads" if "heads" in repeats[0][0] else "thread"
-            compute = [statistics.median(repeat[kind] for repeat in of_rank) for of_rank in repeats]
-            row = {
-                "group": group,
-                "variant": name,
-                "step_seconds": statistics.median(
-                    max(r["step"] for r in at_once) for at_once in zip(*repeats, strict=True)
-                ),
-                "compute_kind": kind,
-                "compute_seconds": compute,
-                "thread_seconds": [statistics.median(r["thread"] for r in of_rank) for of_rank in repeats],
-                "max_over_mean": max(compute) / statistics.mean(compute),
-                "repeats": repeats,
-            }
-            if group == "equal":
-                for key in ranks[0]["facts"][name]:
-                    row[key] = [rank["facts"][name][key] for rank in ranks]
-            rows.append(row)
-    setting = {key: value for key, value in vars(args).items() if key not in ("worker", "json")}
-    result = {"setting": setting, "rows": rows, "schedules": ranks[0]["schedules"]}
-    result["micro"] = [rank["micro"] for rank in ranks]
-    if "slowed" in ranks[0]:
-        result["calibrated"] = {key: ranks[0]["slowed"][key] for key in ("capacities", "loads")}
-    return result
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -297,7 +271,8 @@ def main(argv: list[str] | None = None) -> dict | None:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.processes)]
         own = sys.argv[1:] if argv is None else argv
         subprocess.run([sys.executable, *launcher, __file__, *own, "--worker", folder], check=True)
-        result = merge(args, [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(args.processes)])
+        setting = {key: value for key, value in vars(args).items() if key not in ("worker", "json")}
+        result = merge(setting, [json.loads(Path(folder, f"{r}.json").read_text()) for r in range(args.processes)])
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))

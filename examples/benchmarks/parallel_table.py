@@ -6,8 +6,40 @@ python examples/benchmarks/parallel_table.py examples/benchmarks/results/paralle
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
+
+
+def merge(setting: dict, ranks: list[dict]) -> dict:
+    """What all ranks measured, together: medians over the repeats."""
+    rows = []
+    for group, of_ranks in (("equal", ranks), ("slowed", [rank.get("slowed", {"times": {}}) for rank in ranks])):
+        for name in of_ranks[0]["times"]:
+            repeats = [of_rank["times"][name] for of_rank in of_ranks]
+            kind = "heads" if "heads" in repeats[0][0] else "thread"
+            compute = [statistics.median(repeat[kind] for repeat in of_rank) for of_rank in repeats]
+            row = {
+                "group": group,
+                "variant": name,
+                "step_seconds": statistics.median(
+                    max(r["step"] for r in at_once) for at_once in zip(*repeats, strict=True)
+                ),
+                "compute_kind": kind,
+                "compute_seconds": compute,
+                "thread_seconds": [statistics.median(r["thread"] for r in of_rank) for of_rank in repeats],
+                "max_over_mean": max(compute) / statistics.mean(compute),
+                "repeats": repeats,
+            }
+            if group == "equal":
+                for key in ranks[0]["facts"][name]:
+                    row[key] = [rank["facts"][name][key] for rank in ranks]
+            rows.append(row)
+    result = {"setting": setting, "rows": rows, "schedules": ranks[0]["schedules"]}
+    result["micro"] = [rank["micro"] for rank in ranks]
+    if "slowed" in ranks[0]:
+        result["calibrated"] = {key: ranks[0]["slowed"][key] for key in ("capacities", "loads")}
+    return result
 
 
 def table(result: dict) -> str:
