@@ -58,8 +58,6 @@ class HeadParallelPlanner(D2FTPlanner):
         step = self.executed[-1]
         return self.cost_model.step_flops(step.operations, step.weights) / self.ranks.size
 
-        self.ranks = ranks
-
     def _sum_over_replicas(self, values: np.ndarray) -> np.ndarray:
         return self.ranks.sum_array(values, "check", "before the blocks", "data")
 

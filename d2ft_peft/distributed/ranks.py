@@ -56,7 +56,7 @@ class Ranks:
         if self.num_replicas > 1:
             for axis, lines in (("heads", numbers), ("data", numbers.T)):
                 self._groups[axis] = dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)[0]
-        self.traffic, self.timeline = Traffic(), Timeline()
+        self.traffic, self.timeline = Traffic(), Timeline(device)
         self.step = 0
 
     @property
