@@ -79,7 +79,7 @@ def on_four_ranks() -> dict:
 
 @pytest.fixture(scope="module")
 def four_ranks(tmp_path_factory):
-    return run(__name__, "on_four_ranks", tmp_path_factory.mktemp("mesh"), processes=4)
+    return run(__name__, "on_four_ranks", tmp_path_factory.mktemp("mesh"), processes=4, timeout=300)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=map(str, CASES))
@@ -265,7 +265,7 @@ def hang(folder: str) -> str:
 
     join()
     ranks._REPORT = timedelta(seconds=3)
-    parallel = HeadParallel(model_of(CASES[0], head_parallel=True), timeout=timedelta(seconds=3), mesh=mesh())
+    parallel = HeadParallel(model_of(CASES[0], head_parallel=True), timeout=timedelta(seconds=5), mesh=mesh())
     if rank() == 3:
         Rows._exchange = absent
     try:
