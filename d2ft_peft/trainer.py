@@ -257,7 +257,11 @@ class ScheduledTrainerMixin(SharesMixin, IndexedDataMixin):
 
 
 class D2FTTrainerMixin(HeadParallelMixin, ScheduledTrainerMixin):
-    """What D2FT adds to a `transformers.Trainer`; mix it into any subclass of it, before that class."""
+    """What D2FT adds to a `transformers.Trainer`; mix it into any subclass of it, before that class.
+
+    It schedules micro-batches (`ScheduledTrainerMixin`) and, with ``head_parallel=True``, shares the heads out over the
+    processes (`HeadParallelMixin`).
+    """
 
 
 class D2FTTrainer(D2FTTrainerMixin, Trainer):
