@@ -118,7 +118,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def processes(folder):
     """What two processes did."""
-    return run(__name__, "train_all", folder, str(folder))
+    return run(__name__, "train_all", folder, str(folder), timeout=300)
 
 
 def parallel(**config) -> tuple[DistributedDataParallel, D2FTPlanner]:
