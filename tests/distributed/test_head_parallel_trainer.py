@@ -110,11 +110,11 @@ def on_ranks(processes: str, folder: str) -> dict:
     register_policy("test_random_cells")(random_cells)
     folder, count = Path(folder), int(processes)
     if count == 4:
-        return {"resumed": train("vit", folder / "four", 4, checkpoint_of(folder, 2, "vit"))}
+        return {"resumed": train("bert", folder / "four", 4, checkpoint_of(folder, 2, "bert"))}
     return {
         "runs": {case: train(case, of_ranks(folder, 2, case), 2) for case in CASES},
         "resumed": {case: train(case, folder / f"again {case}", 2, checkpoint_of(folder, 2, case)) for case in CASES},
-        "from one": train("vit", folder / "from one", 2, checkpoint_of(folder, 1, "vit")),
+        "from one": train("llama", folder / "from one", 2, checkpoint_of(folder, 1, "llama")),
         "errors": errors(folder),
         "settings": {what: losses_with(folder, what, 2) for what in SETTINGS},
         "bare loop": [bare_loop(folder / f"bare {mode}", mode) for mode in MODES_OF_LOOP],
@@ -196,13 +196,13 @@ def test_one_process_resumes_what_two_ranks_saved(tmp_path, folder, one, two, ca
 
 
 def test_two_ranks_resume_what_one_process_saved(one, two):
-    assert_equal(two[0]["from one"]["weights"], one["vit"]["weights"])
+    assert_equal(two[0]["from one"]["weights"], one["llama"]["weights"])
 
 
 @pytest.mark.slow
 def test_four_ranks_resume_what_two_saved(tmp_path, folder, one, two):
     four = run(__name__, "on_ranks", tmp_path, "4", str(folder), processes=4)
-    assert_equal(four[0]["resumed"]["weights"], one["vit"]["weights"])
+    assert_equal(four[0]["resumed"]["weights"], one["bert"]["weights"])
 
 
 def test_the_optimizer_is_saved_as_one_process_would_have_it(folder, one, two):
