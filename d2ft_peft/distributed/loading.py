@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.auto_factory import _get_model_class
@@ -23,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import D2FTConfig
 from ..partition import partition_model
+from .mesh import replicas
 from .placement import place_subnets
 from .shard import Shard, shards_of
 
@@ -31,7 +34,9 @@ from .shard import Shard, shards_of
 _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
 
-def load_head_parallel(model_class: Any, path: str, config: D2FTConfig, **kwargs: Any) -> PeftModel:
+def load_head_parallel(
+    model_class: Any, path: str, config: D2FTConfig, mesh: DeviceMesh | None = None, **kwargs: Any
+) -> PeftModel:
     """A pre-trained model adapted by D2FT, of which this process reads its own heads; the rest it reads whole.
 
     Give the result to `D2FTTrainer` or `HeadParallel`. Every process calls it with the same arguments, after
@@ -42,6 +47,7 @@ def load_head_parallel(model_class: Any, path: str, config: D2FTConfig, **kwargs
         model_class: A transformers model class, or an Auto class.
         path: A local folder, or a model id on the Hub, with weights in safetensors.
         config: The adapter's configuration, with ``head_parallel=True``.
+        mesh: The one that `HeadParallel` will get.
         kwargs: See `transformers.PreTrainedModel.from_pretrained`.
 
     Returns:
@@ -64,7 +70,8 @@ def load_head_parallel(model_class: Any, path: str, config: D2FTConfig, **kwargs
     if hasattr(model_class, "_model_mapping"):
         own = {name: kwargs[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in kwargs}
         model_class = _get_model_class(AutoConfig.from_pretrained(path, **own), model_class._model_mapping)
-    loads_parts = type(model_class.__name__, (_LoadsParts, model_class), {"heads_per_subnet": config.heads_per_subnet})
+    facts = {"heads_per_subnet": config.heads_per_subnet, "ranks": replicas(mesh)}
+    loads_parts = type(model_class.__name__, (_LoadsParts, model_class), facts)
     model = loads_parts.from_pretrained(path, **kwargs)
     model.__class__ = model_class
     convolutions = [module for module in model.modules() if isinstance(module, Conv1D)] if config.is_lora else []
@@ -80,6 +87,7 @@ class _LoadsParts:
     """Stands before a model's class while it is loaded."""
 
     heads_per_subnet: int
+    ranks: np.ndarray
 
     @classmethod
     def _load_pretrained_model(
@@ -96,8 +104,8 @@ class _LoadsParts:
                 "be read in parts; convert it with model.save_pretrained."
             )
         partition = partition_model(model, cls.heads_per_subnet)
-        rank = dist.get_rank()
-        shards = _cut_empty(model, shards_of(model, partition, place_subnets(partition, dist.get_world_size())), rank)
+        size, rank = cls.ranks.shape[1], int(np.argwhere(cls.ranks == dist.get_rank())[0, 1])
+        shards = _cut_empty(model, shards_of(model, partition, place_subnets(partition, size)), rank)
         with contextlib.ExitStack() as stack:
             sources, paths = {}, {}
             for path in checkpoint_files:

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from peft import get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 
-from d2ft_peft import Schedule
-from d2ft_peft.distributed import HeadParallel, ranks
+from d2ft_peft import D2FTConfig, Schedule
+from d2ft_peft.distributed import HeadParallel, load_head_parallel, ranks
 from d2ft_peft.distributed.rows import Rows
 from d2ft_peft.scores import INDEX_KEY, ScoreTable
 from tests.distributed.head_parallel import (
@@ -21,6 +23,7 @@ from tests.distributed.head_parallel import (
     batches_of,
     join,
     model_of,
+    optimizer_of,
     random_schedule,
     rank,
     train_alone,
@@ -28,6 +31,7 @@ from tests.distributed.head_parallel import (
 )
 from tests.distributed.launch import run
 from tests.distributed.test_head_parallel import assert_equal
+from tests.models import TINY
 
 
 pytestmark = pytest.mark.distributed
@@ -248,7 +252,22 @@ def save(folder: str) -> list:
     parallel = HeadParallel(model_of(CASES[0], head_parallel=True), mesh=mesh())
     state = parallel.gather_state_dict()
     parallel.save_pretrained(Path(folder) / "adapter")
-    return [state is not None, adapter_of(state or {})]
+    parallel.save_checkpoint(Path(folder) / "checkpoint", optimizer_of(parallel.model, CASES[0]))
+    return [state is not None, adapter_of(state or {}), parts_differ(Path(folder))]
+
+
+def parts_differ(folder: Path) -> list[str]:
+    """Parameters that differ between a model that is loaded in parts and one that is loaded whole and cut."""
+    if rank() == 0:
+        TINY["vit"].build().save_pretrained(folder / "whole")
+    dist.barrier()
+    shape, config = mesh(), {"head_parallel": True, "num_full": 1}
+    part = load_head_parallel(TINY["vit"].model, str(folder / "whole"), D2FTConfig(**config), mesh=shape)
+    whole = get_peft_model(TINY["vit"].model.from_pretrained(folder / "whole"), D2FTConfig(**config))
+    for model in (part, whole):
+        HeadParallel(model.train(), mesh=shape)
+    of_part, of_whole = dict(part.named_parameters()), dict(whole.named_parameters())
+    return [name for name in of_whole if not torch.equal(of_part[name], of_whole[name])]
 
 
 def hang(folder: str) -> str:
@@ -290,6 +309,8 @@ def test_a_rank_that_hangs_is_named_by_its_global_number(tmp_path):
 
 def test_the_first_rank_of_the_first_replica_saves(tmp_path):
     first, *others = run(__name__, "save", tmp_path, str(tmp_path), processes=4)
-    assert first[0] and not any(gathered for gathered, _ in others)
+    assert first[0] and not any(gathered for gathered, *_ in others)
     assert_equal(first[1], adapter_of(model_of(CASES[0], head_parallel=False).state_dict()))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "checkpoint" / "optimizer.safetensors").exists()
+    assert not any(differing for *_, differing in (first, *others))
