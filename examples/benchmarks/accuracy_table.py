@@ -1,6 +1,7 @@
 """Tables and a picture of what `accuracy.py` measured.
 
-    python examples/benchmarks/accuracy_table.py examples/benchmarks/results/accuracy/* --png docs/images/accuracy.png
+    python examples/benchmarks/accuracy_table.py examples/benchmarks/results/accuracy/* \
+        --page docs/accuracy_tables.md --png docs/images/accuracy.png
 
 Differences are paired by seed, with the 95 % confidence interval of their mean (Student's t); accuracies are
 per cent, losses are nats. The judges are plain fine-tuning on fewer steps and on fewer samples at the same compute.
@@ -19,6 +20,12 @@ from scipy import stats
 
 
 JUDGES = ("fewer_steps", "fewer_samples")
+PREFACE = """# Accuracy, row by row
+
+Every run of `examples/benchmarks/results/accuracy/`; what follows from them stands in [Benchmarks](benchmarks.md#accuracy).
+Accuracies in per cent, losses in nats, differences positive where the row is better, paired by seed, with the 95 %
+confidence interval of their mean; the number of seeds in brackets. CPU seconds compare within one file only: the files
+were measured on machines of different speed."""
 
 
 def load(paths: list[str]) -> dict[tuple, dict[tuple, dict[int, dict]]]:
@@ -68,7 +75,7 @@ def table(setting: tuple, rows: dict[tuple, dict[int, dict]]) -> str:
     sign = 1 if metric == "accuracy" else -1
     plain = next((runs for (row, _), runs in rows.items() if row.partition(":")[0] == "plain"), None)
     lines = [
-        f"### {task}, {mode}: {steps} steps, {samples} samples, size {size}",
+        f"## {task}, {mode}: {steps} steps, {samples} samples, size {size}",
         "",
         f"| row | rate | compute | {metric} (mean of seeds) | to plain | to fewer steps | to fewer samples "
         "| CPU seconds |",
@@ -129,10 +136,15 @@ def plot(settings: dict, path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+")
+    parser.add_argument("--page", default=None, help="Markdown file that gets the tables, instead of the terminal")
     parser.add_argument("--png", default=None)
     args = parser.parse_args()
     settings = load(args.files)
-    print("\n\n".join(table(setting, rows) for setting, rows in settings.items()))
+    tables = "\n\n".join(table(setting, rows) for setting, rows in settings.items())
+    if args.page:
+        Path(args.page).write_text(f"{PREFACE}\n\n{tables}\n")
+    else:
+        print(tables)
     if args.png:
         plot(settings, args.png)
 
