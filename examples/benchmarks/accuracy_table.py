@@ -22,10 +22,10 @@ from scipy import stats
 JUDGES = ("fewer_steps", "fewer_samples")
 PREFACE = """# Accuracy, row by row
 
-Every run of `examples/benchmarks/results/accuracy/`; what follows from them stands in [Benchmarks](benchmarks.md#accuracy).
-Accuracies in per cent, losses in nats, differences positive where the row is better, paired by seed, with the 95 %
-confidence interval of their mean; the number of seeds in brackets. CPU seconds compare within one file only: the files
-were measured on machines of different speed."""
+Every run of `examples/benchmarks/results/accuracy/`; what follows from them stands in
+[Benchmarks](benchmarks.md#accuracy). Accuracies in per cent, losses in nats, differences positive where the row is
+better, paired by seed, with the 95 % confidence interval of their mean; the number of seeds in brackets. Machines of
+different speed were used, also within a table, so CPU seconds tell the order of magnitude only."""
 
 
 def load(paths: list[str]) -> dict[tuple, dict[tuple, dict[int, dict]]]:
