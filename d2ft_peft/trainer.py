@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from transformers import Trainer
 
@@ -145,7 +145,13 @@ class ScheduledTrainerMixin(SharesMixin, IndexedDataMixin):
     def _resume_window(self, rest: dict, batches: list[dict]) -> tuple[list[dict], list[int | None]]:
         """Finish the window that a checkpoint was made in: the same samples in the same order."""
         if rest["samples"] is not None:
-            batches = [self._collate(np.array(samples), [None]) for samples in rest["samples"]]
+            if len(rest["samples"]) != self.args.world_size:
+                raise ValueError(
+                    f"this checkpoint was made by {len(rest['samples'])} processes within a window of samples that "
+                    f"each had chosen among its own; resume on as many, not on {self.args.world_size}."
+                )
+            own = rest["samples"][self.args.process_index]
+            batches = [self._collate(np.array(samples), [None]) for samples in own]
         rows = operations_from(rest["operations"])
         self.planner.prepare(self._prepare_inputs(dict(batches[-1])))
         self.planner.resume(rows, np.array([batch_size(batch) for batch in batches]))
@@ -235,16 +241,19 @@ class ScheduledTrainerMixin(SharesMixin, IndexedDataMixin):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self.planner is not None:
-            self.planner.share()
-        if self.planner is not None and self.args.should_save:
-            rest = self._unfinished_window() if self.args.gradient_accumulation_steps == 1 and self._window else None
+        if self.planner is None:
+            return
+        self.planner.share()
+        rest = self._unfinished_window() if self.args.gradient_accumulation_steps == 1 and self._window else None
+        if self.args.should_save:
             save_state(self.planner, output_dir, rest_of_window=rest)
 
     def _unfinished_window(self) -> dict[str, Any]:
         planner, nothing = self.planner, [0] * self.planner.partition.num_scheduled
         rows = [nothing if i is None else list(planner.peek(i).plan.operations) for _, i in self._window]
-        samples = [batch[INDEX_KEY].tolist() for batch, _ in self._window] if planner.schedules_samples else None
+        samples = None
+        if planner.schedules_samples:  # every process has chosen its own
+            samples = gather_object([[batch[INDEX_KEY].tolist() for batch, _ in self._window]])
         return {"operations": rows, "samples": samples, "rng": planner.rng.bit_generator.state}
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -101,6 +101,28 @@ def test_processes_share_what_they_saw_of_samples(tmp_path):
     assert first["sizes"].tolist() == [4, 4, 8]
 
 
+def resume_within_a_window(folder: str) -> list[dict[str, torch.Tensor]]:
+    """Weights after six steps, without and with a stop after the second of a window of four."""
+    found = []
+    for steps in (6, 2, 6):
+        model = adapt(policy="importance", compute_budget=0.5, num_micro_batches=4, interval=1)
+        args = arguments(
+            f"{folder}/{'whole' if not found else 'stopped'}", max_steps=steps, save_strategy="steps", save_steps=2,
+            gradient_accumulation_steps=1, lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer = D2FTTrainer(model=model, args=args, train_dataset=doubles(samples(n=32)))
+        trainer.train(resume_from_checkpoint=len(found) == 2)
+        found.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    return found
+
+
+def test_every_process_resumes_its_own_samples(tmp_path):
+    for whole, stopped, resumed in run(__name__, "resume_within_a_window", tmp_path, str(tmp_path)):
+        assert not all(whole[name].equal(stopped[name]) for name in whole)
+        for name, value in whole.items():
+            torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)
+
+
 RUNS = [("full", "random"), ("full", "one block"), ("full", "fisher"), ("lora", "forward only")]
 
 
