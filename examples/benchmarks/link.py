@@ -155,7 +155,7 @@ def work(args: argparse.Namespace) -> None:
             if repeat >= 0:
                 seconds[variant].append(took.item())
     timelines = {}
-    for overlap in (0, 1) if args.png else ():
+    for overlap in (0, 2) if args.png else ():
         parallel.timeline.spans.clear()
         parallel.timeline.on = True
         step("5F", overlap)
