@@ -108,17 +108,18 @@ def plot(settings: dict, path: str) -> None:
     import matplotlib.pyplot as plt
 
     bars: dict[str, list] = {"accuracy": [], "loss": []}
-    for (task, mode, metric, _, samples, size), rows in settings.items():
+    for (task, mode, metric, steps, samples, size), rows in settings.items():
         for (row, budget), runs in sorted(rows.items(), key=lambda item: (-item[0][1], item[0][0])):
             name = row.partition(":")[0]
             judge = rows.get(("fewer_samples", 0.6 if name == "plain" else budget))
             found = gap(runs, judge, 1 if metric == "accuracy" else -1)
             if row == "fewer_samples" or found is None or found[1] is None:
                 continue
-            label = f"{task} {mode}, {samples} x {size}: {name} {'' if name == 'plain' else f'{budget:.0%}'}"
+            share = "" if name == "plain" else f" {budget:.0%}"
+            label = f"{task} {mode}, {samples} x {size}, {steps} steps: {name}{share}"
             bars[metric].append((label, *found, "0.4" if name in ("plain", *JUDGES) else "C0"))
     figure, axes = plt.subplots(
-        2, 1, figsize=(8, 1.6 + 0.24 * sum(map(len, bars.values()))),
+        2, 1, figsize=(9, 1.6 + 0.24 * sum(map(len, bars.values()))),
         height_ratios=[max(1, len(rows)) for rows in bars.values()],
     )  # fmt: skip
     for axis, (metric, rows) in zip(axes, bars.items(), strict=True):
