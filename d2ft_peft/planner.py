@@ -89,7 +89,7 @@ class D2FTPlanner:
         projections = [base.get_submodule(name) for name in self.partition.projections]
         self._subnet_parameters = [p for module in projections for p in module.parameters()]
         self.shares: Shares | None = None
-        if self.config.device_capacities == "auto":
+        if self.config.is_auto:
             self.shares = Shares(self.config.budget, self._subnet_parameters[0].device)
             self.runtime.after_backward = self.shares.pace.ready
         self._micro_batches: list[MicroBatch] = []
@@ -177,10 +177,11 @@ class D2FTPlanner:
             self.shares.begin_step(self.model)
         if self.step and (self.step % self.config.interval == 0 or (self.shares and self.step == Shares.first)):
             self.share()
-        usual = self.num_micro_batches or self.config.num_micro_batches
-        budget = self.config.budget.of_samples(len(indices), usual)
         if self.shares is not None:
             budget = self.shares.share(len(indices))
+        else:
+            usual = self.num_micro_batches or self.config.num_micro_batches
+            budget = self.config.budget.of_samples(len(indices), usual)
         samples = self.policy(self._problem(indices, np.asarray, budget, np.ones(len(indices))))
         composition = compose(samples, size)
         ran = sum(map(len, composition.micro_batches))

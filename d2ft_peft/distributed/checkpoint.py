@@ -53,7 +53,7 @@ def save_optimizer(
                     others[key] = value
                 elif value.shape == parameter.shape:
                     shard = by_parameter.get(id(parameter))
-                    tensors[key] = value if shard is None else _joined(value, shard, ranks)
+                    tensors[key] = value if shard is None else gathered(value, shard, ranks)
                 elif value.numel() == 1:
                     tensors[key] = value
                 else:
@@ -71,7 +71,14 @@ def save_optimizer(
     ranks.barrier("while saving")
 
 
-def _joined(value: Tensor, shard: Shard, ranks: Ranks) -> Tensor | None:
+def gathered(value: Tensor, shard: Shard, ranks: Ranks) -> Tensor | None:
+    """The whole of what every rank has a part of, on the first rank; None on the others.
+
+    Args:
+        value: This rank's part, of the shape of the shard's tensor.
+        shard: The parameter that it is or belongs to.
+        ranks: The processes.
+    """
     parts = ranks.to_first(value, [shard.shape(len(heads)) for heads in shard.heads])
     return None if parts is None else shard.join(parts)
 

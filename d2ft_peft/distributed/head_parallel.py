@@ -91,8 +91,9 @@ class HeadParallel(SavingMixin):
         self._ranks = Ranks(timeout, next(model.parameters()).device, numbers)
         self.planner = HeadParallelPlanner(model, self._ranks, num_micro_batches)
         partition, ranks = self.planner.partition, self.planner.ranks_of_subnets
+        self._shards = shards_of(base, partition, ranks)
         # What was loaded as a part is another one on every rank.
-        parts = {id(s.tensor) for s in shards_of(base, partition, ranks) if not s.is_whole(s.tensor.shape)}
+        parts = {id(s.tensor) for s in self._shards if not s.is_whole(s.tensor.shape)}
         weights = [checksum(p) for p in model.parameters() if id(p) not in parts]
         self._check_same("weights", weights, "set the same seed before building the model on every rank "
                          "(transformers.set_seed), or load the same checkpoint")  # fmt: skip
@@ -101,7 +102,7 @@ class HeadParallel(SavingMixin):
             before_cut(self.planner)
         model.base_model._remove_interceptions()
         model.zero_grad()  # gradients of the whole model fit no part of it
-        self._shards = cut_model(base, partition, ranks, self._ranks.rank)
+        cut_model(self._shards, self._ranks.rank)
         self._branches = []
         for branch in partition.branches:
             heads = heads_by_rank(partition, ranks, branch.block)[self._ranks.rank]

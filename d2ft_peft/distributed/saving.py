@@ -43,11 +43,9 @@ class SavingMixin:
         for shard in self._shards:
             if not shard.of_adapter:
                 continue
-            shapes = [shard.shape(len(heads)) for heads in shard.heads]
-            parts = self._ranks.to_first(shard.tensor.detach(), shapes)
-            if parts is not None:
-                whole = shard.join(parts).cpu()
-                state.update(dict.fromkeys(names[id(shard.tensor)], whole))
+            whole = checkpoint.gathered(shard.tensor.detach(), shard, self._ranks)
+            if whole is not None:
+                state.update(dict.fromkeys(names[id(shard.tensor)], whole.cpu()))
         return {name: value.detach() for name, value in state.items()} if self._ranks.is_first else None
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:

@@ -83,31 +83,30 @@ class Shard:
 
 
 @torch.no_grad()
-def cut_model(base: nn.Module, partition: Partition, ranks: np.ndarray, rank: int) -> list[Shard]:
+def cut_model(shards: Sequence[Shard], rank: int) -> None:
     """Keep the features of this rank's heads in every projection; the rest is freed.
 
     Parameters stay the same objects, so that names and optimizers that know them stay valid. What was loaded as a part
     stays as it is.
 
     Args:
-        base: The transformers model whose paths the partition names.
-        partition: Its subnets.
-        ranks: Rank of each subnet, [K].
+        shards: The model's parameters that belong to heads.
         rank: This rank.
-
-    Returns:
-        What was cut, in the same order on every rank.
     """
-    shards = shards_of(base, partition, ranks)
     for shard in shards:
         if shard.is_whole(shard.tensor.shape):
             shard.tensor.data = shard.part(shard.tensor.data, rank)
         _set_features(shard)
-    return shards
 
 
 def shards_of(base: nn.Module, partition: Partition, ranks: np.ndarray) -> list[Shard]:
-    """The parameters that belong to heads, whole or cut, in the same order on every rank."""
+    """The parameters that belong to heads, whole or cut, in the same order on every rank.
+
+    Args:
+        base: The transformers model whose paths the partition names.
+        partition: Its subnets.
+        ranks: Rank of each subnet, [K].
+    """
     shards = []
     for branch in partition.branches:
         heads = heads_by_rank(partition, ranks, branch.block)

@@ -11,6 +11,7 @@ from d2ft_peft.distributed import HeadParallel, balanced_capacities, calibrate
 from d2ft_peft.distributed.branch import BranchForward
 from tests.distributed.head_parallel import Case, batches_of, join, model_of, rank
 from tests.distributed.launch import run
+from tests.distributed.test_head_parallel_use import message
 
 
 CASE = Case("vit", "full", (2, 2, 2, 2, 2))
@@ -58,14 +59,6 @@ def test_numbers_without_sense_are_refused(args, message):
         balanced_capacities(*args)
 
 
-def refusal(call) -> str:
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return "none"
-
-
 def measure() -> dict:
     join()
     parallel, batches = HeadParallel(model_of(CASE, head_parallel=True)), batches_of(CASE, 0)
@@ -85,8 +78,8 @@ def measure() -> dict:
     found["changed"] = [name for name, p in parallel.model.named_parameters() if not p.equal(before[name])]
     parallel.forward_backward(batches)
     found["refusals"] = [
-        refusal(lambda: calibrate(parallel, batches)),
-        refusal(lambda: calibrate(parallel, batches, steps=0)),
+        message(lambda: calibrate(parallel, batches)),
+        message(lambda: calibrate(parallel, batches, steps=0)),
     ]
     return found
 

@@ -63,7 +63,7 @@ class Link:
         Args:
             sent: Bytes from each device (rows) to each other (columns), [R, R]; the diagonal stays where it is.
         """
-        busiest = max(_leaving(sent).max(), _leaving(sent.T).max())
+        busiest = max(leaving(sent).max(), leaving(sent.T).max())
         return self.latency + busiest / self.bandwidth if busiest else 0.0
 
     def all_reduce(self, size: float, members: int) -> float:
@@ -77,7 +77,8 @@ class Link:
         return self.latency * np.ceil(np.log2(members)) + size * (members - 1) / members / self.bandwidth
 
 
-def _leaving(sent: np.ndarray) -> np.ndarray:
+def leaving(sent: np.ndarray) -> np.ndarray:
+    """Bytes that each device sends to others, [R]; of the transposed table, those that it receives."""
     return sent.sum(axis=1) - np.diag(sent)
 
 

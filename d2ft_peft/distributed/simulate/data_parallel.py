@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .cluster import Cluster
-from .prediction import Prediction, Timeline
+from .prediction import Clocks, Prediction
 from .workload import Workload
 
 
@@ -33,7 +33,7 @@ def data_parallel(
     share, heads = samples / cluster.size, workload.partition.branches
     forward = share * (sum(b.heads * workload.forward(b) for b in heads) + workload.below + workload.above)
     backward = share * (sum(b.heads * workload.backward(b) for b in heads) + workload.boundary_backward)
-    time = Timeline(cluster)
+    time = Clocks(cluster)
     passes = np.full(cluster.size, float(len(heads)))
     time.heads += share * sum(b.heads * (workload.forward(b) + workload.backward(b)) for b in heads) / cluster.flops
     time.heads += 2 * passes * cluster.overhead

@@ -10,7 +10,7 @@ from ...schedule import Schedule
 from ..placement import place_subnets
 from ..route import MicroBatches, Residence, Route, choose_homes, make_routes
 from .cluster import Cluster
-from .prediction import Prediction, Timeline
+from .prediction import Clocks, Prediction
 from .workload import Workload
 
 
@@ -27,7 +27,7 @@ def head_parallel(workload: Workload, cluster: Cluster, schedule: Schedule, over
         workload: The model. Every device gets neighbouring heads, as `place_subnets` has it.
         cluster: The devices; with replicas, every group runs the same schedule on its own samples.
         schedule: Operations of the step; its weights are samples.
-        overlap: See `Timeline`.
+        overlap: See `Clocks`.
 
     Raises:
         ValueError: If there are more devices in a group than subnets in a block.
@@ -40,7 +40,7 @@ def head_parallel(workload: Workload, cluster: Cluster, schedule: Schedule, over
     everyone = range(cluster.size)
     own = np.array([sum(residence.samples(residence.on(rank))) for rank in everyone])
     row_bytes = workload.row_bytes
-    time = Timeline(cluster, overlap)
+    time = Clocks(cluster, overlap)
     time.wait((_CHECKS - 1) * cluster.link.latency)
     # Every rank makes the embeddings of all micro-batches once, to learn what the blocks take besides.
     time.compute((own.sum() + own) * workload.below)

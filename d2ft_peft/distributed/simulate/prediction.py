@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cluster import Cluster
+from .cluster import Cluster, leaving
 
 
 # Of the time of a norm and a residual addition, forward takes a third.
@@ -47,7 +47,7 @@ class Prediction:
         return float(self.compute.max() / self.compute.mean())
 
 
-class Timeline:
+class Clocks:
     """Clocks of the devices of a group: each runs on while it computes, and an exchange waits for the last.
 
     Args:
@@ -118,8 +118,8 @@ class Timeline:
         self.now[:] = self.now.max() + seconds
 
     def _count(self, purpose: str, sent: np.ndarray) -> float:
-        self.sent[purpose] += sent.sum(axis=1) - np.diag(sent)
-        self.received[purpose] += sent.sum(axis=0) - np.diag(sent)
+        self.sent[purpose] += leaving(sent)
+        self.received[purpose] += leaving(sent.T)
         return self.cluster.link.exchange(sent)
 
     def _meet(self, seconds: float) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..placement import place_subnets
 from .cluster import Cluster
-from .prediction import Prediction, Timeline
+from .prediction import Clocks, Prediction
 from .workload import Workload
 
 
@@ -30,7 +30,7 @@ def tensor_parallel(
     row_bytes = samples * workload.row_bytes
     everyone = np.full((size, size), row_bytes / size)
     boundary = samples / (size if cuts_boundary else 1)
-    time = Timeline(cluster)
+    time = Clocks(cluster)
     time.compute(boundary * workload.below)
 
     def heads_of(branch) -> np.ndarray:
