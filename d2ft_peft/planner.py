@@ -137,6 +137,7 @@ class D2FTPlanner:
         indices = [batch.pop(INDEX_KEY, None) for batch in batches]
         sizes = np.array([batch_size(batch) for batch in batches])
         self.prepare(batches[0])
+        self._share_at_interval()
         global_sizes = self._sum_over_replicas(sizes)
         known = all(index is not None for index in indices)
         samples = np.concatenate([index.cpu().numpy() for index in indices]) if known else None
@@ -175,8 +176,7 @@ class D2FTPlanner:
         indices = np.asarray(indices)
         if self.shares is not None:
             self.shares.begin_step(self.model)
-        if self.step and (self.step % self.config.interval == 0 or (self.shares and self.step == Shares.first)):
-            self.share()
+        self._share_at_interval()
         if self.shares is not None:
             budget = self.shares.share(len(indices))
         else:
@@ -190,11 +190,15 @@ class D2FTPlanner:
         self.pass_over()
         return list(composition.micro_batches)
 
+    def _share_at_interval(self) -> None:
+        if self.step and (self.step % self.config.interval == 0 or (self.shares and self.step == Shares.first)):
+            self.share()
+
     def share(self) -> None:
         """Tell the other processes which scores of samples, and which pace, this one has seen since the last time.
 
-        `compose` does so every ``interval`` steps. Before a checkpoint every process calls it, so that what one of
-        them writes holds for all.
+        `plan` and `compose` do so every ``interval`` steps. Before a checkpoint every process calls it, so that what
+        one of them writes holds for all.
         """
         self.source.share()
         if self.shares is not None:
@@ -335,7 +339,8 @@ class D2FTPlanner:
     def prepare(self, batch: dict[str, Any]) -> None:
         """Learn what the model costs, from one look at a batch."""
         if self.cost_model is None:
-            self.probe = probe_model(self.model, self.partition, batch)
+            inputs = {name: value for name, value in batch.items() if name != INDEX_KEY}
+            self.probe = probe_model(self.model, self.partition, inputs)
             self.cost_model = cost_model(self.model, self.partition, self.probe, self.config.forward_only_cost)
 
     def _devices(self) -> np.ndarray | None:

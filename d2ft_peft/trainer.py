@@ -108,9 +108,10 @@ class ScheduledTrainerMixin(SharesMixin, IndexedDataMixin):
             batches = self._compose(candidates)
             order: list[int] = list(range(len(batches)))
         else:
-            self.planner.plan(candidates)
+            samples = [{key: batch[key] for key in batch if key == INDEX_KEY} for batch in candidates]
+            self.planner.plan(candidates)  # takes the indices out, and scores that follow training need them again
             order = self.planner.pass_over()
-            batches = [candidates[index] for index in order]
+            batches = [{**candidates[index], **samples[index]} for index in order]
         # The Trainer counts micro-batches. Any batch may stand for one that does not run: it is not looked at.
         idle = len(candidates) - len(order)
         stand_in = (batches or candidates)[0]

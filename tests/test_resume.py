@@ -23,8 +23,11 @@ CASES = {
     "inside a window": ({"policy": "random", "compute_budget": 0.5, "num_micro_batches": 4}, 1),
     "last losses": ({"policy": "importance", "compute_budget": 0.5}, 2),
     "last losses, inside a window": ({"policy": "importance", "compute_budget": 0.5, "num_micro_batches": 4}, 1),
+    "last losses of micro-batches, inside a window": (
+        {"policy": "importance", "rows": "micro_batches", "compute_budget": 0.5, "num_micro_batches": 4}, 1,
+    ),
     "means of features": ({"policy": "random", "compute_budget": 0.5, "shortcut": "mean"}, 2),
-}
+}  # fmt: skip
 
 
 def train(folder, case, kill_before=None, resume=False):

@@ -72,6 +72,48 @@ def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode):
         np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-5)
 
 
+@pytest.mark.parametrize("config", [{"policy": "importance", "rows": "micro_batches"}, {"backward_score": "el2n"}])
+@pytest.mark.parametrize("accumulation", [4, 1])
+def test_micro_batches_are_chosen_by_what_training_showed_of_their_samples(tmp_path, config, accumulation):
+    data = doubles(samples(n=24))
+    config |= {"compute_budget": 0.5, "num_micro_batches": 4}
+    seen = []
+
+    class Watching(D2FTTrainer):
+        def _schedule(self, candidates):
+            seen.append([dict(batch) for batch in candidates])
+            return super()._schedule(candidates)
+
+    args = arguments(
+        tmp_path, max_steps=24 // accumulation, gradient_accumulation_steps=accumulation, optim="sgd",
+        lr_scheduler_type="constant", max_grad_norm=0,
+    )  # fmt: skip
+    trainer = Watching(model=adapt(**config), args=args, train_dataset=data)
+    trainer.train()
+    assert len(seen) == 6
+
+    model = adapt(**config).train()
+    planner = D2FTPlanner(model, num_micro_batches=4)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
+    for batches in seen:
+        indices = [batch["d2ft_index"].numpy() for batch in batches]
+        planner.plan(batches)
+        for i in planner.pass_over():
+            with planner.micro_batch(i) as micro_batch:
+                outputs = model(**batches[i])
+                (outputs.loss * (micro_batch.weight if accumulation > 1 else 1)).backward()
+                planner.observe(indices[i], outputs.logits, batches[i]["labels"])
+            if accumulation == 1:
+                optimizer.step()
+                optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_close(trained(trainer.model), trained(model))
+    (ours,), (theirs,) = trainer.planner.source.live.values(), planner.source.live.values()
+    assert (~np.isnan(ours.values)).any()
+    np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-5)
+
+
 def test_candidates_are_drawn_by_their_own_scores():
     """A hundred times the loss of the others, and cheap ones at the floor: the costly samples run almost always."""
     planner = D2FTPlanner(adapt(policy="importance", compute_budget=0.25))

@@ -10,7 +10,8 @@ the optimizer's step is timed after it and stands in a column of its own. D2FT's
 
 - ``aligned``: every subnet skips the same micro-batches, which are then not run at all;
 - ``spread``: every subnet skips others, so every micro-batch is partly active (policy ``round_robin``);
-- ``depth``: micro-batches train from some block up and run FORWARD_ONLY below (policy ``depth``).
+- ``depth``: micro-batches train from some block up and run FORWARD_ONLY below (policy ``depth``);
+- the name of another policy over micro-batches, with random scores: ``--schedules drop_bp lisa --budgets 0.6``.
 
 The presets run 3 or 5 of a model's 12 blocks, all of which cost the same but for the first, whose input needs no
 gradient, so ratios hardly depend on their number; an odd one has a middle block for BAdam. Llama's vocabulary shrinks
@@ -86,20 +87,29 @@ def wanted(args: argparse.Namespace) -> list[tuple]:
 
 def make_schedule(partition, mode: str, name: str, budget: float, num_micro_batches: int) -> Schedule:
     """The schedule called `name`; aligned and spread ones are counts of micro-batches, so the budget is rounded."""
-    # A backward pass costs two forward passes, or one where the weights are frozen.
-    costs = np.tile([0, 1 / 3 if mode == "full" else 1 / 2, 1], (partition.num_scheduled, 1))
-    # Below the forward scores and falling with the depth: then depth runs as many micro-batches as it can, all about
-    # equally deep, which needs the least memory. For the other two all cells are equal.
-    backward_scores = np.tile(0.4 + 0.1 * partition.subnet_blocks / BLOCKS, (num_micro_batches, 1))
-    counts = Budget(num_full=max(1, round(budget * num_micro_batches)))
+    rng = np.random.default_rng(0)
+    shape = (num_micro_batches, partition.num_scheduled)
+    forward_scores, backward_scores = rng.random(shape), rng.random(shape)
+    if name == "depth":
+        # Below the forward scores and falling with the depth: it then runs as many micro-batches as it can, all about
+        # equally deep, which needs the least memory.
+        forward_scores = np.ones(shape)
+        backward_scores = np.tile(0.4 + 0.1 * partition.subnet_blocks / BLOCKS, (num_micro_batches, 1))
+    counted = {"aligned": "bilevel", "spread": "round_robin"}
+    if name in counted:
+        forward_scores = backward_scores = np.ones(shape)
     problem = Problem(
-        forward_scores=np.ones_like(backward_scores),
+        forward_scores=forward_scores,
         backward_scores=backward_scores,
-        budget=Budget(compute=budget) if name == "depth" else counts,
-        costs=costs,
+        budget=Budget(num_full=max(1, round(budget * num_micro_batches)))
+        if name in counted
+        else Budget(compute=budget),
+        # A backward pass costs two forward passes, or one where the weights are frozen.
+        costs=np.tile([0, 1 / 3 if mode == "full" else 1 / 2, 1], (partition.num_scheduled, 1)),
         blocks=partition.subnet_blocks,
+        rng=rng,
     )
-    return get_policy({"aligned": "bilevel", "spread": "round_robin", "depth": "depth"}[name])(problem)
+    return get_policy(counted.get(name, name))(problem)
 
 
 def make_variants(rows: list[tuple], given: argparse.Namespace) -> tuple[dict[tuple, Variant], dict[tuple, Tuned]]:
@@ -199,7 +209,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cells", nargs="+", default=None, help="SHAPE:MICRO_BATCH_SIZE:BLOCKS, instead of a preset's")
     parser.add_argument("--modes", default="full,lora")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
-    parser.add_argument("--schedules", nargs="*", default=["aligned", "depth", "spread"])
+    parser.add_argument("--schedules", nargs="*", default=["aligned", "depth", "spread"], help="also names of policies")
     parser.add_argument("--budgets", nargs="+", type=float, default=None, help="quick: 0.6 0.4; else 0.8 0.6 0.5 0.4")
     parser.add_argument("--micro-batches", type=int, default=None, help="quick: 5; else 10")
     parser.add_argument("--rank", type=int, default=16)

@@ -1,6 +1,7 @@
 """Tables and a picture of what `speed.py` measured.
 
-    python examples/benchmarks/speed_table.py examples/benchmarks/results/speed.jsonl --png docs/images/speed.png
+    python examples/benchmarks/speed_table.py examples/benchmarks/results/speed.jsonl \
+        --page docs/speed_tables.md --png docs/images/speed.png
 
 Ratios are to the plain step of the same mode, full or LoRA, measured in the same run. Times are those of all forward
 and backward passes, with the smallest and the largest ratio of the repeats; "with optimizer" adds the optimizer's step.
@@ -19,8 +20,14 @@ from pathlib import Path
 CELL_KEYS = ("shape", "blocks", "micro_batch_size", "num_micro_batches", "dtype", "threads", "device", "rank")
 MARKERS = {
     "checkpointing": ("X", "0.4"), "lora_fa": ("P", "C1"), "badam": ("D", "C3"),
-    "aligned": ("o", "C0"), "depth": ("^", "C2"), "spread": ("s", "C4"),
+    "aligned": ("o", "C0"), "depth": ("^", "C2"), "spread": ("s", "C4"), "drop_bp": ("v", "C5"), "lisa": ("<", "C6"),
+    "stochastic_depth": (">", "C7"), "dynamic_pruning": ("p", "C8"), "moe": ("*", "C9"),
 }  # fmt: skip
+PREFACE = """# Speed and memory, row by row
+
+Every row of `examples/benchmarks/results/speed.jsonl`; what follows from them, and what the columns mean, stands in
+[Benchmarks](benchmarks.md#beside-other-methods-on-other-shapes). Ratios are to the plain step of the same mode in the
+same run, with the smallest and the largest of the repeats in brackets."""
 
 
 def load(paths: list[str]) -> dict[tuple, list[dict]]:
@@ -52,7 +59,7 @@ def title(cell: tuple) -> str:
 
 def table(cell: tuple, rows: list[dict]) -> str:
     lines = [
-        f"### {title(cell)}",
+        f"## {title(cell)}",
         "",
         "| mode | step | seconds | time | FLOPs | efficiency | with optimizer | activations | all memory | GFLOP/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -71,15 +78,19 @@ def table(cell: tuple, rows: list[dict]) -> str:
 
 
 def summary(cells: dict[tuple, list[dict]]) -> str:
-    """Efficiency of D2FT, cells by (mode, schedule, budget)."""
+    """Efficiency of D2FT, cells by (mode, schedule), one number a budget."""
     d2ft = [row for rows in cells.values() for row in rows if row["variant"] == "d2ft"]
-    columns = sorted({(row["mode"], row["schedule"], -row["budget"]) for row in d2ft})
-    heads = " | ".join(f"{mode} {schedule} {-budget:.1f}" for mode, schedule, budget in columns)
-    lines = ["### Efficiency of D2FT", "", f"| | {heads} |", "|---" * (len(columns) + 1) + "|"]
+    columns = [(mode, name) for mode in ("full", "lora") for name in MARKERS]
+    columns = [column for column in columns if any((row["mode"], row["schedule"]) == column for row in d2ft)]
+    budgets = sorted({row["budget"] for row in d2ft}, reverse=True)
+    heads = " | ".join(f"{mode} {name}" for mode, name in columns)
+    given = ", ".join(f"{budget:g}" for budget in budgets)
+    lines = [f"## Efficiency of D2FT at budgets {given}", "", f"| | {heads} |", "|---" * (len(columns) + 1) + "|"]
     for cell, rows in cells.items():
-        found = {(row["mode"], row["schedule"], -row["budget"]): row["efficiency"] for row in rows}
-        values = [found.get(column) for column in columns]
-        lines.append(f"| {title(cell)} | " + " | ".join("-" if v is None else f"{v:.2f}" for v in values) + " |")
+        found = {(row["mode"], row["schedule"], row["budget"]): row["efficiency"] for row in rows}
+        values = [[found.get((*column, budget)) for budget in budgets] for column in columns]
+        texts = [" ".join("-" if v is None else f"{v:.2f}" for v in each) if any(each) else "-" for each in values]
+        lines.append(f"| {title(cell)} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
@@ -123,10 +134,15 @@ def plot(cells: dict[tuple, list[dict]], path: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+")
+    parser.add_argument("--page", default=None, help="Markdown file that gets the tables, instead of the terminal")
     parser.add_argument("--png", default=None)
     args = parser.parse_args(argv)
     cells = load(args.files)
-    print("\n\n".join([summary(cells), *(table(cell, rows) for cell, rows in cells.items())]))
+    tables = "\n\n".join([summary(cells), *(table(cell, rows) for cell, rows in cells.items())])
+    if args.page:
+        Path(args.page).write_text(f"{PREFACE}\n\n{tables}\n")
+    else:
+        print(tables)
     if args.png:
         plot(cells, args.png)
 

@@ -123,6 +123,35 @@ def test_every_process_resumes_its_own_samples(tmp_path):
             torch.testing.assert_close(resumed[name], value, rtol=0, atol=0, msg=name)
 
 
+def train_on_chosen_micro_batches() -> dict[str, torch.Tensor]:
+    """Train on micro-batches by the last losses of their samples; return schedules' sum, and the losses known here."""
+    model = adapt(policy="importance", rows="micro_batches", compute_budget=0.5, interval=3)
+    ran = []
+
+    class Watching(InOrder):
+        def _observe(self, *args):
+            ran.extend(self._current_samples.tolist())
+            return super()._observe(*args)
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Watching(model=model, args=arguments(folder, max_steps=4), train_dataset=doubles(samples(n=32)))
+        trainer.train()
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    known = np.flatnonzero(~np.isnan(trainer.planner.source.live["loss"].values))
+    return {**weights, "ran": torch.tensor(ran), "known": torch.from_numpy(known)}
+
+
+def test_micro_batches_are_chosen_alike_and_what_was_seen_is_shared(tmp_path):
+    first, second = run(__name__, "train_on_chosen_micro_batches", tmp_path)
+    for name in first.keys() - {"ran", "known"}:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
+    ran = [rank["ran"].tolist() for rank in (first, second)]
+    assert len(ran[0]) == len(ran[1]) == 16 and not {*ran[0]} & {*ran[1]}
+    # They met before the fourth step, and each knows of its own samples since.
+    assert first["known"].tolist() == sorted({*ran[0], *ran[1][:12]})
+    assert second["known"].tolist() == sorted({*ran[1], *ran[0][:12]})
+
+
 RUNS = [("full", "random"), ("full", "one block"), ("full", "fisher"), ("lora", "forward only")]
 
 

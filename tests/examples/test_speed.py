@@ -150,7 +150,17 @@ def test_table_and_picture(scripts, run, tmp_path, capsys):
     capsys.readouterr()
     scripts[2].main([str(tmp_path / "rows.jsonl"), "--png", str(tmp_path / "speed.png")])
     printed = capsys.readouterr().out
-    assert "### tiny, 3 blocks, 5 micro-batches of 2, fp32, 1 threads" in printed
+    assert "## tiny, 3 blocks, 5 micro-batches of 2, fp32, 1 threads" in printed
     for step in ("plain", "checkpointing", "D2FT aligned 0.6", "D2FT depth 0.6", "D2FT spread 0.6"):
         assert f"| full | {step} |" in printed and f"| lora | {step} |" in printed
     assert imread(tmp_path / "speed.png").std() > 0.01, "an empty picture"
+
+
+def test_other_policies_are_schedules_too(run):
+    names = ["drop_bp", "lisa", "stochastic_depth", "dynamic_pruning", "moe"]
+    rows = by_name(run("--peers", "--schedules", *names, "--budgets", "0.6"))
+    assert {key[1] for key in rows} == {"plain", *names}
+    for (mode, name, _), row in rows.items():
+        forward_only = {"drop_bp": True, "lisa": True}.get(name, False)
+        assert (row["num_forward_only"] > 0) == forward_only, (mode, name)
+        assert name == "plain" or 0.5 < row["flops_ratio"] < 0.8, (mode, name)
