@@ -10,12 +10,14 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset
 
+from .processes import gather_samples
 from .scores import (
     INDEX_KEY,
     CandidateCollator,
     CandidateDataset,
     IndexedCollator,
     IndexedDataset,
+    ScoreTable,
     load_items,
     preserved_rng,
     score_samples,
@@ -84,14 +86,12 @@ class IndexedDataMixin:
                 table = score_samples(planner.model, planner.partition, loader, score, planner.progress)
             planner.scores[score] = self._gather_scores(table)
 
-    def _gather_scores(self, table: Any) -> Any:
-        if self.args.world_size == 1:
-            return table
-        parts: list = [None] * self.args.world_size
-        torch.distributed.all_gather_object(parts, table)
-        samples, first = np.unique(np.concatenate([part.samples for part in parts]), return_index=True)
-        values = np.concatenate([part.values for part in parts])[first]
-        return type(table)(table.score, samples, values)
+    @staticmethod
+    def _gather_scores(table: ScoreTable) -> ScoreTable:
+        """The tables of all processes in one; a sample that several have scored counts once."""
+        samples, columns = gather_samples(table.samples, dict(enumerate(table.values.T)))
+        samples, first = np.unique(samples, return_index=True)
+        return ScoreTable(table.score, samples, np.stack([*columns.values()], axis=1)[first].astype(np.float32))
 
     def _collate(self, indices: np.ndarray, items: list) -> dict:
         """Load what is not loaded yet, and collate."""

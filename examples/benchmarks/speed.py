@@ -1,7 +1,8 @@
 """Seconds, FLOPs and memory of training steps: D2FT beside plain fine-tuning, LoRA, LoRA-FA, checkpointing and BAdam.
 
     python examples/benchmarks/speed.py --preset quick      # about 8 minutes on 2 cores
-    python examples/benchmarks/speed.py --preset llama --bf16
+    python examples/benchmarks/speed.py --preset cpu        # about half an hour
+    python examples/benchmarks/speed.py --preset llama --device cuda --bf16
     python examples/benchmarks/speed.py --cells vit_small:8:12 --schedules spread --budgets 0.6 --peers
 
 A cell is a shape, a micro-batch size and a number of blocks; everything in it is measured side by side as in
@@ -57,6 +58,9 @@ PRESETS = {
     "bert": [f"bert_base:{n}:5" for n in (1, 4, 16)],
     "llama": [f"llama_100m_{s}:{n}:5" for s, n in ((128, 1), (128, 4), (128, 16), (512, 1), (512, 4), (2048, 1))],
 }
+PRESETS["cpu"] = [f"vit_tiny:{n}:5" for n in (1, 4, 16)] + [
+    "vit_small:1:5", "vit_small:4:5", "vit_base:4:3", "bert_base:4:3", "llama_100m_128:1:3", "llama_100m_512:1:3",
+]  # fmt: skip
 PRESETS["all"] = [*PRESETS["vit"], *PRESETS["bert"], *PRESETS["llama"]]
 """Cells as SHAPE:MICRO_BATCH_SIZE:BLOCKS."""
 

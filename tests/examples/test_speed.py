@@ -100,7 +100,7 @@ def test_a_row_is_measured_once(run):
 
 def test_presets_name_shapes(scripts):
     speed = scripts[1]
-    for cell in speed.PRESETS["all"] + speed.PRESETS["quick"]:
+    for cell in speed.PRESETS["all"] + speed.PRESETS["quick"] + speed.PRESETS["cpu"]:
         identity, given = speed.setting(cell, speed.parse_args(["--peers"]))
         assert identity["blocks"] % 2 == 1, "BAdam's middle block"
         assert given.hidden % given.heads == 0 and given.vocabulary >= 1000
@@ -158,9 +158,8 @@ def test_table_and_picture(scripts, run, tmp_path, capsys):
 
 def test_other_policies_are_schedules_too(run):
     names = ["drop_bp", "lisa", "stochastic_depth", "dynamic_pruning", "moe"]
-    rows = by_name(run("--peers", "--schedules", *names, "--budgets", "0.6"))
+    rows = by_name(run("--peers", "--schedules", *names, "--budgets", "0.7"))
     assert {key[1] for key in rows} == {"plain", *names}
     for (mode, name, _), row in rows.items():
-        forward_only = {"drop_bp": True, "lisa": True}.get(name, False)
-        assert (row["num_forward_only"] > 0) == forward_only, (mode, name)
-        assert name == "plain" or 0.5 < row["flops_ratio"] < 0.8, (mode, name)
+        assert (row["num_forward_only"] > 0) == (name in ("drop_bp", "lisa")), (mode, name)
+        assert name == "plain" or 0.5 < row["flops_ratio"] < 0.85, (mode, name)
