@@ -27,7 +27,8 @@ PREFACE = """# Speed and memory, row by row
 
 Every row of `examples/benchmarks/results/speed.jsonl`; what follows from them, and what the columns mean, stands in
 [Benchmarks](benchmarks.md#beside-other-methods-on-other-shapes). Ratios are to the plain step of the same mode in the
-same run, with the smallest and the largest of the repeats in brackets."""
+same run, with the smallest and the largest of the repeats in brackets. Seconds of different cells do not compare: they
+were measured on machines of different speed."""
 
 
 def load(paths: list[str]) -> dict[tuple, list[dict]]:
