@@ -87,19 +87,18 @@ def train(name: str, folder: Path, steps: int) -> D2FTTrainer:
     return trainer
 
 
-def run(name: str, folder: Path, steps: int) -> float | None:
-    """Train together, and print; returns the largest difference from what one process trained, on the first process."""
-    trainer = train(name, folder / "together", steps)
-    if not trainer.is_world_process_zero():
-        return None
+def folder_of(folder: Path, name: str, how: str) -> Path:
+    return folder / name.partition(",")[0] / how
+
+
+def compare(name: str, trainer: D2FTTrainer, folder: Path) -> float:
+    """Print what was trained together, and how far its weights are from those that one process trained."""
     whole = sum(p.numel() for p in get_peft_model(*PARTS[name]()[:2]).parameters())
     print(f"\n{name}\nparameters on rank 0: {trainer.head_parallel.num_parameters:,} of {whole:,}")
     print(f"rank 0, {trainer.head_parallel.traffic}")
-    distributed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    alone = {key: value for key, value in os.environ.items() if key not in distributed}
-    command = [sys.executable, __file__, "--steps", str(steps), "--folder", str(folder / "alone"), "--alone", name]
-    subprocess.run(command, env=alone, check=True, stdout=subprocess.DEVNULL)
-    together, by_one = (load_file(folder / how / "adapter_model.safetensors") for how in ("together", "alone"))
+    together, by_one = (
+        load_file(folder_of(folder, name, how) / "adapter_model.safetensors") for how in ("together", "alone")
+    )
     largest = max((together[key] - value).abs().max().item() for key, value in by_one.items())
     print(f"largest difference of a trained weight from one process: {largest:.1e}")
     if largest > 1e-6:
@@ -107,26 +106,32 @@ def run(name: str, folder: Path, steps: int) -> float | None:
     return largest
 
 
-def main(argv: list[str] | None = None) -> list[float | None]:
+def train_alone(folder: Path, steps: int) -> None:
+    """Start a process that trains both parts by itself."""
+    distributed = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    environment = {key: value for key, value in os.environ.items() if key not in distributed}
+    command = [sys.executable, __file__, "--steps", str(steps), "--folder", str(folder), "--alone"]
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def main(argv: list[str] | None = None) -> list[float]:
     """Run both parts; returns for each the largest difference of a weight, on the first process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each part")
     parser.add_argument("--folder", type=Path, default=Path("out/head_parallel"), help="where adapters are saved")
-    parser.add_argument("--alone", choices=PARTS, help="train this part on one process, and compare nothing")
+    parser.add_argument("--alone", action="store_true", help="train on one process, and compare nothing")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT reads it.
     torch.set_num_threads(1)
-    if args.alone:
-        train(args.alone, args.folder, args.steps)
-        return []
     state = PartialState(cpu=True)
-    differences = []
-    for name in PARTS:
-        differences.append(run(name, args.folder / name.partition(",")[0], args.steps))
-        state.wait_for_everyone()
-    state.destroy_process_group()
-    return differences
+    how = "alone" if args.alone else "together"
+    trainers = {name: train(name, folder_of(args.folder, name, how), args.steps) for name in PARTS}
+    if args.alone or not state.is_main_process:
+        return []
+    train_alone(args.folder, args.steps)
+    return [compare(name, trainer, args.folder) for name, trainer in trainers.items()]
 
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()
