@@ -47,6 +47,7 @@ def run(module: str, function: str, tmp_path: Path, *args: str, processes: int =
     port, started = free_port(), []
     outs = [tmp_path / f"rank{rank}.pt" for rank in range(processes)]
     for rank, out in enumerate(outs):
+        out.with_suffix(".log").touch()
         environment = {
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
