@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import get_peft_model
-from tasks import Task, load_task
+from tasks import Task, draw_labels, load_task
 from transformers import TrainingArguments, set_seed
 
 from d2ft_peft import D2FTConfig, D2FTTrainer
@@ -135,7 +135,7 @@ def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespa
         "seed": seed, "steps": args.steps, "lr": lr, "train_samples": len(task.train), "metric": task.metric,
         "value": result, "seconds": seconds, "cpu_seconds": cpu_seconds, "scoring_seconds": scoring.seconds,
         "planning_seconds": planning.seconds, "compute_ratio": log["compute_ratio"],
-        "flops": trainer.state.total_flos, "size": args.size,
+        "flops": trainer.state.total_flos, "size": args.size, "label_noise": args.label_noise,
     }  # fmt: skip
 
 
@@ -156,6 +156,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=None, help="training samples, all by default")
     parser.add_argument("--test", type=int, default=None)
     parser.add_argument("--size", type=int, default=96, help="pixels of an image's side, tokens of a block of text")
+    parser.add_argument("--label-noise", type=float, default=0.0, help="share of training images with a random label")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", required=True, help="file that gets one line a run")
     return parser.parse_args()
@@ -165,15 +166,18 @@ def main() -> None:
     args = parse_args()
     warnings.filterwarnings("ignore")
     task = load_task(args.task, args.assets, args.size, args.train, args.test)
+    if args.label_noise:
+        draw_labels(task, args.label_noise)
     path = Path(args.json)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    keys = ("task", "mode", "row", "budget", "seed", "steps", "lr", "train_samples", "size")
-    known = {tuple(run[key] for key in keys) for run in done}
+    keys = ("task", "mode", "row", "budget", "seed", "steps", "lr", "train_samples", "size", "label_noise")
+    known = {tuple(run.get(key, 0.0) for key in keys) for run in done}
     for seed in args.seeds:
         for row in args.rows:
             for budget in [1.0] if row.startswith("plain") else args.budgets:
                 lr = learning_rate(row, args.mode, task, args.lr)
-                if (args.task, args.mode, row, budget, seed, args.steps, lr, len(task.train), args.size) in known:
+                setting = (args.task, args.mode, row, budget, seed, args.steps, lr, len(task.train), args.size)
+                if (*setting, args.label_noise) in known:
                     continue
                 run = train(task, row, budget, seed, args)
                 with path.open("a") as file:  # one write: several processes may share a file

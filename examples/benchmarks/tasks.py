@@ -72,6 +72,21 @@ def image_task(name: str, classes: int, assets: Path, size: int, train: int | No
     )
 
 
+def draw_labels(task: Task, share: float) -> None:
+    """Give a share of the training images a label at random, the same ones in every run.
+
+    Raises:
+        ValueError: If the task is not one of images.
+    """
+    if not isinstance(task.train[0], tuple):
+        raise ValueError(
+            f"label_noise={share:g} is for tasks of images; choose cifar10 or stanford_cars, or leave it out"
+        )
+    rng = np.random.default_rng(0)
+    classes = 1 + max(label for _, label in task.train)
+    task.train = [(image, int(rng.integers(classes)) if rng.random() < share else label) for image, label in task.train]
+
+
 def text_task(name: str, columns: list[str], classes: int, assets: Path, train: int | None, test: int | None) -> Task:
     """MiniLM on sentences or pairs of them, padded to the longest of a batch."""
     folder = assets / "models" / "minilm-l6"
