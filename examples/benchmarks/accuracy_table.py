@@ -20,6 +20,7 @@ from scipy import stats
 
 
 JUDGES = ("fewer_steps", "fewer_samples")
+FAR_BELOW = -8.0
 PREFACE = """# Accuracy, row by row
 
 Every run of `examples/benchmarks/results/accuracy/`; what follows from them stands in
@@ -101,13 +102,16 @@ def run_share(run: dict) -> float:
 
 
 def plot(settings: dict, path: str) -> None:
-    """What each row gains on `fewer_samples` at the same budget, with its interval, where several seeds were run."""
+    """What each row gains on `fewer_samples` at the same budget, with its interval, where several seeds were run.
+
+    Accuracies far below the judge's have a panel of their own, or nothing could be seen of the others.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    bars: dict[str, list] = {"accuracy": [], "loss": []}
+    bars: dict[str, list] = {"accuracy": [], "far below": [], "loss": []}
     for (task, mode, metric, steps, samples, size), rows in settings.items():
         for (row, budget), runs in sorted(rows.items(), key=lambda item: (-item[0][1], item[0][0])):
             name = row.partition(":")[0]
@@ -116,19 +120,23 @@ def plot(settings: dict, path: str) -> None:
             if row == "fewer_samples" or found is None or found[1] is None:
                 continue
             share = "" if name == "plain" else f" {budget:.0%}"
-            label = f"{task} {mode}, {samples} x {size}, {steps} steps: {name}{share}"
-            bars[metric].append((label, *found, "0.4" if name in ("plain", *JUDGES) else "C0"))
+            label = f"{task} {mode}, {samples} x {size}, {steps} steps: {row.replace(':', ', ')}{share}"
+            panel = "far below" if metric == "accuracy" and found[0] < FAR_BELOW else metric
+            bars[panel].append((label, *found, "0.4" if name in ("plain", *JUDGES) else "C0"))
+    bars = {panel: rows for panel, rows in bars.items() if rows}
     figure, axes = plt.subplots(
-        2, 1, figsize=(9, 1.6 + 0.24 * sum(map(len, bars.values()))),
-        height_ratios=[max(1, len(rows)) for rows in bars.values()],
+        len(bars), 1, squeeze=False, figsize=(10, 1.6 + 0.24 * sum(map(len, bars.values()))),
+        height_ratios=[1 + len(rows) for rows in bars.values()],
     )  # fmt: skip
-    for axis, (metric, rows) in zip(axes, bars.items(), strict=True):
+    for axis, (panel, rows) in zip(axes[:, 0], bars.items(), strict=True):
         for position, (_, mean, half, color) in enumerate(rows[::-1]):
             axis.errorbar(mean, position, xerr=half, fmt="o", color=color, capsize=3, markersize=5)
         axis.axvline(0, color="0.6", linewidth=0.8)
         axis.set_yticks(range(len(rows)), [label for label, *_ in rows[::-1]], fontsize=8)
-        unit = "points of accuracy" if metric == "accuracy" else "nats of loss"
-        axis.set_xlabel(f"{unit} better than fewer_samples at the same budget (plain: at 60 %)", fontsize=8)
+        axis.set_ylim(-0.7, len(rows) - 0.3)
+        unit = "nats of loss" if panel == "loss" else "points of accuracy"
+        axis.set_xlabel(f"{unit} better than fewer_samples at the budget (plain: 60%)", fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

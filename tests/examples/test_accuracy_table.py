@@ -67,6 +67,7 @@ def test_a_starred_row_runs_more_steps(accuracy_table, file_of):
 
 
 def test_the_picture_shows_rows_with_intervals(accuracy_table, file_of, tmp_path):
-    path = file_of({("fewer_samples", 0.6, 1e-3): [50, 60], ("importance", 0.6, 1e-3): [51, 62]})
+    runs = {("fewer_samples", 0.6, 1e-3): [50, 60], ("importance", 0.6, 1e-3): [51, 62], ("moe", 0.6, 1e-3): [20, 21]}
+    path = file_of(runs)
     accuracy_table.plot(accuracy_table.load([path]), str(tmp_path / "x.png"))
     assert imread(tmp_path / "x.png").std() > 0
