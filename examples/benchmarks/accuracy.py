@@ -136,6 +136,7 @@ def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespa
         "value": result, "seconds": seconds, "cpu_seconds": cpu_seconds, "scoring_seconds": scoring.seconds,
         "planning_seconds": planning.seconds, "compute_ratio": log["compute_ratio"],
         "flops": trainer.state.total_flos, "size": args.size, "label_noise": args.label_noise,
+        "micro_batches": args.micro_batches, "micro_batch_size": args.micro_batch_size,
     }  # fmt: skip
 
 
