@@ -84,6 +84,7 @@ def plot(curves: dict[int, dict[tuple[str, float], Curve]], path: str) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.6), sharey=True, squeeze=False)
     rows = list(dict.fromkeys(row for found in curves.values() for row in found))
@@ -92,6 +93,9 @@ def plot(curves: dict[int, dict[tuple[str, float], Curve]], path: str) -> None:
             color = "0.3" if row[0] == "plain" else f"C{rows.index(row)}"
             axis.plot(*zip(*sorted(curve.values()), strict=True), "o-", color=color, markersize=4, label=name(row))
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_title(f"{samples} training samples", fontsize=9)
         axis.set_xlabel("processor seconds, all included", fontsize=8)
         axis.grid(alpha=0.3, which="both")
