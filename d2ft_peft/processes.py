@@ -36,8 +36,8 @@ def all_reduce(values: np.ndarray, operation: Any = None) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
-def gather_samples(indices: np.ndarray, values: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Samples and their scores from all processes; some may have fewer."""
+def gather_samples(indices: np.ndarray, values: dict[Any, np.ndarray]) -> tuple[np.ndarray, dict[Any, np.ndarray]]:
+    """Samples and their scores, by any key, from all processes; some may have fewer."""
     if world_size() == 1:
         return indices, values
     rows = np.stack([indices.astype(np.float64), *values.values()])

@@ -21,6 +21,7 @@ from scipy import stats
 
 JUDGES = ("fewer_steps", "fewer_samples")
 FAR_BELOW = -8.0
+"""Points on `fewer_samples` below which a row stands in a panel of its own."""
 PREFACE = """# Accuracy, row by row
 
 Every run of `examples/benchmarks/results/accuracy/`; what follows from them stands in

@@ -59,10 +59,7 @@ def seconds_to(accuracy: float, curve: Curve) -> float | None:
 
 
 def name(row: tuple[str, float]) -> str:
-    policy, _, fields = row[0].partition(":")
-    if policy == "plain":
-        return policy
-    return f"{policy}, {fields.replace(',', ', ')}" if "num_full" in fields else f"{policy} {row[1]:.0%}"
+    return row[0] if row[0] == "plain" else f"{row[0].replace(':', ', ')} {row[1]:.0%}"
 
 
 def table(curves: dict[int, dict[tuple[str, float], Curve]]) -> str:

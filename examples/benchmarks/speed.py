@@ -1,7 +1,7 @@
 """Seconds, FLOPs and memory of training steps: D2FT beside plain fine-tuning, LoRA, LoRA-FA, checkpointing and BAdam.
 
     python examples/benchmarks/speed.py --preset quick      # about 8 minutes on 2 cores
-    python examples/benchmarks/speed.py --preset cpu        # about half an hour
+    python examples/benchmarks/speed.py --preset cpu        # an hour or two
     python examples/benchmarks/speed.py --preset llama --device cuda --bf16
     python examples/benchmarks/speed.py --cells vit_small:8:12 --schedules spread --budgets 0.6 --peers
 
