@@ -1,13 +1,11 @@
 """D2FT (arXiv 2504.12471) for the Hugging Face ecosystem: fine-tuning that runs part of the model per micro-batch."""
 
-from .callback import D2FTCallback
-from .config import D2FTConfig
 from .partition import Architecture, BranchSpec, partition_model, register_architecture
-from .peft_type import D2FTType, register
-from .planner import D2FTPlanner
+from .planning import D2FTPlanner
 from .schedule import Operation, Schedule, register_policy
-from .trainer import D2FTTrainer, D2FTTrainerMixin
-from .tuners import D2FTLoraModel, D2FTModel
+from .training import D2FTCallback, D2FTTrainer, D2FTTrainerMixin
+from .tuners import D2FTConfig, D2FTLoraModel, D2FTModel
+from .tuners.peft_type import D2FTType, register
 from .version import __version__ as __version__
 
 

@@ -33,8 +33,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig,
 from transformers.trainer_callback import PrinterCallback
 
 from d2ft_peft import D2FTConfig, D2FTTrainer, partition_model
+from d2ft_peft.costs.flops import cost_model
+from d2ft_peft.costs.probe import probe_model
+from d2ft_peft.partition import base_model
 from d2ft_peft.report import format_table, plot_device_loads, plot_loss_curves, plot_schedule
-from d2ft_peft.tuners.flops import base_model, cost_model, probe_model
 
 
 MICRO_BATCHES, MICRO_BATCH_SIZE = 5, 16

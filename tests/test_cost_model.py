@@ -6,9 +6,10 @@ import torch
 from peft import get_peft_model
 
 from d2ft_peft import D2FTConfig, Operation
-from d2ft_peft.tuners import compile_plan, get_runtime
-from d2ft_peft.tuners.flop_counter import flop_counter
-from d2ft_peft.tuners.flops import cost_model, probe_model
+from d2ft_peft.costs.counter import flop_counter
+from d2ft_peft.costs.flops import cost_model
+from d2ft_peft.costs.probe import probe_model
+from d2ft_peft.engine import compile_plan, get_runtime
 from tests.models import TINY
 
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from d2ft_peft import D2FTConfig, D2FTType, register
-from d2ft_peft.tuners import D2FTLoraModel, D2FTModel, get_runtime
+from d2ft_peft.engine import get_runtime
+from d2ft_peft.tuners import D2FTLoraModel, D2FTModel
 from tests.tuners.cases import config_for, fresh, logits, same, trained
 
 
@@ -50,7 +51,7 @@ import importlib, d2ft_peft
 from peft import PeftConfig
 from tests.test_peft_type import MAPPINGS
 sizes = [len(mapping) for mapping in MAPPINGS]
-importlib.reload(importlib.import_module("d2ft_peft.peft_type"))
+importlib.reload(importlib.import_module("d2ft_peft.tuners.peft_type"))
 importlib.reload(d2ft_peft)
 assert [len(mapping) for mapping in MAPPINGS] == sizes
 assert PeftConfig.from_peft_type(peft_type="D2FT").peft_type == "D2FT"

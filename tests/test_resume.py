@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 
 from d2ft_peft import D2FTConfig, D2FTPlanner, D2FTTrainer
-from d2ft_peft.checkpoint import STATE_FILE, load_state
+from d2ft_peft.planning.state import STATE_FILE, load_state
 from tests.models import TINY
 from tests.test_trainer import adapt, arguments, assert_equal, samples, trained
 
@@ -82,7 +82,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, killed, case, monkeypat
     def never(*args):
         raise AssertionError("samples were scored again, by weights that have moved")
 
-    monkeypatch.setattr("d2ft_peft.trainer_data.score_samples", never)
+    monkeypatch.setattr("d2ft_peft.training.data.score_samples", never)
     assert_equal(train(killed / case, case, resume=True), whole)
 
 

@@ -10,9 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from d2ft_peft import D2FTCallback, D2FTConfig, D2FTPlanner, D2FTTrainer, partition_model
-from d2ft_peft.tuners import get_runtime
-from d2ft_peft.tuners.reference import reference_forward
+from d2ft_peft.engine import get_runtime
 from tests.models import TINY
+from tests.reference import reference_forward
 
 
 def samples(name="vit", n=24, seed=3):

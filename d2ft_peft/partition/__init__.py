@@ -1,7 +1,7 @@
 """What a subnet is: discovery of blocks, heads and projections in a transformers model."""
 
 from .architecture import Architecture, BranchSpec, register_architecture
-from .discovery import partition_model, unwrap
+from .discovery import base_model, partition_model, unwrap
 from .partition import Branch, FeatureLayout, Partition, Projection, Subnet
 
 
@@ -13,6 +13,7 @@ __all__ = [
     "Partition",
     "Projection",
     "Subnet",
+    "base_model",
     "partition_model",
     "register_architecture",
     "unwrap",

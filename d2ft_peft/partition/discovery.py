@@ -189,3 +189,8 @@ def _boundary(module: nn.Module, prefix: str, projections: set[str]) -> list[str
     return own + [
         path for name, child in children for path in _boundary(child, f"{prefix}.{name}".lstrip("."), projections)
     ]
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model under PEFT's wrapper, whose paths the partition names."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

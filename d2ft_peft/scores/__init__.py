@@ -3,8 +3,8 @@
 from .contribution import GRADIENT_SCORES, gradient_scores, weight_magnitude
 from .dataset import CANDIDATES_KEY, CandidateCollator, CandidateDataset, IndexedCollator, IndexedDataset, load_items
 from .live import LiveScores, live_score
+from .score_table import INDEX_KEY, ScoreTable, preserved_rng, score_samples
 from .source import ScoreSource
-from .table import INDEX_KEY, ScoreTable, preserved_rng, score_samples
 
 
 __all__ = [

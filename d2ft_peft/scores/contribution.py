@@ -23,10 +23,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..partition import Partition, Projection, unwrap
+from ..costs.probe import inference
+from ..engine.subset_linear import HeadAxis
+from ..partition import Partition, Projection, base_model, unwrap
 from ..tuners import D2FTLayer
-from ..tuners.flops import base_model, inference
-from ..tuners.subset_linear import HeadAxis
 
 
 # Elements of per-sample weight gradients that are held at a time (256 MiB in float32).

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
-from .table import INDEX_KEY
+from .score_table import INDEX_KEY
 
 
 CANDIDATES_KEY = "d2ft_candidates"

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
-from ..config import LIVE_SCORES
-from ..partition import Partition
+from ..partition import Partition, base_model
 from ..processes import gather_samples, world_size
-from ..tuners.flops import base_model
+from ..tuners.config import LIVE_SCORES
 from .contribution import GRADIENT_SCORES, weight_magnitude
 from .live import LiveScores, live_score
-from .table import INDEX_KEY, ScoreTable
+from .score_table import INDEX_KEY, ScoreTable
 
 
 class ScoreSource:

@@ -1,9 +1,9 @@
-"""The PEFT tuners and the execution of a schedule."""
+"""D2FT as PEFT methods: configuration, layer, and the tuners of the two variants."""
 
+from ..engine import compile_plan, get_runtime  # where 0.1 had them
+from .config import D2FTConfig
 from .layer import D2FTLayer
-from .model import D2FTLoraModel, D2FTModel, get_runtime
-from .plan import Plan, compile_plan
-from .runtime import Runtime
+from .model import D2FTLoraModel, D2FTModel
 
 
-__all__ = ["D2FTLayer", "D2FTLoraModel", "D2FTModel", "Plan", "Runtime", "compile_plan", "get_runtime"]
+__all__ = ["D2FTConfig", "D2FTLayer", "D2FTLoraModel", "D2FTModel", "compile_plan", "get_runtime"]

@@ -8,36 +8,14 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from torch import Tensor, nn
 
-from ..config import D2FTConfig
+from ..engine.intercept import Intercept, find_runtime
+from ..engine.projection import ProjectionForward
+from ..engine.region import RegionForward
+from ..engine.runtime import FeatureMean, Runtime, unbind_checkpointing
+from ..engine.touch_loss import TouchLoss
 from ..partition import Partition, partition_model
-from .intercept import Intercept
+from .config import D2FTConfig
 from .layer import D2FTLayer
-from .projection import ProjectionForward
-from .region import RegionForward
-from .runtime import FeatureMean, Runtime, unbind_checkpointing
-from .touch_loss import TouchLoss
-
-
-def get_runtime(model: nn.Module) -> Runtime:
-    """The runtime of a model that D2FT was applied to, through whatever wraps it.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    runtime = _find_runtime(model)
-    if runtime is None:
-        raise ValueError(
-            f"{type(model).__name__} is not a D2FT model; wrap it with get_peft_model(model, D2FTConfig(...))."
-        )
-    return runtime
-
-
-def _find_runtime(model: nn.Module) -> Runtime | None:
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, Intercept):
-            return forward.runtime
-    return None
 
 
 def _transformed_blocks(config: D2FTConfig, partition: Partition) -> set[int]:
@@ -60,7 +38,7 @@ class SubnetTuner(BaseTuner):
         Raises:
             ValueError: If the model cannot be cut, or PEFT refuses the config; adapters already there still work.
         """
-        self.runtime = _find_runtime(model) or Runtime()
+        self.runtime = find_runtime(model) or Runtime()
         partitions = self.runtime.partitions
         partitions[adapter_name] = partition_model(model, self.peft_config[adapter_name].heads_per_subnet)
         self._remove_interceptions()

@@ -25,7 +25,7 @@ from accelerate import PartialState
 from peft import get_peft_model
 
 from d2ft_peft import D2FTConfig
-from d2ft_peft.distributed import HeadParallel, load_head_parallel
+from d2ft_peft.head_parallel import HeadParallel, load_head_parallel
 
 
 MIB = 2**20

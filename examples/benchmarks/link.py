@@ -34,7 +34,7 @@ from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 
 from d2ft_peft import D2FTConfig, Schedule
-from d2ft_peft.distributed import HeadParallel
+from d2ft_peft.head_parallel import HeadParallel
 
 
 # Operations of the ten micro-batches, on all subnets alike: F(ULL), O (FORWARD_ONLY), S(HORTCUT).

@@ -41,7 +41,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from d2ft_peft import D2FTConfig, Schedule
-from d2ft_peft.distributed import HeadParallel, calibrate
+from d2ft_peft.head_parallel import HeadParallel, calibrate
 
 
 SCHEDULES = {

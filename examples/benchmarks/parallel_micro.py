@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d2ft_peft import Schedule
-from d2ft_peft.distributed import HeadParallel
-from d2ft_peft.distributed.branch import BranchForward
-from d2ft_peft.distributed.route import Residence
-from d2ft_peft.distributed.rows import Rows
+from d2ft_peft.head_parallel import HeadParallel
+from d2ft_peft.head_parallel.branch import BranchForward
+from d2ft_peft.head_parallel.exchange.route import Residence
+from d2ft_peft.head_parallel.exchange.rows import Rows
 
 
 def micro_measurements(parallel: HeadParallel, batches: list[dict], repeats: int = 5) -> dict[str, list]:

@@ -19,7 +19,7 @@ from simulate_plot import draw
 from step_time import build_model, make_batch
 
 from d2ft_peft import Schedule
-from d2ft_peft.distributed.simulate import (
+from d2ft_peft.simulate import (
     Cluster,
     Device,
     Link,

@@ -23,9 +23,10 @@ import torch
 import transformers as tf
 from matplotlib import pyplot as plt
 
-from d2ft_peft.distributed import balanced_capacities, place_subnets
-from d2ft_peft.distributed.planner import by_rank
-from d2ft_peft.distributed.simulate import (
+from d2ft_peft.head_parallel import balanced_capacities, place_subnets
+from d2ft_peft.head_parallel.rank_planner import by_rank
+from d2ft_peft.schedule import Budget, Problem, Schedule, get_policy
+from d2ft_peft.simulate import (
     Cluster,
     Device,
     Link,
@@ -36,7 +37,6 @@ from d2ft_peft.distributed.simulate import (
     tensor_parallel,
     workload_of_model,
 )
-from d2ft_peft.schedule import Budget, Problem, Schedule, get_policy
 
 
 DEVICE = Device(400e12, overhead=20e-6, row_bandwidth=200e9, memory=80e9)

@@ -37,8 +37,8 @@ from speed_table import CELL_KEYS
 from step_time import Variant, build_model, efficiency, flops_and_memory, make_batch, seconds, step_seconds
 
 from d2ft_peft import Operation, partition_model
+from d2ft_peft.engine import compile_plan
 from d2ft_peft.schedule import Budget, Problem, Schedule, get_policy
-from d2ft_peft.tuners import compile_plan
 
 
 BLOCKS = 12

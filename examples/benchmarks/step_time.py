@@ -31,9 +31,9 @@ from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
 from d2ft_peft import D2FTConfig, partition_model
+from d2ft_peft.costs.counter import flop_counter
+from d2ft_peft.engine import Plan, compile_plan, get_runtime
 from d2ft_peft.schedule import Budget, Problem, get_policy
-from d2ft_peft.tuners import Plan, compile_plan, get_runtime
-from d2ft_peft.tuners.flop_counter import flop_counter
 
 
 def build_model(args: argparse.Namespace) -> torch.nn.Module:

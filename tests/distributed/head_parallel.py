@@ -12,7 +12,7 @@ import torch.distributed as dist
 from peft import get_peft_model
 
 from d2ft_peft import D2FTConfig, D2FTPlanner, Schedule, partition_model
-from d2ft_peft.distributed import HeadParallel
+from d2ft_peft.head_parallel import HeadParallel
 from tests.models import TINY
 from tests.tuners.cases import MODES
 

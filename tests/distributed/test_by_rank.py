@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from d2ft_peft.distributed.planner import by_rank
+from d2ft_peft.head_parallel.rank_planner import by_rank
 from d2ft_peft.schedule import Budget, Problem, get_policy
 
 

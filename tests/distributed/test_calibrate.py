@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2ft_peft.distributed import HeadParallel, balanced_capacities, calibrate
-from d2ft_peft.distributed.branch import BranchForward
+from d2ft_peft.head_parallel import HeadParallel, balanced_capacities, calibrate
+from d2ft_peft.head_parallel.branch import BranchForward
 from tests.distributed.head_parallel import Case, batches_of, join, model_of, rank
 from tests.distributed.launch import run
 from tests.distributed.test_head_parallel_use import message

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2ft_peft.distributed import HeadParallel, ranks
-from d2ft_peft.distributed.rows import Rows
+from d2ft_peft.head_parallel import HeadParallel
+from d2ft_peft.head_parallel.exchange import ranks
+from d2ft_peft.head_parallel.exchange.rows import Rows
 from tests.distributed.head_parallel import Case, batches_of, join, model_of, random_schedule, rank
 from tests.distributed.launch import run
 

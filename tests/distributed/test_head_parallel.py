@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel
 
 from d2ft_peft import D2FTConfig
-from d2ft_peft.distributed import HeadParallel
-from d2ft_peft.distributed.ranks import Ranks
-from d2ft_peft.distributed.rows import Arriving, Rows
+from d2ft_peft.head_parallel import HeadParallel
+from d2ft_peft.head_parallel.exchange.ranks import Ranks
+from d2ft_peft.head_parallel.exchange.rows import Arriving, Rows
 from tests.distributed.head_parallel import (
     Case,
     adapter_of,

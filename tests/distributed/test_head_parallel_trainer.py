@@ -12,8 +12,8 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer
 
 from d2ft_peft import D2FTCallback, D2FTConfig, D2FTTrainer, Operation, Schedule, register_policy
-from d2ft_peft.distributed import HeadParallel
-from d2ft_peft.distributed.checkpoint import OPTIMIZER_FILE
+from d2ft_peft.head_parallel import HeadParallel
+from d2ft_peft.head_parallel.storage.optimizer_state import OPTIMIZER_FILE
 from d2ft_peft.schedule.policies import registry
 from tests.distributed.head_parallel import Case, adapter_of, batches_of, model_of
 from tests.distributed.launch import run

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from d2ft_peft import D2FTConfig, D2FTPlanner, D2FTTrainer, Operation
-from d2ft_peft.distributed import HeadParallel
+from d2ft_peft.engine import get_runtime
+from d2ft_peft.head_parallel import HeadParallel
 from d2ft_peft.scores import INDEX_KEY, score_samples
-from d2ft_peft.tuners import get_runtime
 from tests.distributed.head_parallel import Case, batches_of, join, model_of, random_schedule, rank
 from tests.distributed.launch import run
 

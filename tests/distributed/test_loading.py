@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from d2ft_peft import D2FTConfig, partition_model
-from d2ft_peft.distributed import HeadParallel, load_head_parallel, loading
+from d2ft_peft.head_parallel import HeadParallel, load_head_parallel
+from d2ft_peft.head_parallel.storage import loading
 from tests.distributed.head_parallel import join
 from tests.distributed.launch import run
 from tests.distributed.test_head_parallel_use import message

@@ -14,8 +14,9 @@ from peft import get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 
 from d2ft_peft import D2FTConfig, Schedule
-from d2ft_peft.distributed import HeadParallel, load_head_parallel, ranks
-from d2ft_peft.distributed.rows import Rows
+from d2ft_peft.head_parallel import HeadParallel, load_head_parallel
+from d2ft_peft.head_parallel.exchange import ranks
+from d2ft_peft.head_parallel.exchange.rows import Rows
 from d2ft_peft.scores import INDEX_KEY, ScoreTable
 from tests.distributed.head_parallel import (
     Case,

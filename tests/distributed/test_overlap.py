@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from d2ft_peft import Schedule, partition_model
-from d2ft_peft.distributed import HeadParallel, place_subnets
-from d2ft_peft.distributed.branch import BranchForward
-from d2ft_peft.distributed.route import Residence, choose_homes, make_routes, make_waves
-from d2ft_peft.distributed.rows import Arriving, Rows
-from d2ft_peft.distributed.step import Step
+from d2ft_peft.head_parallel import HeadParallel, place_subnets
+from d2ft_peft.head_parallel.branch import BranchForward
+from d2ft_peft.head_parallel.exchange.route import Residence, choose_homes, make_routes, make_waves
+from d2ft_peft.head_parallel.exchange.rows import Arriving, Rows
+from d2ft_peft.head_parallel.step import Step
 from tests.distributed.head_parallel import (
     Case,
     batches_of,

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from d2ft_peft import Operation, Schedule, partition_model
-from d2ft_peft.distributed import place_subnets
-from d2ft_peft.distributed.placement import heads_by_rank
-from d2ft_peft.distributed.route import Residence, choose_homes, make_routes
+from d2ft_peft.head_parallel import place_subnets
+from d2ft_peft.head_parallel.exchange.route import Residence, choose_homes, make_routes
+from d2ft_peft.head_parallel.placement import heads_by_rank
 from tests.models import TINY
 
 

@@ -8,8 +8,8 @@ import torch
 from accelerate.utils import DistributedType
 
 from d2ft_peft import D2FTPlanner, D2FTTrainer
-from d2ft_peft.data_parallel import Pace, Shares, shares
 from d2ft_peft.schedule import Budget
+from d2ft_peft.unequal import Pace, Shares, shares
 from tests.test_trainer import adapt, arguments, doubles, samples
 
 

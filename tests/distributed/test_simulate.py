@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from d2ft_peft import Schedule, partition_model
-from d2ft_peft.distributed import HeadParallel, place_subnets
-from d2ft_peft.distributed.simulate import (
+from d2ft_peft.costs.flops import cost_model
+from d2ft_peft.costs.probe import probe_model
+from d2ft_peft.head_parallel import HeadParallel, place_subnets
+from d2ft_peft.head_parallel.exchange.traffic import BACKWARD, FORWARD
+from d2ft_peft.simulate import (
     Cluster,
     Device,
     Link,
@@ -19,8 +22,6 @@ from d2ft_peft.distributed.simulate import (
     tensor_parallel,
     workload_of_model,
 )
-from d2ft_peft.distributed.traffic import BACKWARD, FORWARD
-from d2ft_peft.tuners.flops import cost_model, probe_model
 from tests.distributed.head_parallel import Case, batches_of, join, model_of, random_schedule
 from tests.distributed.launch import run
 from tests.models import TINY

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2ft_peft import D2FTConfig
-from d2ft_peft.distributed import HeadParallel, Traffic
+from d2ft_peft.head_parallel import HeadParallel, Traffic
 from tests.distributed.head_parallel import join
 from tests.distributed.launch import run
 from tests.models import TINY

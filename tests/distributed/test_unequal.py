@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from d2ft_peft import D2FTPlanner, D2FTTrainer, Schedule
-from d2ft_peft.data_parallel import Pace, Shares
 from d2ft_peft.scores import INDEX_KEY, LiveScores
+from d2ft_peft.unequal import Pace, Shares
 from tests.distributed.launch import run
 from tests.test_trainer import adapt, arguments, assert_close, doubles, samples, trained
 

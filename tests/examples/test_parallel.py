@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from d2ft_peft.distributed.simulate import Cluster, Device
+from d2ft_peft.simulate import Cluster, Device
 
 
 ROOT = Path(__file__).parents[2]

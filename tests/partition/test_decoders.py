@@ -8,8 +8,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from d2ft_peft import partition_model
-from d2ft_peft.tuners import compile_plan, get_runtime
-from d2ft_peft.tuners.reference import reference_forward
+from d2ft_peft.engine import compile_plan, get_runtime
+from tests.reference import reference_forward
 from tests.tuners.test_equality import d2ft_model, gradients, plain_twin, random_rows, step
 
 

@@ -7,10 +7,10 @@ import transformers as tf
 from torch import nn
 
 from d2ft_peft import Architecture, BranchSpec, partition_model, register_architecture
+from d2ft_peft.engine import compile_plan, get_runtime
 from d2ft_peft.partition import FeatureLayout, Projection, architecture
-from d2ft_peft.tuners import compile_plan, get_runtime
-from d2ft_peft.tuners.reference import reference_forward
 from tests.models import TINY
+from tests.reference import reference_forward
 from tests.tuners.cases import fresh, plain_model
 from tests.tuners.test_equality import assert_same_gradients, d2ft_model, plain_twin, random_rows, step
 

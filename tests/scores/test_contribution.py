@@ -6,8 +6,8 @@ import torch
 from peft import get_peft_model
 
 from d2ft_peft import D2FTConfig
+from d2ft_peft.engine import get_runtime
 from d2ft_peft.scores import GRADIENT_SCORES, gradient_scores, weight_magnitude
-from d2ft_peft.tuners import get_runtime
 from tests.models import TINY
 
 

@@ -11,9 +11,9 @@ import torch
 from peft import get_peft_model
 
 from d2ft_peft import D2FTConfig
-from d2ft_peft.tuners import compile_plan, get_runtime
-from d2ft_peft.tuners.intercept import Intercept
-from d2ft_peft.tuners.runtime import PlannedCheckpoint
+from d2ft_peft.engine import compile_plan, get_runtime
+from d2ft_peft.engine.intercept import Intercept
+from d2ft_peft.engine.runtime import PlannedCheckpoint
 from tests.models import TINY
 
 

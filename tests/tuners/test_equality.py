@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from d2ft_peft import D2FTConfig, Operation, partition_model
-from d2ft_peft.tuners import compile_plan, get_runtime
-from d2ft_peft.tuners.reference import reference_forward
+from d2ft_peft.engine import compile_plan, get_runtime
 from tests.models import TINY
+from tests.reference import reference_forward
 
 
 LORA = {"r": 4, "lora_alpha": 8, "init_lora_weights": False}

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from d2ft_peft import Operation, partition_model
-from d2ft_peft.tuners import D2FTLayer, compile_plan, get_runtime, projection
-from d2ft_peft.tuners.plan import Heads
-from d2ft_peft.tuners.reference import reference_forward
-from d2ft_peft.tuners.runtime import Run
+from d2ft_peft.engine import compile_plan, get_runtime, projection
+from d2ft_peft.engine.plan import Heads
+from d2ft_peft.engine.runtime import Run
+from d2ft_peft.tuners import D2FTLayer
 from tests.models import TINY
+from tests.reference import reference_forward
 from tests.tuners.test_equality import (
     assert_same_gradients,
     d2ft_model,

@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from d2ft_peft import partition_model
-from d2ft_peft.tuners import compile_plan, get_runtime
-from d2ft_peft.tuners.reference import reference_forward
+from d2ft_peft.engine import compile_plan, get_runtime
 from tests.models import TINY
+from tests.reference import reference_forward
 from tests.tuners.cases import SOME_TARGETS, fresh
 from tests.tuners.test_equality import LORA, assert_same_gradients, d2ft_model, random_rows, step
 

@@ -9,7 +9,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from d2ft_peft import D2FTConfig, partition_model
-from d2ft_peft.tuners import compile_plan, get_runtime
+from d2ft_peft.engine import compile_plan, get_runtime
 from tests.models import TINY
 from tests.tuners.cases import (
     CASES,

@@ -22,7 +22,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 
 from d2ft_peft import D2FTConfig
-from d2ft_peft.tuners import get_runtime
+from d2ft_peft.engine import get_runtime
 from tests.models import TINY
 from tests.tuners.cases import (
     CASES,

@@ -4,7 +4,7 @@ import numpy as np
 
 from ..knapsack import FORBIDDEN, top
 from ..operations import Operation
-from ..placement import choose_per_device
+from ..per_device import choose_per_device
 from ..problem import Problem
 from ..schedule import Schedule
 from .registry import register_policy

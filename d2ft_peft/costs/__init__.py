@@ -1,0 +1,8 @@
+"""What a model costs: the FLOPs of its subnets, as foreseen from its shapes and as counted while it runs."""
+
+from .counter import flop_counter
+from .flops import cost_model
+from .probe import Probe, inference, probe_model
+
+
+__all__ = ["Probe", "cost_model", "flop_counter", "inference", "probe_model"]

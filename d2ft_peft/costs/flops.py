@@ -1,0 +1,95 @@
+"""The cost model of a model: the FLOPs of its subnets from their shapes, and of what lies around them by one look."""
+
+from __future__ import annotations
+
+import numpy as np
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from ..partition import Branch, Partition, Projection, base_model
+from ..schedule import CostModel
+from ..tuners.layer import D2FTLayer
+from .probe import Probe
+
+
+# Backward FLOPs of the attention products per forward FLOP: fused kernels compute the scores a second time.
+_ATTENTION_BACKWARD = {"eager": 2.0}
+_FUSED_ATTENTION_BACKWARD = 2.5
+
+
+def cost_model(
+    model: nn.Module, partition: Partition, probe: Probe, forward_only_cost: float | None = None
+) -> CostModel:
+    """FLOPs per sample of a model's subnets, full fine-tuning and LoRA alike, as its layers are now.
+
+    A linear layer of I inputs and O outputs takes 2 I O FLOPs per token forward, as many for the gradient of its
+    input, and as many again for that of its weight where it trains; attention takes 4 T d per token and head forward.
+
+    Args:
+        model: The adapted (or plain) model.
+        partition: Its subnets.
+        probe: What one sample showed, see `probe_model`.
+        forward_only_cost: Relative cost of FORWARD_ONLY to make schedules with, instead of the model's own.
+    """
+    base, tokens = base_model(model), probe.sequence_length
+    blocks, shape = partition.subnet_blocks, len(partition.blocks)
+    attention_backward = _ATTENTION_BACKWARD.get(model.config._attn_implementation, _FUSED_ATTENTION_BACKWARD)
+    per_head = {name: np.zeros(shape) for name in ("forward", "backward", "entry")}
+    shared = {name: np.zeros(shape) for name in ("forward", "backward", "entry")}
+    for branch in partition.branches:
+        products = 4.0 * tokens * branch.query_width
+        per_head["forward"][branch.block] += products
+        per_head["backward"][branch.block] += products * attention_backward
+        for projection in branch.projections:
+            _add_projection(base, branch, projection, per_head, shared)
+    heads = np.array([len(subnet.heads) for subnet in partition.subnets])
+    below_trains = any(p.requires_grad for name in _below(partition) for p in base.get_submodule(name).parameters())
+    return CostModel(
+        blocks=blocks,
+        forward=tokens * per_head["forward"][blocks] * heads,
+        backward=tokens * per_head["backward"][blocks] * heads,
+        entry_gradient=tokens * per_head["entry"][blocks] * heads,
+        shared_forward=tokens * shared["forward"],
+        shared_backward=tokens * shared["backward"],
+        shared_entry_gradient=tokens * shared["entry"],
+        below_forward=sum(flops for flops, _ in probe.below),
+        below_backward=sum(flops for flops, trains in probe.below if trains),
+        above_forward=sum(flops for flops, _ in probe.above),
+        above_weight_gradient=sum(flops for flops, trains in probe.above if trains),
+        above_input_gradient=sum(flops for flops, _ in probe.above),
+        below_trains=below_trains,
+        forward_only_cost=forward_only_cost,
+    )
+
+
+def _add_projection(base: nn.Module, branch: Branch, projection: Projection, per_head: dict, shared: dict) -> None:
+    """Add one projection's FLOPs per token: what one head owns, and what its block computes once per pass."""
+    module, block = base.get_submodule(projection.name), branch.block
+    dense = 2.0 * projection.in_features * projection.out_features / branch.heads
+    is_entry = branch.name == "attention" and projection.kind == "column"
+    trains = isinstance(module, D2FTLayer) and any(p.requires_grad for p in module.parameters())
+    trains = trains or (not isinstance(module, D2FTLayer | LoraLayer) and module.weight.requires_grad)
+    per_head["forward"][block] += dense
+    per_head["backward"][block] += dense * (1 + trains)
+    per_head["entry"][block] += dense * is_entry
+    if not isinstance(module, LoraLayer):
+        return
+    for adapter in module.active_adapters:
+        if adapter not in module.lora_A:
+            continue
+        rank, column = module.r[adapter], projection.kind == "column"
+        owned, common = (
+            2.0 * rank * size for size in (projection.out_features, projection.in_features)[:: 1 if column else -1]
+        )
+        per_head["forward"][block] += owned / branch.heads
+        per_head["backward"][block] += 2 * owned / branch.heads
+        shared["forward"][block] += common
+        shared["backward"][block] += 2 * common
+        shared["entry"][block] += common * is_entry
+
+
+def _below(partition: Partition) -> list[str]:
+    """Boundary modules before the blocks: those that the first block's boundary follows in the model's own order."""
+    inside = (i for i, name in enumerate(partition.boundary) if name.startswith(partition.blocks[0] + "."))
+    first = next(inside, 0)
+    return list(partition.boundary[:first])

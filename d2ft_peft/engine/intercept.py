@@ -1,0 +1,67 @@
+"""What stands before a module's own forward.
+
+An interception is an attribute of the module instance: state-dict keys, class and parameters stay as they are, and it
+travels with deepcopy and pickle, because it holds modules, runtime and other interceptions by reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .runtime import Runtime
+
+
+class Intercept:
+    """Stands before the forward of one module.
+
+    Attributes:
+        module: The module.
+        runtime: The state shared by all D2FT modules of the model.
+    """
+
+    def __init__(self, module: nn.Module, runtime: Runtime):
+        self.module, self.runtime = module, runtime
+        self._previous = None
+
+    def install(self) -> None:
+        """Take the place of the module's forward."""
+        self._previous = self.module.__dict__.get("forward")
+        self.module.forward = self
+
+    def remove(self) -> None:
+        """Give the module its own forward back."""
+        if self._previous is None:
+            del self.module.forward
+        else:
+            self.module.forward = self._previous
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward."""
+        if self._previous is not None:
+            return self._previous(*args, **kwargs)
+        # Looked up on the class: a bound method would come back from pickle as this interception.
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def get_runtime(model: nn.Module) -> Runtime:
+    """The runtime of a model that D2FT was applied to, through whatever wraps it.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    runtime = find_runtime(model)
+    if runtime is None:
+        raise ValueError(
+            f"{type(model).__name__} is not a D2FT model; wrap it with get_peft_model(model, D2FTConfig(...))."
+        )
+    return runtime
+
+
+def find_runtime(model: nn.Module) -> Runtime | None:
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, Intercept):
+            return forward.runtime
+    return None

@@ -1,0 +1,314 @@
+"""Training with subnets that live on different processes.
+
+state = accelerate.PartialState()                      # under torchrun or accelerate launch
+model = get_peft_model(model, D2FTConfig(head_parallel=True, compute_budget=0.6))
+parallel = HeadParallel(model)                         # this process keeps its own heads only
+optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+for batches in steps:                                  # the same micro-batches on every process
+    loss = parallel.forward_backward(batches)
+    parallel.clip_grad_norm_(1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+parallel.save_pretrained("adapter")                    # whole, by the first process
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..partition import base_model
+from ..planning.micro_batch import batch_size
+from ..schedule import Schedule
+from ..scores import INDEX_KEY
+from .branch import BranchForward
+from .exchange.gradients import Gradients, checksum
+from .exchange.mesh import replicas
+from .exchange.ranks import Ranks
+from .exchange.route import Residence, choose_homes, make_routes
+from .exchange.timeline import Timeline
+from .exchange.traffic import Traffic
+from .placement import heads_by_rank
+from .rank_planner import HeadParallelPlanner
+from .stack import BlockStack, concatenate
+from .step import Step
+from .storage.saving import SavingMixin
+from .storage.shard import cut_model, shards_of
+
+
+class HeadParallel(SavingMixin):
+    """D2FT as the paper has it (arXiv 2504.12471, section 3): each rank owns subnets, and rows travel to them.
+
+    Every rank calls everything here, with the same arguments. The constructor cuts the model: each rank keeps the
+    weights, gradients and (in an optimizer made afterwards) optimizer state of its own heads, and a copy of what
+    belongs to no head. At inference, under ``torch.no_grad()``, the model is called on all ranks with the same batch.
+
+    Args:
+        model: A model wrapped with ``D2FTConfig(head_parallel=True)``, with the same weights on every rank.
+        num_micro_batches: Micro-batches of a usual step; by default those of the first.
+        timeout: How long an exchange may wait for another rank before it fails. NCCL keeps to it only with
+            ``TORCH_NCCL_BLOCKING_WAIT=1``.
+        before_cut: Called with the planner while the model is still whole; may put scores that take a pass over the
+            data into its ``scores``.
+        mesh: With axes ``"data"`` and ``"heads"``: the ranks on the heads axis share out the heads of one replica of
+            the model, and replicas have micro-batches of their own. By default all ranks share out one model.
+        overlap: In how many waves the rows of a branch travel while heads run on other rows; 0 to wait for all rows
+            before any head runs.
+
+    Attributes:
+        model: The model.
+        planner: Makes the schedules; its ``pop_logs`` tells what was executed.
+        overlap: See above; may change between steps, on all ranks alike.
+
+    Raises:
+        ValueError: If the processes, the configuration or the weights do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_micro_batches: int | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+        before_cut: Callable[[HeadParallelPlanner], None] | None = None,
+        mesh: DeviceMesh | None = None,
+        overlap: int = 2,
+    ):
+        _check_processes()
+        numbers = replicas(mesh)
+        _check_model(model, numbers.shape[1])
+        if not isinstance(overlap, int) or overlap < 0:
+            raise ValueError(f"overlap={overlap!r} must be a number of waves, or 0 to wait for all rows.")
+        base = base_model(model)
+        self.model, self.overlap = model, overlap
+        self._ranks = Ranks(timeout, next(model.parameters()).device, numbers)
+        self.planner = HeadParallelPlanner(model, self._ranks, num_micro_batches)
+        partition, ranks = self.planner.partition, self.planner.ranks_of_subnets
+        self._shards = shards_of(base, partition, ranks)
+        # What was loaded as a part is another one on every rank.
+        parts = {id(s.tensor) for s in self._shards if not s.is_whole(s.tensor.shape)}
+        weights = [checksum(p) for p in model.parameters() if id(p) not in parts]
+        self._check_same("weights", weights, "set the same seed before building the model on every rank "
+                         "(transformers.set_seed), or load the same checkpoint")  # fmt: skip
+        if before_cut is not None:
+            _check_whole(not parts, self.planner.source.before_training)
+            before_cut(self.planner)
+        model.base_model._remove_interceptions()
+        model.zero_grad()  # gradients of the whole model fit no part of it
+        cut_model(self._shards, self._ranks.rank)
+        self._branches = []
+        for branch in partition.branches:
+            heads = heads_by_rank(partition, ranks, branch.block)[self._ranks.rank]
+            forward = BranchForward(base, branch, self._shards, self._ranks, len(heads))
+            forward.install()
+            self._branches.append(forward)
+        self._stack = BlockStack(model, [base.get_submodule(name) for name in partition.blocks])
+        projections = [base.get_submodule(name) for name in partition.projections]
+        self._gradients = Gradients(model, projections, self._shards, self._ranks)
+        self._guard_parts()
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes that this rank sent and received."""
+        return self._ranks.traffic
+
+    @property
+    def timeline(self) -> Timeline:
+        """When this rank computed and when its exchanges were under way, if it is switched on."""
+        return self._ranks.timeline
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters that this rank holds."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def forward_backward(
+        self,
+        batches: list[dict[str, Any]],
+        schedule: Schedule | None = None,
+        backward: Callable[[dict[str, Any], float], Tensor] | None = None,
+    ) -> Tensor:
+        """Run one optimizer step's micro-batches; gradients are complete afterwards, and add to those that are there.
+
+        Args:
+            batches: The micro-batches, the same on every rank of a replica, with labels; samples of all have the same
+                length.
+            schedule: Its operations; by default the planner makes it.
+            backward: For a loss that is not the model's own mean. It gets a micro-batch and its share of the samples
+                that run, calls the model (whose blocks have run then) and ``backward`` on its part of the step's loss,
+                and returns this part, detached.
+
+        Returns:
+            The step's loss, by default the mean over the samples that ran in all replicas; the same on every rank.
+
+        Raises:
+            ValueError: If ranks differ in their schedules or batches, or these do not fit; no rank has begun then.
+            RuntimeError: If another rank dies or takes longer than the timeout.
+        """
+        self._ranks.step += 1
+        if not self.model.training:
+            raise ValueError("model.training=False: forward_backward trains; call model.train() first.")
+        if any(getattr(block, "gradient_checkpointing", False) for block in self._stack.blocks):
+            raise ValueError(
+                "gradient checkpointing would repeat every exchange in backward and is not available under "
+                "head_parallel=True; call model.gradient_checkpointing_disable()."
+            )
+        numbers = len(batches), self.overlap
+        self._check_same("numbers of micro-batches or of waves", numbers, "give every rank as many, and one overlap")
+        schedule = self.planner.plan(batches) if schedule is None else schedule
+        batches = [{key: value for key, value in batch.items() if key != INDEX_KEY} for batch in batches]
+        self._check_step(batches, schedule)
+        ran = np.flatnonzero(~schedule.skipped)
+        batches = [batches[i] for i in ran]
+        sizes = tuple(batch_size(batch) for batch in batches)
+        routes = make_routes(self.planner.partition, schedule, self.planner.ranks_of_subnets)
+        rescale = self.planner.config.shortcut == "rescale"
+        residence = Residence(sizes, choose_homes(routes, sizes))
+        ranks, subnets = self._ranks, schedule.num_subnets
+        step = Step(residence, ranks.rank, routes, subnets, rescale, self.overlap, ranks.device)
+        samples = float(ranks.sum_array(np.array([sum(sizes)]), "check", "before the blocks", "data")[0])
+        with self._gradients.of_one_step():
+            loss = self._run(step, batches, samples, backward or self._backward)
+            loss, operations = self._gradients.reduce(loss, step.operations)
+        self._note(schedule, ran, operations)
+        return loss
+
+    def _run(
+        self,
+        step: Step,
+        batches: list[dict[str, Any]],
+        samples: float,
+        backward: Callable[[dict[str, Any], float], Tensor],
+    ) -> Tensor:
+        """Forward and backward of the micro-batches that live here, and of this rank's heads for all.
+
+        Args:
+            step: The step.
+            batches: Its running micro-batches.
+            samples: How many samples run, in all replicas.
+            backward: See `forward_backward`.
+        """
+        stack, own = self._stack, step.own
+        with torch.no_grad():
+            _, of_all = stack.enter(concatenate(batches))
+        # A rank on which nothing lives has to know what the rows look like all the same.
+        entered = [stack.enter(batches[i]) for i in own or [0]]
+        of_one, size = entered[0][1], step.sizes[own[0] if own else 0]
+        inputs = [step.learn(all_, one, size) for all_, one in zip(of_all, of_one, strict=True)]
+        hidden = torch.cat([h for h, _ in entered]) if own else entered[0][0][:0]
+        for branch in self._branches:
+            branch.step = step
+        try:
+            out = stack.run(hidden, inputs)
+            end = out.detach().requires_grad_()
+            loss, first = torch.zeros((), dtype=torch.float64, device=out.device), 0
+            for i in own:
+                part = end.narrow(0, first, step.sizes[i])
+                first += step.sizes[i]
+                with stack.leaving(part):
+                    loss += backward(batches[i], step.sizes[i] / samples)
+            if out.requires_grad:
+                torch.autograd.backward(out, torch.zeros_like(out) if end.grad is None else end.grad)
+            return loss
+        finally:
+            for branch in self._branches:
+                branch.step = None
+
+    def _backward(self, batch: dict[str, Any], share: float) -> Tensor:
+        """Task head, loss, and their backward, of one micro-batch; returns its share of the mean loss."""
+        loss = getattr(self.model(**batch), "loss", None)
+        if loss is None:
+            raise ValueError(f"the model returned no loss for a batch with keys {sorted(batch)}; give labels in it.")
+        loss = loss * share
+        loss.backward()
+        return loss.detach()
+
+    def _note(self, schedule: Schedule, ran: np.ndarray, operations: np.ndarray) -> None:
+        """Let the planner's logs know what was executed."""
+        executed = np.zeros_like(schedule.operations)
+        executed[ran] = operations
+        devices = self.planner.ranks_of_subnets
+        self.planner.executed.append(
+            Schedule(executed, schedule.weights, devices, schedule.costs, None, schedule.blocks)
+        )
+        self.traffic.steps += 1
+
+    def _check_step(self, batches: list[dict[str, Any]], schedule: Schedule) -> None:
+        expected = (len(batches), self.planner.partition.num_scheduled)
+        problem = None
+        if schedule.operations.shape != expected:
+            problem = f"schedule has shape {schedule.operations.shape} instead of {expected} [micro-batches, subnets]"
+        elif schedule.skipped.all():
+            problem = "schedule is SHORTCUT everywhere, so nothing would train; give it FULL cells"
+        # Looked at on every rank before anyone speaks: one rank's own error must not leave the others waiting.
+        tensors = [v for batch in batches for _, v in sorted(batch.items()) if isinstance(v, Tensor)]
+        self._check_same("schedules", [schedule.digest()], "make them from the same numbers and the same seed")
+        self._check_same("micro-batches", [(tuple(t.shape), checksum(t)) for t in tensors], "give every rank of a "
+                         "replica the same ones (no sampler or data loader that shares them out over all "
+                         "processes)", in_replica=True)  # fmt: skip
+        if problem:
+            raise ValueError(f"{problem}.")
+
+    def _check_same(self, what: str, value: Any, advice: str, in_replica: bool = False) -> None:
+        ranks = self._ranks
+        found, numbers = ranks.fingerprints(repr(value).encode()), ranks.numbers
+        lines = zip(numbers, found, strict=True) if in_replica else [(numbers.flatten(), found.flatten())]
+        problems = [
+            f"on rank {', '.join(map(str, line[of_line != of_line[0]]))} differ from those on rank {line[0]}"
+            for line, of_line in lines
+            if (of_line != of_line[0]).any()
+        ]
+        if problems:
+            raise ValueError(f"the {what} {', and '.join(problems)}; {advice}.")
+        if in_replica and len(found) > 1 and (found == found[0]).all():
+            warnings.warn(f"all {len(found)} replicas have the same {what}; give each its own.", stacklevel=4)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale gradients down to a norm over all ranks; `torch.nn.utils.clip_grad_norm_` would see one rank's only.
+
+        Args:
+            max_norm: Largest norm that is left as it is.
+
+        Returns:
+            The norm before.
+        """
+        return self._gradients.clip(max_norm)
+
+
+def _check_whole(whole: bool, scores: tuple[str, ...]) -> None:
+    if scores and not whole:
+        raise ValueError(
+            f"the scores {', '.join(scores)} take a pass over the data on the whole model, of which this rank has "
+            "loaded a part; choose backward_score='weight_magnitude', or load the model whole."
+        )
+
+
+def _check_processes() -> None:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "head-parallel execution needs processes: start with torchrun or accelerate launch, and create "
+            "accelerate.PartialState() first."
+        )
+
+
+def _check_model(model: nn.Module, size: int) -> None:
+    configs = getattr(model, "peft_config", {})
+    config = next(iter(configs.values()), None)
+    if len(configs) != 1 or not getattr(config, "head_parallel", False):
+        raise ValueError(
+            f"{type(model).__name__} has adapters {list(configs)}; HeadParallel needs exactly one, made by "
+            "get_peft_model(model, D2FTConfig(head_parallel=True, ...))."
+        )
+    if config.num_devices not in (None, size) or len(config.device_capacities or range(size)) != size:
+        raise ValueError(
+            f"num_devices={config.num_devices} and device_capacities={config.device_capacities} do not fit {size} "
+            "processes that share out the heads, which are the devices under head_parallel=True; leave num_devices "
+            "out, and give one capacity per process."
+        )

@@ -1,0 +1,7 @@
+"""D2FT in the Hugging Face Trainer."""
+
+from .callback import D2FTCallback
+from .trainer import D2FTTrainer, D2FTTrainerMixin
+
+
+__all__ = ["D2FTCallback", "D2FTTrainer", "D2FTTrainerMixin"]
