@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,36 @@ def gather(values: np.ndarray) -> np.ndarray:
 
 
 def all_reduce(values: np.ndarray, operation: Any = None) -> np.ndarray:
-    """Sum (by default) over all processes, the same bits on each."""
+    """Sum (by default) over all processes, the same bits on each; on the host, so that no device is waited for."""
     if world_size() == 1:
         return values
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)  # a copy: the sum is made in place
-    dist.all_reduce(tensor, operation or dist.ReduceOp.SUM)
-    return tensor.cpu().numpy()
+    tensor = torch.tensor(values, dtype=torch.float64)  # a copy: the sum is made in place
+    dist.all_reduce(tensor, operation or dist.ReduceOp.SUM, _host_group())
+    return tensor.numpy()
+
+
+def gather_lists(lists: list[list[int]]) -> list[list[list[int]]]:
+    """Lists of numbers of all processes, one entry for each; as tensors, so that nothing is unpickled."""
+    flat = [len(lists), *itertools.chain.from_iterable((len(one), *one) for one in lists)]
+    longest = int(all_reduce(np.array([float(len(flat))]), dist.ReduceOp.MAX if world_size() > 1 else None)[0])
+    found = []
+    for row in gather(np.array([*flat, *[0] * (longest - len(flat))], dtype=np.float64)):
+        numbers = iter(int(number) for number in row)
+        found.append([list(itertools.islice(numbers, next(numbers))) for _ in range(next(numbers))])
+    return found
+
+
+_host_groups: dict[Any, Any] = {}
+
+
+def _host_group() -> Any:
+    """A group of all processes whose messages are numbers on the host; None where the default one's are."""
+    default = dist.group.WORLD
+    if default not in _host_groups:
+        _host_groups.clear()  # of process groups that are gone
+        on_host = "cpu:" in dist.get_backend_config()
+        _host_groups[default] = None if on_host else dist.new_group(backend="gloo")
+    return _host_groups[default]
 
 
 def gather_samples(indices: np.ndarray, values: dict[Any, np.ndarray]) -> tuple[np.ndarray, dict[Any, np.ndarray]]:

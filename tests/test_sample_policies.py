@@ -6,7 +6,9 @@ import torch
 from torch.utils.data import IterableDataset
 
 from d2ft_peft import D2FTPlanner, D2FTTrainer
+from d2ft_peft.planning.facts import FACTS_KEY
 from d2ft_peft.scores import LiveScores, live_score, source
+from d2ft_peft.training.session import TrainingSession
 from tests.models import TINY
 from tests.test_trainer import adapt, arguments, assert_close, doubles, samples, trained
 
@@ -31,7 +33,7 @@ def collate(items):
 
 @pytest.mark.parametrize("policy", ["importance", "selective_backprop", "fewer_samples"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode):
+def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode, monkeypatch):
     data = doubles(samples(n=24))
     config = {"policy": policy, "compute_budget": 0.5, "mode": mode}
     seen = []
@@ -42,11 +44,8 @@ def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode):
             seen.append(self.planner.schedule)
             return result
 
-        def _compose(self, candidates):
-            orders.append(torch.cat([batch["d2ft_index"] for batch in candidates]).numpy())
-            return super()._compose(candidates)
-
-    orders = []
+    orders, compose = [], D2FTPlanner.compose
+    monkeypatch.setattr(D2FTPlanner, "compose", lambda self, i, size: orders.append(i) or compose(self, i, size))
     args = arguments(tmp_path, max_steps=6, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0)
     trainer = Watching(model=adapt(**config), args=args, train_dataset=data)
     trainer.train()
@@ -55,7 +54,7 @@ def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode):
     planner = D2FTPlanner(model, num_micro_batches=4)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
     planner.prepare(collate(data[:1]))
-    for indices in orders:
+    for indices in list(orders):
         for i, positions in enumerate(planner.compose(indices, 2)):
             batch = collate([data[index] for index in indices[positions]])
             with planner.micro_batch(i) as micro_batch:
@@ -74,21 +73,21 @@ def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode):
 
 @pytest.mark.parametrize("config", [{"policy": "importance", "rows": "micro_batches"}, {"backward_score": "el2n"}])
 @pytest.mark.parametrize("accumulation", [4, 1])
-def test_micro_batches_are_chosen_by_what_training_showed_of_their_samples(tmp_path, config, accumulation):
+def test_micro_batches_are_chosen_by_what_training_showed_of_their_samples(tmp_path, config, accumulation, monkeypatch):
     data = doubles(samples(n=24))
     config |= {"compute_budget": 0.5, "num_micro_batches": 4}
-    seen = []
+    seen, schedule = [], TrainingSession._schedule
 
-    class Watching(D2FTTrainer):
-        def _schedule(self, candidates):
-            seen.append([dict(batch) for batch in candidates])
-            return super()._schedule(candidates)
+    def watched(self, candidates):
+        seen.append([dict(batch) for batch in candidates])
+        return schedule(self, candidates)
 
+    monkeypatch.setattr(TrainingSession, "_schedule", watched)
     args = arguments(
         tmp_path, max_steps=24 // accumulation, gradient_accumulation_steps=accumulation, optim="sgd",
         lr_scheduler_type="constant", max_grad_norm=0,
     )  # fmt: skip
-    trainer = Watching(model=adapt(**config), args=args, train_dataset=data)
+    trainer = D2FTTrainer(model=adapt(**config), args=args, train_dataset=data)
     trainer.train()
     assert len(seen) == 6
 
@@ -96,9 +95,9 @@ def test_micro_batches_are_chosen_by_what_training_showed_of_their_samples(tmp_p
     planner = D2FTPlanner(model, num_micro_batches=4)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
     for batches in seen:
-        indices = [batch["d2ft_index"].numpy() for batch in batches]
-        planner.plan(batches)
-        for i in planner.pass_over():
+        indices = [batch[FACTS_KEY].indices for batch in batches]
+        schedule = planner.plan(batches)
+        for i in np.flatnonzero(~schedule.skipped):
             with planner.micro_batch(i) as micro_batch:
                 outputs = model(**batches[i])
                 (outputs.loss * (micro_batch.weight if accumulation > 1 else 1)).backward()

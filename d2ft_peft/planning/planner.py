@@ -31,16 +31,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..costs.flops import cost_model
-from ..costs.probe import Probe, probe_model
-from ..engine import compile_plan, get_runtime
+from ..engine import get_runtime
 from ..engine.plan import executed_operations
 from ..partition import base_model
 from ..processes import all_reduce, world_size
-from ..schedule import Budget, CostModel, Problem, Schedule, compose, get_policy, policy_facts
-from ..scores import INDEX_KEY, ScoreSource, ScoreTable
+from ..schedule import Budget, CostModel, Operation, Problem, Schedule, compose, get_policy, policy_facts
+from ..scores import ScoreSource, ScoreTable
 from ..unequal import Shares
-from .micro_batch import MicroBatch, batch_size
+from .counting import ExecutionCounts
+from .facts import BatchFacts, shares_of_items, shifts_labels, take_facts
+from .micro_batch import MicroBatch
+from .model_costs import ModelCosts
+from .planned_step import PlannedStep, check_same_schedule
 
 
 class D2FTPlanner:
@@ -54,13 +56,15 @@ class D2FTPlanner:
 
     Attributes:
         config: The `D2FTConfig`.
+        adapter: Name of the adapter that it belongs to.
         partition: The subnets.
-        schedule: The schedule of the current step, or None before the first.
-        executed: Schedules of the steps since the last `pop_logs`, as they were executed.
+        costs: What the model costs, once `prepare` has looked at a batch.
+        counts: What was executed.
         source: Where scores of samples come from.
         shares: How samples are shared out over unequal processes, or None if all run equally many.
         step: Number of schedules made so far.
-        each_is_a_step: Whether an optimizer step follows every micro-batch instead of the last one.
+        shifts_labels: Whether the model's own loss predicts the next token.
+        table_files: Where score tables were written, by their digest: they are written once a run.
     """
 
     is_head_parallel = False
@@ -69,8 +73,8 @@ class D2FTPlanner:
     def __init__(self, model: nn.Module, num_micro_batches: int | None = None, progress: bool = True):
         self.model, self.num_micro_batches, self.progress = model, num_micro_batches, progress
         self.runtime = get_runtime(model)
-        adapter = model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapters()[0]
-        self.config, self.partition = model.peft_config[adapter], self.runtime.partitions[adapter]
+        self.adapter = active_adapter(model)
+        self.config, self.partition = model.peft_config[self.adapter], self.runtime.partitions[self.adapter]
         if self.config.head_parallel and not self.is_head_parallel:
             raise ValueError(
                 "head_parallel=True: the processes share out the heads of the model, which a planner on its own does "
@@ -80,25 +84,46 @@ class D2FTPlanner:
         self.policy = get_policy(self.config.policy)
         self.rng = np.random.default_rng(self.config.seed)
         self.step = 0
-        self.probe: Probe | None = None
-        self.cost_model: CostModel | None = None
-        self.schedule: Schedule | None = None
-        self.executed: list[Schedule] = []
-        self.each_is_a_step = False
+        self.costs = ModelCosts(model, self.partition, self.config.forward_only_cost)
+        self.counts = ExecutionCounts()
         names = tuple(dict.fromkeys(self._score_name(kind) for kind in self._kinds_read))
         self.source = ScoreSource(model, self.partition, names, self.config.interval)
         base = base_model(model)
+        self.shifts_labels = shifts_labels(model)
         projections = [base.get_submodule(name) for name in self.partition.projections]
         self._subnet_parameters = [p for module in projections for p in module.parameters()]
+        self.table_files: dict[str, str] = {}
         self.shares: Shares | None = None
         if self.config.is_auto:
             self.shares = Shares(self.config.budget, self._subnet_parameters[0].device)
-            self.runtime.after_backward = self.shares.pace.ready
-        self._micro_batches: list[MicroBatch] = []
-        self._rows: dict[int, np.ndarray] = {}
-        self._sizes = np.zeros(0)
-        self._last_index = 0
-        self._last_row: np.ndarray | None = None
+        self.runtime.after_backward = self.shares.pace.ready if self.shares else None
+        self.runtime.touch_gradients = world_size() > 1 and not self.is_head_parallel
+        self._planned: PlannedStep | None = None
+        self._last_flops = 0.0
+
+    @property
+    def each_is_a_step(self) -> bool:
+        """Whether an optimizer step follows every micro-batch instead of the last one."""
+        return self.counts.each_is_a_step
+
+    @each_is_a_step.setter
+    def each_is_a_step(self, value: bool) -> None:
+        self.counts.each_is_a_step = value
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The schedule of the current step, or None before the first."""
+        return self._planned and self._planned.schedule
+
+    @property
+    def num_planned(self) -> int:
+        """Rows of the current step's schedule; 0 before the first."""
+        return 0 if self._planned is None else self.schedule.num_micro_batches
+
+    @property
+    def cost_model(self) -> CostModel | None:
+        """What a sample of the agreed length costs, or None before `prepare`."""
+        return self.costs.at(self.costs.probe.sequence_length) if self.costs.known else None
 
     @property
     def scores(self) -> dict[str, ScoreTable]:
@@ -111,7 +136,7 @@ class D2FTPlanner:
         return self.config.rows == "samples"
 
     def _score_name(self, kind: str) -> str:
-        return getattr(self.config, f"{kind}_score")
+        return getattr(self.config, f"{kind}_score") or "weight_magnitude"
 
     @property
     def _kinds_read(self) -> tuple[str, ...]:
@@ -131,26 +156,42 @@ class D2FTPlanner:
 
         Returns:
             The schedule; `micro_batch` runs its rows.
+
+        Raises:
+            ValueError: If there is no batch, the policy schedules samples, or processes made different schedules.
         """
         if not batches:
             raise ValueError("batches is empty; plan the micro-batches of one optimizer step.")
-        if self.schedules_samples:
-            raise ValueError(f"policy={self.config.policy!r} schedules samples; call compose(indices, size), not plan.")
-        indices = [batch.pop(INDEX_KEY, None) for batch in batches]
-        sizes = np.array([batch_size(batch) for batch in batches])
+        self._refuse_samples()
+        facts = [take_facts(batch, self.shifts_labels) for batch in batches]
         self.prepare(batches[0])
+        return self.plan_facts(facts)
+
+    def plan_facts(self, facts: Sequence[BatchFacts]) -> Schedule:
+        """`plan` for batches of which these facts are known; `prepare` was called before."""
+        self._refuse_samples()
         self._share_at_interval()
-        global_sizes = self._sum_over_replicas(sizes)
-        known = all(index is not None for index in indices)
-        samples = np.concatenate([index.cpu().numpy() for index in indices]) if known else None
-        starts = np.cumsum(sizes) - sizes
+        sizes, items = np.array([float(one.size) for one in facts]), shares_of_items(facts)
+        global_sizes, global_items = self._sum_over_replicas(np.stack([sizes, items]))
+        known = all(one.indices is not None for one in facts)
+        samples = np.concatenate([one.indices for one in facts]) if known else None
+        starts = (np.cumsum(sizes) - sizes).astype(int)
 
         def mean(values: np.ndarray) -> np.ndarray:
             """Over the samples of each micro-batch, in all processes."""
             return self._sum_over_replicas(np.add.reduceat(values, starts)) / global_sizes[:, None]
 
-        self.use(self.policy(self._problem(samples, mean, self._budget(len(batches)), global_sizes)), sizes)
+        checks = self.step % self.config.interval == 0
+        self.use(self.policy(self._problem(samples, mean, self._budget(len(facts)), global_sizes)), sizes)
+        if checks and not self.is_head_parallel:
+            check_same_schedule(self.schedule)
+        self._planned.weigh(items, global_items)
+        self._planned.lengths = [one.length for one in facts]
         return self.schedule
+
+    def _refuse_samples(self) -> None:
+        if self.schedules_samples:
+            raise ValueError(f"policy={self.config.policy!r} schedules samples; call compose(indices, size), not plan.")
 
     def _sum_over_replicas(self, values: np.ndarray) -> np.ndarray:
         """Sum over the processes that have different data."""
@@ -173,7 +214,7 @@ class D2FTPlanner:
         Raises:
             ValueError: If `prepare` was not called, or samples run in part in a run of several processes.
         """
-        if self.cost_model is None:
+        if not self.costs.known:
             raise ValueError("compose needs the model's costs; call prepare(batch) once, with any collated batch.")
         indices = np.asarray(indices)
         if self.shares is not None:
@@ -192,6 +233,18 @@ class D2FTPlanner:
         self.pass_over()
         return list(composition.micro_batches)
 
+    def weigh(self, facts: Sequence[BatchFacts]) -> None:
+        """Weight composed micro-batches by the items that they turned out to hold, instead of by their samples.
+
+        Every process calls it alike; not under ``device_capacities="auto"``, where none waits for the others.
+
+        Args:
+            facts: Of each micro-batch of `compose`, in their order.
+        """
+        items = np.zeros(len(self._planned.sizes))
+        items[: len(facts)] = shares_of_items(facts)
+        self._planned.weigh(items, all_reduce(items))
+
     def _share_at_interval(self) -> None:
         if self.step and (self.step % self.config.interval == 0 or (self.shares and self.step == Shares.first)):
             self.share()
@@ -207,17 +260,17 @@ class D2FTPlanner:
             self.shares.exchange()
             self.shares.pace.begin()
 
-    def observe(self, indices: np.ndarray, logits: Tensor, labels: Tensor) -> None:
+    def observe(self, indices: np.ndarray, logits: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> None:
         """Let scores that follow training see a forward pass of this process.
 
         Args:
             indices: Indices of its samples in the data set, [n].
             logits: Outputs [n, ..., classes].
             labels: Their labels.
+            position_ids: Positions [1, tokens] that restart with every sample, where samples lie in one row.
         """
         if self.source.live:
-            values = self.source.observe(logits.detach(), labels)
-            self.source.update(np.asarray(indices), values, self.step)
+            self.source.observe(np.asarray(indices), logits.detach(), labels, self.step, position_ids)
 
     def _problem(
         self,
@@ -253,8 +306,7 @@ class D2FTPlanner:
     @property
     def _facts(self) -> dict[str, np.ndarray | None]:
         """What problems and schedules have to know of the subnets."""
-        costs = self.cost_model.costs
-        return {"costs": costs / costs.max(), "devices": self._devices(), "blocks": self.partition.subnet_blocks}
+        return {"costs": self.costs.relative, "devices": self._devices(), "blocks": self.partition.subnet_blocks}
 
     def use(self, schedule: Schedule, sizes: np.ndarray | None = None) -> None:
         """Take a schedule made elsewhere as the current step's.
@@ -263,51 +315,68 @@ class D2FTPlanner:
             schedule: Its weights are the sizes of the micro-batches over all processes.
             sizes: Sizes in this process, [N]; the schedule's weights by default.
         """
-        sizes = schedule.weights if sizes is None else sizes
-        ran = schedule.weights[~schedule.skipped].sum() if not schedule.skipped.all() else 1.0
-        self.schedule, self._sizes, self._rows = schedule, sizes, {}
-        self._micro_batches = [
-            MicroBatch(compile_plan(self.partition, row), float(size * world_size() / ran))
-            for row, size in zip(schedule.operations, sizes, strict=True)
-        ]
+        sizes = np.asarray(schedule.weights if sizes is None else sizes)
+        self.counts.begin()
+        self._planned = PlannedStep(self.partition, schedule, sizes, self.each_is_a_step)
 
-    def resume(self, operations: np.ndarray, weights: np.ndarray) -> None:
-        """Take what is left of a schedule that a checkpoint interrupted: operations [N, K], sizes [N] here.
+    def resume(self, operations: np.ndarray, facts: Sequence[BatchFacts], skipped: float = 0.0) -> None:
+        """Take what is left of a schedule that a checkpoint interrupted.
 
-        `prepare` was called before.
+        Args:
+            operations: Of the micro-batches that are left, int [N, K].
+            facts: Of each of them.
+            skipped: Samples of all processes that do not run besides.
         """
-        self.use(Schedule(operations, all_reduce(weights), **self._facts), weights)
+        sizes, items = np.array([float(one.size) for one in facts]), shares_of_items(facts)
+        global_sizes, global_items = self._sum_over_replicas(np.stack([sizes, items]))
+        if skipped:
+            operations = np.concatenate([operations, np.zeros((1, self.partition.num_scheduled), dtype=np.int8)])
+            sizes, items, global_items = (np.append(values, 0.0) for values in (sizes, items, global_items))
+            global_sizes = np.append(global_sizes, skipped)
+        if len(operations):
+            self.use(Schedule(operations, global_sizes, **self._facts), sizes)
+            self._planned.weigh(items, global_items)
 
     def pass_over(self) -> list[int]:
         """Note that the micro-batches which are skipped as a whole do not run; returns the indices of the others."""
         running = []
-        for index, micro_batch in enumerate(self._micro_batches):
-            if micro_batch.skipped:
-                self._note(index, np.array(micro_batch.plan.operations))
-            else:
+        for index, micro_batch in enumerate(self._planned.micro_batches):
+            if not micro_batch.skipped:
                 running.append(index)
+            elif not self.each_is_a_step:
+                self.pass_by(index)
         return running
+
+    def pass_by(self, index: int) -> None:
+        """Note that a micro-batch does not run."""
+        self._note(index, np.array(self._planned.micro_batches[index].plan.operations), [])
 
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[MicroBatch]:
         """Run forward and backward of one micro-batch under its row of the schedule."""
-        micro_batch = self._micro_batches[index]
-        with self.runtime.use(micro_batch.plan):
+        micro_batch = self._planned.micro_batches[index]
+        with self.costs.learning(), self.runtime.use(micro_batch.plan):
             yield micro_batch
-            self._last_index, self._last_row = index, executed_operations(self.partition, self.runtime.executed)
+            row = executed_operations(self.partition, self.runtime.executed)
+            passes = list(self.runtime.passes)
         if self.each_is_a_step and not micro_batch.skipped:
             self._zero_missing_gradients()
-        self._note(index, self._last_row)
+        self._note(index, row, passes)
 
-    def _note(self, index: int, row: np.ndarray) -> None:
-        # By index: a loop may run the micro-batches in another order than they were planned in.
-        self._rows[index] = row
-        if len(self._rows) == len(self._micro_batches):
+    def _note(self, index: int, row: np.ndarray, passes: list[tuple[int, int]]) -> None:
+        here = self._planned.sizes[index]
+        flops, full_flops = self.costs.of_row(row, passes, here, self._planned.lengths[index])
+        share = self._planned.share_here(index)
+        if not here:  # samples of other processes, which are not looked at here
+            share, (_, full_flops) = 1.0, self.costs.of_row(row, passes, self.schedule.weights[index])
+        self._last_flops = float(flops)
+        self.counts.note(index, row, float(share * flops), float(share * full_flops))
+        if self.counts.is_complete(self.schedule):
             self._finish_step()
 
     def peek(self, index: int) -> MicroBatch:
         """The micro-batch, without running it."""
-        return self._micro_batches[index]
+        return self._planned.micro_batches[index]
 
     def _zero_missing_gradients(self) -> None:
         """A projection that was FULL nowhere in a step has a gradient of zero, like the heads that were not FULL in one
@@ -321,29 +390,20 @@ class D2FTPlanner:
             self.shares.end_step()
         if not self.each_is_a_step and not self.schedule.skipped.all():
             self._zero_missing_gradients()
-        schedule = self.schedule
-        rows = np.stack([self._rows[index] for index in range(len(self._rows))])
-        # What ran may exceed no capacity that planning kept: capacities are left out, they bind plans.
-        self.executed.append(Schedule(rows, schedule.weights, schedule.devices, schedule.costs, None, schedule.blocks))
-        self._rows = {}
+        self.counts.finish(self.schedule)
 
     def pop_logs(self) -> dict[str, float]:
-        """Means over the steps since the last call, as executed (`CostModel.means`), and `Shares.logs`."""
-        steps, self.executed = self.executed, []
-        return (self.cost_model.means(steps) if steps else {}) | (self.shares.logs() if self.shares else {})
+        """Means over the steps since the last call, as executed (`Totals.logs`), and `Shares.logs`."""
+        return self.counts.pop(self.schedule) | (self.shares.logs() if self.shares else {})
 
     def last_flops(self) -> float:
         """FLOPs of the last micro-batch in this process, as executed."""
-        if self._last_row is None:
-            return 0.0
-        return self.cost_model.step_flops(self._last_row[None], self._sizes[[self._last_index]])
+        return self._last_flops
 
     def prepare(self, batch: dict[str, Any]) -> None:
-        """Learn what the model costs, from one look at a batch."""
-        if self.cost_model is None:
-            inputs = {name: value for name, value in batch.items() if name != INDEX_KEY}
-            self.probe = probe_model(self.model, self.partition, inputs)
-            self.cost_model = cost_model(self.model, self.partition, self.probe, self.config.forward_only_cost)
+        """Learn what the model costs, from one look at a batch; all processes take the mean of their lengths."""
+        if not self.costs.known:
+            self.costs.learn(batch, self._sum_over_replicas)
 
     def _devices(self) -> np.ndarray | None:
         """Device of each subnet: contiguous, equally many each."""
@@ -363,5 +423,11 @@ class D2FTPlanner:
             self.num_micro_batches = num_micro_batches
         if num_micro_batches >= self.num_micro_batches:
             return self.config.budget
-        forward_only, full = self.cost_model.costs[:, 1:].sum(axis=0)
-        return self.config.budget.of_rest(num_micro_batches, self.num_micro_batches, forward_only / full)
+        costs = self.costs.relative.sum(axis=0)
+        ratio = costs[Operation.FORWARD_ONLY] / costs[Operation.FULL]
+        return self.config.budget.of_rest(num_micro_batches, self.num_micro_batches, ratio)
+
+
+def active_adapter(model: nn.Module) -> str:
+    """Name of the first active adapter of a PEFT model."""
+    return model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapters()[0]

@@ -1,24 +1,30 @@
-"""What a checkpoint holds of D2FT beside the Trainer's own state: random state, scores, feature means."""
+"""What a checkpoint holds of D2FT beside the Trainer's own state.
+
+`d2ft_state.json` has numbers and the list of the other files with their sizes, and is written last: a folder in which
+it stands and fits is complete. Files appear under their names only once they are whole.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from ..schedule import Operation
-from ..scores import GRADIENT_SCORES, ScoreTable
+from ..scores import ScoreTable
 from .planner import D2FTPlanner
 
 
 STATE_FILE = "d2ft_state.json"
+ARRAYS_FILE = "d2ft_state.safetensors"
 _SCORES_FILE = "d2ft_{}.safetensors"
-_MEANS_FILE = "d2ft_means.safetensors"
+_FORMAT = 2
+_NUMBERS = {"rng", "step", "num_micro_batches", "costs", "counts", "shares", "magnitude_era", "scores", "files"}
 
 
 def save_state(planner: D2FTPlanner, directory: str | os.PathLike, **extra: Any) -> None:
@@ -29,17 +35,16 @@ def save_state(planner: D2FTPlanner, directory: str | os.PathLike, **extra: Any)
         directory: The folder.
         extra: What `load_state` is to return besides; JSON-friendly.
     """
-    for name, scores in (planner.scores | planner.source.live).items():
-        scores.save(os.path.join(directory, _SCORES_FILE.format(name)))
-    means = {}
-    for branch, mean in planner.runtime.means.items():
-        mean.commit()
-        means |= {f"{branch}.value": mean.value.cpu().numpy(), f"{branch}.count": mean.count.cpu().numpy()}
-    if means:
-        save_file(means, os.path.join(directory, _MEANS_FILE))
-    with open(os.path.join(directory, STATE_FILE), "w") as file:
-        shares = planner.shares and planner.shares.state()
-        json.dump({"rng": planner.rng.bit_generator.state, "step": planner.step, "shares": shares, **extra}, file)
+    numbers, arrays = planner_state(planner)
+    files = {name: _place_table(planner, table, directory) for name, table in planner.scores.items()}
+    sizes = {file: os.path.getsize(os.path.join(directory, file)) for file in files.values()}
+    if arrays:
+        path = os.path.join(directory, ARRAYS_FILE)
+        with replacing(path) as temporary:
+            save_file(arrays, temporary)
+        sizes[ARRAYS_FILE] = os.path.getsize(path)
+    with replacing(os.path.join(directory, STATE_FILE)) as temporary, open(temporary, "w") as file:
+        json.dump({"format": _FORMAT, **numbers, "scores": files, "files": sizes, **extra}, file)
 
 
 def load_state(planner: D2FTPlanner, directory: str | os.PathLike) -> dict[str, Any]:
@@ -49,34 +54,116 @@ def load_state(planner: D2FTPlanner, directory: str | os.PathLike) -> dict[str, 
         The state, with what `save_state` was given besides.
 
     Raises:
-        ValueError: If the folder has no state of D2FT.
+        ValueError: If the folder has no state of D2FT, or a file of it is missing or damaged.
     """
-    path = os.path.join(directory, STATE_FILE)
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"{os.fspath(directory)!r} has no {STATE_FILE}: it was not written by a D2FT trainer, and a resumed run "
-            "would schedule differently. Resume from another checkpoint, or start anew from its adapter."
-        )
-    with open(path) as file:
-        state = json.load(file)
-    planner.rng.bit_generator.state = state["rng"]
-    planner.step = state["step"]
-    if planner.shares is not None:
-        planner.shares.load_state(state.get("shares"))
-    for score in GRADIENT_SCORES:
-        table = os.path.join(directory, _SCORES_FILE.format(score))
-        if os.path.isfile(table):
-            planner.scores[score] = ScoreTable.load(table)
-    for name, scores in planner.source.live.items():
-        scores.load(os.path.join(directory, _SCORES_FILE.format(name)))
-    if planner.runtime.means and os.path.isfile(os.path.join(directory, _MEANS_FILE)):
-        means = load_file(os.path.join(directory, _MEANS_FILE))
-        for branch, mean in planner.runtime.means.items():
-            mean.value = torch.from_numpy(means[f"{branch}.value"])
-            mean.count = torch.from_numpy(means[f"{branch}.count"])
+    state = _read_numbers(directory)
+    for name, size in state["files"].items():
+        path = os.path.join(directory, name)
+        if not os.path.isfile(path) or os.path.getsize(path) != size:
+            found = f"has {os.path.getsize(path)} bytes" if os.path.isfile(path) else "is missing"
+            raise ValueError(f"{path!r} {found} and should have {size} bytes; resume from another checkpoint.")
+    for name, file in state["scores"].items():
+        planner.scores[name] = ScoreTable.load(os.path.join(directory, file))
+        planner.table_files[planner.scores[name].digest] = os.path.join(directory, file)
+    arrays = _read_arrays(os.path.join(directory, ARRAYS_FILE)) if ARRAYS_FILE in state["files"] else {}
+    load_planner_state(planner, state, arrays)
     return state
 
 
-def operations_from(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Rows of operations as they come back from JSON, int8 [N, K]."""
-    return np.array([[Operation(value) for value in row] for row in rows], dtype=np.int8)
+def planner_state(planner: D2FTPlanner) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Everything that a planner's next schedule and next log depend on, but for tables of scores.
+
+    Returns:
+        Numbers, JSON-friendly, and arrays by name.
+    """
+    arrays = {f"live.{name}": scores.values for name, scores in planner.source.live.items()}
+    for branch, mean in planner.runtime.means.items():
+        mean.commit()
+        arrays |= {f"mean.{branch}.value": mean.value.cpu().numpy(), f"mean.{branch}.count": mean.count.cpu().numpy()}
+    era = None
+    if planner.source.magnitude is not None:
+        era, arrays["magnitude"] = planner.source.magnitude
+    numbers = {
+        "rng": planner.rng.bit_generator.state,
+        "step": planner.step,
+        "num_micro_batches": planner.num_micro_batches,
+        "costs": planner.costs.state(),
+        "counts": planner.counts.state(),
+        "shares": planner.shares and planner.shares.state(),
+        "magnitude_era": era,
+    }
+    return numbers, arrays
+
+
+def load_planner_state(planner: D2FTPlanner, numbers: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
+    """Take over what `planner_state` returned."""
+    planner.rng.bit_generator.state = numbers["rng"]
+    planner.step, planner.num_micro_batches = numbers["step"], numbers["num_micro_batches"]
+    planner.costs.load_state(numbers["costs"])
+    planner.counts.load_state(numbers["counts"])
+    if planner.shares is not None:
+        planner.shares.load_state(numbers["shares"])
+    for name, scores in planner.source.live.items():
+        if f"live.{name}" in arrays:
+            scores.values = arrays[f"live.{name}"]
+    for branch, mean in planner.runtime.means.items():
+        if f"mean.{branch}.value" in arrays:
+            mean.value = torch.from_numpy(arrays[f"mean.{branch}.value"])
+            mean.count = torch.from_numpy(arrays[f"mean.{branch}.count"])
+    if "magnitude" in arrays:
+        planner.source.magnitude = numbers["magnitude_era"], arrays["magnitude"]
+
+
+def _place_table(planner: D2FTPlanner, table: ScoreTable, directory: str | os.PathLike) -> str:
+    """Put a table of scores into the folder. It is the same in every checkpoint of a run, so that the file of an
+    earlier one is linked where the file system can; returns its name."""
+    name = _SCORES_FILE.format(table.score)
+    path = os.path.join(directory, name)
+    with replacing(path) as temporary:
+        try:
+            os.link(planner.table_files.get(table.digest, ""), temporary)
+        except OSError:
+            table.save(temporary)
+    planner.table_files[table.digest] = path
+    return name
+
+
+@contextlib.contextmanager
+def replacing(path: str):
+    """A temporary name beside `path`; what was written there takes its place at the end, whole or not at all."""
+    temporary = f"{path}.writing"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(temporary)
+    yield temporary
+    os.replace(temporary, path)
+
+
+def _read_numbers(directory: str | os.PathLike) -> dict[str, Any]:
+    path = os.path.join(directory, STATE_FILE)
+    if not os.path.isfile(path):
+        weights_only = not os.path.isfile(os.path.join(directory, "scheduler.pt"))
+        why = (
+            "it holds weights alone (save_only_model=True)" if weights_only else "it was not written by a D2FT trainer"
+        )
+        raise ValueError(
+            f"{os.fspath(directory)!r} has no {STATE_FILE}: {why}, and a resumed run would schedule differently. "
+            "Resume from another checkpoint, or start anew from its adapter."
+        )
+    try:
+        with open(path) as file:
+            state = json.load(file)
+        if not isinstance(state, dict) or state.get("format") != _FORMAT or not state.keys() >= _NUMBERS:
+            raise KeyError(sorted(_NUMBERS - set(state)) or "format")
+        return state
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path!r} is damaged, or was written by another version of d2ft_peft ({error!r}); resume from another "
+            "checkpoint, or start anew from its adapter."
+        ) from error
+
+
+def _read_arrays(path: str) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path!r} is damaged ({error}); resume from another checkpoint.") from error

@@ -16,41 +16,39 @@ class D2FTCallback(TrainerCallback):
         Trainer(model=model, callbacks=[D2FTCallback()], ...)
 
     Callbacks see neither the batches nor the loss, so this one gives the Trainer itself the methods of
-    `D2FTTrainerMixin` as soon as it is constructed.
+    `D2FTTrainerMixin` as soon as it is constructed. One callback serves any number of Trainers.
 
     Args:
         trainer: The Trainer, where it is at hand; else the one that the callback was given to.
     """
 
     def __init__(self, trainer: Trainer | None = None):
-        self._adopted = False
         if trainer is not None:
-            self._adopt(trainer)
+            _adopt(trainer)
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adopt the Trainer that is being constructed."""
-        if not self._adopted:
-            self._adopt(_calling_trainer(self))
+        _adopt(_calling_trainer(self))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Speak if the callback came too late."""
-        if not self._adopted:
+        if not isinstance(_calling_trainer(self), D2FTTrainerMixin):
             raise ValueError(
                 "D2FTCallback was added to a Trainer that already exists; give it to the constructor, "
                 "Trainer(..., callbacks=[D2FTCallback()]), or use trainer.add_callback(D2FTCallback(trainer))."
             )
 
-    def _adopt(self, trainer: Trainer) -> None:
-        if not isinstance(trainer, D2FTTrainerMixin):
-            cls = type(trainer)
-            trainer.__class__ = type(f"D2FT{cls.__name__}", (D2FTTrainerMixin, cls), {})
-        self._adopted = True
+
+def _adopt(trainer: Trainer) -> None:
+    if not isinstance(trainer, D2FTTrainerMixin):
+        cls = type(trainer)
+        trainer.__class__ = type(f"D2FT{cls.__name__}", (D2FTTrainerMixin, cls), {})
 
 
 def _calling_trainer(callback: TrainerCallback) -> Trainer:
-    """The Trainer whose constructor is calling, found on the stack: events do not name it."""
+    """The Trainer that is calling, found on the stack: events do not name it."""
     frame: Any = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")

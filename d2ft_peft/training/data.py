@@ -1,100 +1,177 @@
-"""Training data by index: candidates that are loaded once they are chosen, and samples that are scored beforehand."""
+"""Training data of one session: batches that carry facts, candidates loaded once chosen, samples scored beforehand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer
 
-from ..processes import gather_samples
+from ..planning import D2FTPlanner
+from ..planning.facts import FACTS_KEY, BatchFacts, facts_of
 from ..scores import (
+    CANDIDATES_KEY,
     INDEX_KEY,
     CandidateCollator,
     CandidateDataset,
     IndexedCollator,
     IndexedDataset,
-    ScoreTable,
+    gather_tables,
     load_items,
     preserved_rng,
     score_samples,
 )
 
 
-class IndexedDataMixin:
-    """The part of `D2FTTrainerMixin` that deals with data sets and data loaders."""
+class TrainingData:
+    """What a session's data loaders give out.
 
-    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
-        """Training batches carry their samples' indices where the policy looks at scores of samples."""
-        if not kwargs.get("is_training"):
-            return super()._get_dataloader(dataset, description, *args, **kwargs)
-        planner = self._start()
-        if not planner.source.by_sample and not planner.schedules_samples:
-            return super()._get_dataloader(dataset, description, *args, **kwargs)
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    Args:
+        trainer: The Trainer, whose collator and columns are used.
+        planner: Tells what has to be known of the samples.
+        make_loader: The Trainer's own way to make a data loader.
+    """
+
+    def __init__(self, trainer: Trainer, planner: D2FTPlanner, make_loader: Callable[..., DataLoader]):
+        self.trainer, self.planner, self._make_loader = trainer, planner, make_loader
+        self._items: Any = None
+        self._collator: Callable[[list], dict] | None = None
+
+    def loader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
+        """A data loader of training batches. They carry what planning has to know of them; under a policy over samples
+        they are candidates, of which those that run are loaded later by `collate`.
+
+        Raises:
+            ValueError: If samples have to be told apart, and the data set or the way it is shared out does not let it.
+        """
+        planner, args_ = self.planner, self.trainer.args
+        if args_.world_size > 1 and args_.accelerator_config.even_batches is False and not args_.dataloader_drop_last:
             raise ValueError(
-                f"policy={planner.config.policy!r} schedules samples or looks their scores up, and a data set without "
-                "length and indices does not let it; choose policy='bilevel' with backward_score='weight_magnitude', "
-                "or a map-style data set."
+                "even_batches=False leaves some processes without a batch at the end of an epoch, for which the others "
+                "would wait for ever; leave it out, or set dataloader_drop_last=True."
             )
+        if not planner.source.by_sample and not planner.schedules_samples:
+            if self._is_dispatched(dataset):
+                return self._make_loader(dataset, description, *args, **kwargs)
+            collator = FactsCollator(self.trainer.data_collator, planner.shifts_labels)
+            return self._with_collator(collator, dataset, description, *args, **kwargs)
+        self._check_has_indices(dataset)
         sampler_fn = kwargs.get("sampler_fn")
         if sampler_fn is not None:
             kwargs["sampler_fn"] = lambda _: sampler_fn(dataset)
-        dataset, collator = self._without_unused_columns(dataset, description)
-        if planner.schedules_samples:
-            self._candidate_items, self._candidate_collator = dataset, collator
-            # Workers load ahead, in parallel; without them nothing is loaded that does not run.
-            wrapper = IndexedDataset if self.args.dataloader_num_workers else CandidateDataset
-            return self._wrapped_dataloader(wrapper(dataset), CandidateCollator(), description, *args, **kwargs)
-        return self._wrapped_dataloader(
-            IndexedDataset(dataset), IndexedCollator(collator), description, *args, **kwargs
-        )
+        items, collator = self._without_unused_columns(dataset, description)
+        if not planner.schedules_samples:
+            indexed = FactsCollator(IndexedCollator(collator), planner.shifts_labels)
+            return self._with_collator(indexed, IndexedDataset(items), description, *args, **kwargs)
+        self._items, self._collator = items, collator
+        # Workers load ahead, in parallel; without them nothing is loaded that does not run.
+        wrapper = IndexedDataset if args_.dataloader_num_workers else CandidateDataset
+        return self._with_collator(CandidateCollator(), wrapper(items), description, *args, **kwargs)
 
-    def _without_unused_columns(self, dataset: Any, description: str) -> tuple[Any, Callable]:
-        """The data set and its collator, as the Trainer would clean them of columns that the model does not take."""
-        if isinstance(dataset, Dataset):
-            return self._remove_unused_columns(dataset, description=description), self.data_collator
-        return dataset, self._get_collator_with_removed_columns(self.data_collator, description=description)
+    def collate(self, indices: np.ndarray, items: list) -> tuple[dict, BatchFacts]:
+        """Load what is not loaded yet, and collate; returns the batch and its facts."""
+        if items[0] is None:
+            items = load_items(self._items, [int(index) for index in indices])
+        batch = dict(self._collator(items))
+        facts = facts_of({**batch, INDEX_KEY: indices}, self.planner.shifts_labels, len(indices))
+        return batch, facts
 
-    def _wrapped_dataloader(
-        self, dataset: Any, wrapper: Callable, description: str, *args: Any, **kwargs: Any
-    ) -> DataLoader:
-        collator, self.data_collator = self.data_collator, wrapper
-        try:
-            return super()._get_dataloader(dataset, description, *args, **kwargs)
-        finally:
-            self.data_collator = collator
+    def candidates(self, batches: list[dict]) -> tuple[np.ndarray, list]:
+        """Indices and items (None where not loaded yet) of the candidates of some batches.
 
-    def _score_once(self) -> None:
-        """Score the training samples before the first step, as the paper does (or a fraction of them)."""
+        Raises:
+            ValueError: If the batches are none of this session's own data loader.
+        """
+        if any(CANDIDATES_KEY not in batch for batch in batches):
+            raise ValueError(
+                f"policy={self.planner.config.policy!r} schedules samples before they are loaded, and "
+                f"{type(self.trainer).__name__}.get_train_dataloader gives batches that are already collated; do not "
+                "override it (a sampler of your own goes into _get_train_sampler), or set rows='micro_batches' with "
+                "backward_score='weight_magnitude'."
+            )
+        indices = torch.cat([batch[INDEX_KEY] for batch in batches]).cpu().numpy()
+        return indices, [item for batch in batches for item in batch[CANDIDATES_KEY].items]
+
+    def score_once(self) -> None:
+        """Score the training samples before the first step (or a fraction of them), where a score was asked for that
+        takes a pass; what it costs counts as training."""
         planner = self.planner
         for score in planner.source.before_training:
             if score in planner.scores:
                 continue
-            rows = len(self.train_dataset)
+            rows = len(self.trainer.train_dataset)
             count = max(1, round(rows * planner.config.score_fraction))
             chosen = np.sort(np.random.default_rng(planner.config.seed).permutation(rows)[:count])
             with preserved_rng():
-                dataset, collator = self._without_unused_columns(self.train_dataset, "Scoring")
-                loader = self._wrapped_dataloader(
-                    IndexedDataset(dataset, chosen), IndexedCollator(collator), "Scoring",
-                    batch_size=self.args.per_device_train_batch_size,
+                dataset, collator = self._without_unused_columns(self.trainer.train_dataset, "Scoring")
+                loader = self._with_collator(
+                    IndexedCollator(collator), IndexedDataset(dataset, chosen), "Scoring",
+                    batch_size=self.trainer.args.per_device_train_batch_size,
                 )  # fmt: skip
                 table = score_samples(planner.model, planner.partition, loader, score, planner.progress)
-            planner.scores[score] = self._gather_scores(table)
+            if planner.costs.known:
+                self.trainer.current_flos += planner.cost_model.full_flops(np.array([float(len(table.samples))]))
+            planner.scores[score] = gather_tables(table)
 
-    @staticmethod
-    def _gather_scores(table: ScoreTable) -> ScoreTable:
-        """The tables of all processes in one; a sample that several have scored counts once."""
-        samples, columns = gather_samples(table.samples, dict(enumerate(table.values.T)))
-        samples, first = np.unique(samples, return_index=True)
-        return ScoreTable(table.score, samples, np.stack([*columns.values()], axis=1)[first].astype(np.float32))
+    def _is_dispatched(self, dataset: Any) -> bool:
+        """Whether the first process collates for all, so that a batch is cut into parts afterwards."""
+        args = self.trainer.args
+        dispatches = args.accelerator_config.dispatch_batches
+        return args.world_size > 1 and bool(isinstance(dataset, IterableDataset) if dispatches is None else dispatches)
 
-    def _collate(self, indices: np.ndarray, items: list) -> dict:
-        """Load what is not loaded yet, and collate."""
-        if items[0] is None:
-            items = load_items(self._candidate_items, [int(index) for index in indices])
-        return {**self._candidate_collator(items), INDEX_KEY: torch.from_numpy(indices)}
+    def _check_has_indices(self, dataset: Any) -> None:
+        config = self.planner.config
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"policy={config.policy!r} with backward_score={config.backward_score!r} and "
+                f"forward_score={config.forward_score!r} schedules samples or looks their scores up, and a data set "
+                "without length and indices does not let it; give a map-style data set, or choose policy='bilevel' "
+                "with rows='micro_batches' and both scores 'weight_magnitude'."
+            )
+        if self._is_dispatched(dataset):
+            raise ValueError(
+                "dispatch_batches=True lets the first process load for all, and the others would not know which "
+                f"samples they got, whose scores policy={config.policy!r} looks at; leave it out."
+            )
+
+    def _without_unused_columns(self, dataset: Any, description: str) -> tuple[Any, Callable]:
+        """The data set and its collator, as the Trainer would clean them of columns that the model does not take."""
+        trainer = self.trainer
+        if isinstance(dataset, Dataset):
+            return trainer._remove_unused_columns(dataset, description=description), trainer.data_collator
+        return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description=description)
+
+    def _with_collator(
+        self, collator: Callable, dataset: Any, description: str, *args: Any, **kwargs: Any
+    ) -> DataLoader:
+        trainer = self.trainer
+        own, trainer.data_collator = trainer.data_collator, collator
+        try:
+            return self._make_loader(dataset, description, *args, **kwargs)
+        finally:
+            trainer.data_collator = own
+
+
+class FactsCollator:
+    """Collates, and lets the batch carry its facts: they are known here for nothing, on the host.
+
+    Args:
+        collator: Collates the items; of pairs it leaves the indices under ``d2ft_index``.
+        shifts: See `facts_of`.
+    """
+
+    def __init__(self, collator: Callable[[list], Any], shifts: bool):
+        self.collator, self.shifts = collator, shifts
+
+    def __call__(self, items: list) -> Any:
+        batch = self.collator(items)
+        if not isinstance(batch, Mapping):
+            return batch  # of which the planner says that it cannot schedule it
+        batch = dict(batch)
+        batch[FACTS_KEY] = facts_of(batch, self.shifts, len(items))
+        batch.pop(INDEX_KEY, None)
+        return batch

@@ -1,277 +1,181 @@
-"""The Trainer: schedules the micro-batches of every optimizer step and runs each under its plan."""
+"""The Trainer: hands the micro-batches of every optimizer step to a `TrainingSession`."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+import os
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import DistributedType, gather_object
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from ..costs.probe import inference
-from ..planning.micro_batch import batch_size
-from ..planning.planner import D2FTPlanner
-from ..planning.state import load_state, operations_from, save_state
-from ..scores import CANDIDATES_KEY, INDEX_KEY
-from .data import IndexedDataMixin
-from .head_parallel_mixin import HeadParallelMixin
-from .unequal_shares import SharesMixin
+from ..head_parallel import HeadParallel
+from ..planning import D2FTPlanner
+from ..planning.state import load_state, save_state
+from ..tuners.config import D2FT_CONFIG_NAME
+from .head_parallel_engine import HeadParallelEngine, is_head_parallel
+from .local_engine import LocalEngine
+from .session import TrainingSession
 
 
-class ScheduledTrainerMixin(SharesMixin, IndexedDataMixin):
-    """Schedules the micro-batches of a `transformers.Trainer`.
+class D2FTTrainerMixin:
+    """What D2FT adds to a `transformers.Trainer`; mix it into any subclass of it, before that class.
 
+    - A `TrainingSession` belongs to one call of ``train()``: it schedules, runs and counts micro-batches.
     - `get_batch_samples`, called once per optimizer step with all its micro-batches, makes the schedule. Without
       gradient accumulation it reads ``num_micro_batches`` steps ahead and schedules them together.
-    - Where the policy schedules samples, the data loader only names candidates (data loader workers load them as well):
-      those that are to run are loaded and collated into micro-batches afterwards.
     - `training_step` runs a micro-batch under its row; one that is skipped as a whole is not run. Those come first in
       their step, so that the last one, which synchronizes the gradients, always runs.
-    - The loss is the mean over the samples (tokens) that ran.
-    - Logs hold what was executed; checkpoints hold scores, random state and the rest of a window.
+    - An engine runs them here, or with ``head_parallel=True`` on the heads that the processes share out.
+    - Logs hold what was executed; checkpoints hold all that the next schedule depends on.
 
-    Attributes:
-        planner: The `D2FTPlanner`, from the start of training.
+    Only what the Trainer has no public hook for is overridden by a private name, and a Trainer that lacks one of these
+    names is refused when the class is made.
     """
 
-    planner: D2FTPlanner | None = None
+    _d2ft_session: TrainingSession | None = None
+    _d2ft_own_engine: LocalEngine | None = None
 
-    def _start(self) -> D2FTPlanner:
-        """Attach to the model at the first step."""
-        if self.planner is None:
-            model = self.accelerator.unwrap_model(self.model)
-            if self.args.n_gpu > 1:
-                raise ValueError("D2FT does not run under torch.nn.DataParallel; launch one process per GPU.")
-            if self.accelerator.distributed_type not in (
-                DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU,
-            ):  # fmt: skip
-                raise ValueError(
-                    f"D2FT does not run under {self.accelerator.distributed_type.value}; use DistributedDataParallel."
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        bases = cls.__mro__[cls.__mro__.index(D2FTTrainerMixin) + 1 :]
+        if any(issubclass(base, Trainer) for base in bases):
+            missing = [name for name in _OVERRIDDEN if not any(name in vars(base) for base in bases)]
+            if missing:
+                raise TypeError(
+                    f"{cls.__name__}: this version of transformers has no Trainer.{', '.join(missing)}, which D2FT "
+                    "builds on; install a version within the range that d2ft_peft asks for."
                 )
-            steps = self.args.gradient_accumulation_steps
-            self.planner = self._make_planner(model)
-            self.planner.each_is_a_step = steps == 1
-            self.planner.runtime.touch_gradients = self.args.world_size > 1
-            if self.args.ddp_find_unused_parameters is None:
-                # Every parameter receives a gradient, if only zero: there is nothing to look for.
-                self.accelerator.ddp_handler.find_unused_parameters = False
-            if self.planner.shares is not None:
-                self._prepare_shares()
-            self._window: list[tuple[dict, int | None]] = []
-            self._upcoming: list[int | None] = []
-            self._idle = False
-            self._last_loss: torch.Tensor | None = None
-            self._divides_by_items: bool | None = None
-        return self.planner
 
-    def _make_planner(self, model: nn.Module) -> D2FTPlanner:
-        steps = self.args.gradient_accumulation_steps
-        progress = not self.args.disable_tqdm and self.is_world_process_zero()
-        return D2FTPlanner(model, steps if steps > 1 else None, progress)
+    @property
+    def planner(self) -> D2FTPlanner | None:
+        """The planner of the current or last session, or None before the first."""
+        return self._d2ft_session and self._d2ft_session.planner
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; a training forward outside of the schedule is an error meanwhile."""
-        self._start().runtime.driven = True
+    @property
+    def head_parallel(self) -> HeadParallel | None:
+        """What drives a head-parallel model, from the moment that it is cut."""
+        return getattr(self._d2ft_engine, "parallel", None)
+
+    @property
+    def _d2ft_engine(self) -> LocalEngine:
+        """What runs micro-batches; another one for a model that is driven in another way."""
+        kind = HeadParallelEngine if is_head_parallel(self.model) else LocalEngine
+        if type(self._d2ft_own_engine) is not kind:
+            self._d2ft_own_engine = kind(self)
+        return self._d2ft_own_engine
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        return self._d2ft_engine.accelerator_arguments(super()._build_accelerator_args(**kwargs))
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._d2ft_session = None  # the former one's model and data may be gone
+        self._d2ft_session = session = TrainingSession(self, self._d2ft_engine, super()._get_dataloader)
         try:
-            return super().train(*args, **kwargs)
+            result = super()._inner_training_loop(*args, **kwargs)
         finally:
-            self.planner.runtime.driven = False
+            session.close()
+        return result._replace(training_loss=result.metrics.get("train_loss", result.training_loss))
+
+    def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
+        """Training batches carry what planning has to know of them."""
+        session = self._d2ft_session
+        if session is None or not kwargs.get("is_training"):
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        return session.data.loader(dataset, description, *args, **kwargs)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        return self._d2ft_engine.prepare_for_training(super()._prepare_for_training, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """Fetch and schedule the micro-batches of an optimizer step."""
-        self._start()
-        if self.args.gradient_accumulation_steps > 1:
-            candidates, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-            if not candidates:
-                return candidates, None
-            batches, self._upcoming = self._schedule(candidates)
-            running = [batch for batch, index in zip(batches, self._upcoming, strict=True) if index is not None]
-            return batches, self._get_num_items_in_batch(running, device)
-        if not self._window:
-            self._fill_window(epoch_iterator)
-        if not self._window:
-            return [], None
-        batch, index = self._window.pop(0)
-        self._upcoming = [index]
-        return [batch], self._get_num_items_in_batch([batch], device)
+        batches, running = self._d2ft_session.next_step(epoch_iterator, num_batches)
+        if not running:
+            return batches, None
+        return batches, self._get_num_items_in_batch(running, device)
 
-    def _schedule(self, candidates: list[dict]) -> tuple[list[dict], list[int | None]]:
-        """Schedule batches: as many again, those that do not run first, and the planner's index of each that does."""
-        self._score_once()
-        if self.planner.schedules_samples:
-            batches = self._compose(candidates)
-            order: list[int] = list(range(len(batches)))
-        else:
-            samples = [{key: batch[key] for key in batch if key == INDEX_KEY} for batch in candidates]
-            self.planner.plan(candidates)  # takes the indices out, and scores that follow training need them again
-            order = self.planner.pass_over()
-            batches = [{**candidates[index], **samples[index]} for index in order]
-        # The Trainer counts micro-batches. Any batch may stand for one that does not run: it is not looked at.
-        idle = len(candidates) - len(order)
-        stand_in = (batches or candidates)[0]
-        return [*(dict(stand_in) for _ in range(idle)), *batches], [*[None] * idle, *order]
-
-    def _compose(self, candidates: list[dict]) -> list[dict]:
-        """Micro-batches of the samples that are to run."""
-        indices = torch.cat([batch[INDEX_KEY] for batch in candidates]).cpu().numpy()
-        items = [item for batch in candidates for item in batch[CANDIDATES_KEY].items]
-        if self.planner.cost_model is None:
-            usual = len(candidates[0][INDEX_KEY])
-            self.planner.prepare(self._prepare_inputs(self._collate(indices[:usual], items[:usual])))
-        groups = self.planner.compose(indices, max(len(batch[INDEX_KEY]) for batch in candidates))
-        if len(groups) > len(candidates):
-            raise ValueError(
-                f"policy={self.planner.config.policy!r} with rows='samples' composed {len(groups)} micro-batches of "
-                f"{len(candidates)}; set rows='micro_batches', or choose a policy that runs samples as a whole."
-            )
-        return [self._collate(indices[group], [items[position] for position in group]) for group in groups]
-
-    def _fill_window(self, epoch_iterator: Iterator) -> None:
-        """Read steps ahead and schedule them together; a resumed run first finishes the window that it was in."""
-        rest = self.__dict__.pop("_rest_of_window", None)
-        size = self.planner.config.num_micro_batches if rest is None else len(rest["operations"])
-        if self.planner.shares is not None:
-            size = 1  # every process runs some of its samples in every step
-        candidates = list(itertools.islice(epoch_iterator, size))
-        if candidates:
-            batches, order = self._schedule(candidates) if rest is None else self._resume_window(rest, candidates)
-            self._window = list(zip(batches, order, strict=True))
-
-    def _resume_window(self, rest: dict, batches: list[dict]) -> tuple[list[dict], list[int | None]]:
-        """Finish the window that a checkpoint was made in: the same samples in the same order."""
-        if rest["samples"] is not None:
-            if len(rest["samples"]) != self.args.world_size:
-                raise ValueError(
-                    f"this checkpoint was made by {len(rest['samples'])} processes within a window of samples that "
-                    f"each had chosen among its own; resume on as many, not on {self.args.world_size}."
-                )
-            own = rest["samples"][self.args.process_index]
-            batches = [self._collate(np.array(samples), [None]) for samples in own]
-        rows = operations_from(rest["operations"])
-        self.planner.prepare(self._prepare_inputs(dict(batches[-1])))
-        self.planner.resume(rows, np.array([batch_size(batch) for batch in batches]))
-        self.planner.rng.bit_generator.state = rest["rng"]
-        running = self.planner.pass_over()
-        return batches, [index if index in running else None for index in range(len(batches))]
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        session, default = self._d2ft_session, super()._get_num_items_in_batch
+        if session is None:
+            return default(batch_samples, device)
+        return self._d2ft_engine.count_items(session, default, batch_samples, device)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run one micro-batch under its plan; the loss of one that is not run is zero."""
-        index = self._upcoming.pop(0)
-        self._idle = index is None
-        if index is None:
-            # A step of its own does not count as one without loss in the mean that is logged.
-            alone = self.args.gradient_accumulation_steps == 1 and self._last_loss is not None
-            return self._last_loss.clone() if alone else torch.zeros((), device=self.args.device)
-        self._current_samples = inputs.pop(INDEX_KEY, None)
-        with self.planner.micro_batch(index) as micro_batch:
-            self._current = micro_batch
-            if self._divides_by_items is None:
-                self._divides_by_items = self._probe_loss(self._prepare_inputs(inputs))
-            self._last_loss = self._plain_step(model, inputs, num_items_in_batch)
-            return self._last_loss
-
-    def _plain_step(self, *args: Any) -> torch.Tensor:
-        """Forward and backward as the Trainer does them."""
-        return super().training_step(*args)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The loss, weighted by the samples that ran where it is not yet normalized by items."""
-        observed = model.training and self.planner is not None and self.planner.source.live
-        labels = inputs.get("labels")  # which a label smoother takes out
-        result = super().compute_loss(
-            model, inputs, return_outputs or bool(observed), num_items_in_batch=num_items_in_batch
-        )
-        if observed:
-            self._observe(result[1], labels)
-            result = result if return_outputs else result[0]
-        if not model.training or self._loss_is_normalized(num_items_in_batch):
-            return result
-        if self.args.gradient_accumulation_steps == 1 and self.planner.shares is None:
-            return result
-        # The Trainer divides by the number of micro-batches next.
-        factor = self._current.weight * self.current_gradient_accumulation_steps
-        if factor == 1.0:
-            return result
-        return (result[0] * factor, result[1]) if return_outputs else result * factor
-
-    def _observe(self, outputs: Any, labels: torch.Tensor | None) -> None:
-        """Let scores that follow training see a forward pass."""
-        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-        if logits is None or labels is None or self._current_samples is None:
-            raise ValueError(
-                f"score {list(self.planner.source.live)} is read from logits and labels, and this model or its data "
-                "set gives none; choose policy='fewer_samples', or 'bilevel' with backward_score='weight_magnitude'."
-            )
-        self.planner.observe(self._current_samples.cpu().numpy(), logits, labels)
-
-    def _loss_is_normalized(self, num_items_in_batch: Any) -> bool:
-        """Whether the loss is already a sum over this micro-batch's items divided by those of the whole step."""
-        if num_items_in_batch is None:
-            return False
-        return self.compute_loss_func is not None or self._divides_by_items
-
-    @torch.no_grad()
-    def _probe_loss(self, inputs: dict[str, Any]) -> bool:
-        """Whether the model divides its loss by ``num_items_in_batch``. The Trainer takes every model that accepts
-        keyword arguments for one that does, but some ignore them (BERT's classifier)."""
-        if not self.model_accepts_loss_kwargs or "labels" not in inputs:
-            return False
-        with inference(self.planner.model):
-            losses = [self.planner.model(**inputs, num_items_in_batch=items)["loss"] for items in (1, 2)]
-        return bool(losses[0] != losses[1])
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with what was executed beside the training loss."""
-        if self.planner is not None and ("loss" in logs or "train_runtime" in logs):
-            logs |= self.planner.pop_logs()
-        super().log(logs, start_time)
+        return self._d2ft_session.training_step(super().training_step, model, inputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """FLOPs of the last micro-batch, as executed."""
-        return 0.0 if self._idle else self.planner.last_flops()
+        return self._d2ft_engine.flops(self._d2ft_session)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        before = self.state.num_input_tokens_seen
+        if self._d2ft_session.idle:  # counted as nothing, and not left out: processes gather their counts
+            inputs = {name: value[:0] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        super()._track_num_input_tokens(inputs)
+        self.state.num_input_tokens_seen = self._d2ft_engine.tokens(before, self.state.num_input_tokens_seen)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return self._d2ft_engine.clip(self._d2ft_session, super()._clip_grad_norm, model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._d2ft_engine.grad_norm(self._d2ft_session, super()._get_grad_norm, model, grad_norm)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with what was executed beside the training loss: since the last entry, at the end in the whole run."""
+        session = self._d2ft_session
+        if session is not None and session.trains:
+            session.complete_logs(logs)
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict; every subnet runs."""
+        return self._d2ft_engine.evaluation_loop(super().evaluation_loop, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self._d2ft_engine.save_model(super()._save, output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        self._d2ft_engine.save_optimizer(super()._save_optimizer_and_scheduler, output_dir)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.planner is None:
-            return
-        self.planner.share()
-        rest = self._unfinished_window() if self.args.gradient_accumulation_steps == 1 and self._window else None
+        self._d2ft_engine.save_rng_state(super()._save_rng_state, output_dir)
+        session = self._d2ft_session
+        session.planner.share()
+        state = session.state_dict()
         if self.args.should_save:
-            save_state(self.planner, output_dir, rest_of_window=rest)
+            save_state(session.planner, output_dir, session=state)
 
-    def _unfinished_window(self) -> dict[str, Any]:
-        planner, nothing = self.planner, [0] * self.planner.partition.num_scheduled
-        rows = [nothing if i is None else list(planner.peek(i).plan.operations) for _, i in self._window]
-        samples = None
-        if planner.schedules_samples:  # every process has chosen its own
-            samples = gather_object([[batch[INDEX_KEY].tolist() for batch, _ in self._window]])
-        return {"operations": rows, "samples": samples, "rng": planner.rng.bit_generator.state}
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        path = os.path.join(checkpoint_folder, D2FT_CONFIG_NAME)
+        if self.is_world_process_zero() and os.path.isfile(path):  # the Trainer copies the files that it knows
+            shutil.copy(path, os.path.join(self.args.output_dir, D2FT_CONFIG_NAME))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        self._d2ft_engine.load_rng_state(super()._load_rng_state, checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._d2ft_engine.load_model(super()._load_from_checkpoint, resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._d2ft_engine.load_best_model(super()._load_best_model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            state = load_state(self._start(), checkpoint)
-            self._window = []
-            if state["rest_of_window"] is not None:
-                self._rest_of_window = state["rest_of_window"]
+            session = self._d2ft_session
+            session.load_state_dict(load_state(session.planner, checkpoint)["session"])
+        self._d2ft_engine.load_optimizer(super()._load_optimizer_and_scheduler, checkpoint)
 
 
-class D2FTTrainerMixin(HeadParallelMixin, ScheduledTrainerMixin):
-    """What D2FT adds to a `transformers.Trainer`; mix it into any subclass of it, before that class.
-
-    It schedules micro-batches (`ScheduledTrainerMixin`) and, with ``head_parallel=True``, shares the heads out over the
-    processes (`HeadParallelMixin`).
-    """
+_OVERRIDDEN = [name for name in vars(D2FTTrainerMixin) if name.startswith("_") and not name.startswith(("__", "_d2ft"))]
 
 
 class D2FTTrainer(D2FTTrainerMixin, Trainer):

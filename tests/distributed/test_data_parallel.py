@@ -65,9 +65,11 @@ def train_on_chosen_samples() -> dict[str, torch.Tensor]:
     ran = []
 
     class Watching(InOrder):
-        def _collate(self, indices, items):
-            ran.extend(indices.tolist())
-            return super()._collate(indices, items)
+        def training_step(self, *args, **kwargs):
+            result = super().training_step(*args, **kwargs)
+            if not self._d2ft_session.idle:
+                ran.extend(self._d2ft_session.current.facts.indices.tolist())
+            return result
 
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(folder, max_steps=4)
@@ -82,8 +84,7 @@ def train_on_chosen_samples() -> dict[str, torch.Tensor]:
     trainer.planner.share()
     weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     sizes = torch.tensor(trainer.planner.schedule.weights)
-    ran = torch.tensor(ran[2:])  # [:2]: a look at the costs
-    return {**weights, "losses": losses(), "ran": ran, "sizes": sizes, "own": own}
+    return {**weights, "losses": losses(), "ran": torch.tensor(ran), "sizes": sizes, "own": own}
 
 
 def test_processes_share_what_they_saw_of_samples(tmp_path):
@@ -129,9 +130,11 @@ def train_on_chosen_micro_batches() -> dict[str, torch.Tensor]:
     ran = []
 
     class Watching(InOrder):
-        def _observe(self, *args):
-            ran.extend(self._current_samples.tolist())
-            return super()._observe(*args)
+        def training_step(self, *args, **kwargs):
+            result = super().training_step(*args, **kwargs)
+            if not self._d2ft_session.idle:
+                ran.extend(self._d2ft_session.current.facts.indices.tolist())
+            return result
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Watching(model=model, args=arguments(folder, max_steps=4), train_dataset=doubles(samples(n=32)))

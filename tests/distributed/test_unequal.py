@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.numpy import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from d2ft_peft import D2FTPlanner, D2FTTrainer, Schedule
-from d2ft_peft.scores import INDEX_KEY, LiveScores
+from d2ft_peft.planning.state import ARRAYS_FILE
 from d2ft_peft.unequal import Pace, Shares
 from tests.distributed.launch import run
 from tests.test_trainer import adapt, arguments, assert_close, doubles, samples, trained
@@ -78,8 +79,8 @@ def train(name: str, mode: str, accumulation: int, folder: str, steps: int = STE
             before = len(meetings)
             batches, items = super().get_batch_samples(*args)
             met.append(len(meetings) - before)
-            running = zip(batches, self._upcoming, strict=True)
-            ran.append(torch.cat([batch[INDEX_KEY] for batch, index in running if index is not None]))
+            tasks = [task for task in self._d2ft_session.step_tasks if task.runs]
+            ran.append(torch.from_numpy(np.concatenate([task.facts.indices for task in tasks])))
             return batches, items
 
         def training_step(self, model, *args, **kwargs):
@@ -202,14 +203,11 @@ def train_alone(name: str, mode: str, accumulation: int, steps: list[torch.Tenso
     model = adapt(name, mode, **{**CONFIG, "device_capacities": None}).train()
     planner = D2FTPlanner(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step, ran in enumerate(steps):
-        # The Trainer takes BERT's loss for one that is divided by the items of all micro-batches and processes.
-        micro_batches = candidates(accumulation, step) // 2 if accumulation > 1 else 1
-        scale = 2 * micro_batches if name == "bert" else 1
+    for ran in steps:
         batch = {key: torch.stack([items[i][key] for i in ran]) for key in items[0]}
         planner.use(Schedule.all_full(1, planner.partition.num_scheduled, weights=[len(ran)]))
         with planner.micro_batch(0):
-            (model(**batch).loss * scale).backward()
+            model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return trained(model)
@@ -237,20 +235,20 @@ def test_fsdp_is_refused(processes):
 
 
 def test_in_a_usual_step_processes_exchange_nothing_but_gradients(processes):
-    """They meet after the first step here, and then every second one; only tokens are summed in every step."""
+    """They agree on the length that costs are taken at, meet after the first step here, then after every second one;
+    only tokens are summed in every step."""
     for process in processes:
         for done in process["runs"]:
-            assert [step for step, met in enumerate(done["met"]) if met] == [1, 2, 4, 6]
+            assert [step for step, met in enumerate(done["met"]) if met] == [0, 1, 2, 4, 6]
         starts = {name: done["common starts"] for (name, _, _), done in zip(RUNS, process["runs"], strict=True)}
         assert starts == {"vit": 0, "llama": STEPS, "bert": 0}
 
 
 def test_a_checkpoint_knows_of_the_samples_of_all_processes(processes, folder):
     """Also if it is made before they have met for the first time."""
-    losses = LiveScores("loss")
-    losses.load(folder / "whole" / "checkpoint-1" / "d2ft_loss.safetensors")
+    losses = load_file(folder / "whole" / "checkpoint-1" / ARRAYS_FILE)["live.loss"]
     ran = torch.cat([process["whole"]["ran"][0] for process in processes])
-    assert set(np.flatnonzero(~np.isnan(losses.values))) == set(ran.tolist())
+    assert set(np.flatnonzero(~np.isnan(losses))) == set(ran.tolist())
 
 
 def test_a_bare_loop_trains_the_weights_of_one_process(processes):

@@ -1,0 +1,144 @@
+"""What was executed, added up between two logs: numbers, not schedules, however far apart the logs are."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from ..schedule import Schedule
+
+
+@dataclass
+class Totals:
+    """Sums over optimizer steps.
+
+    Attributes:
+        steps: Optimizer steps.
+        weight: Samples that were planned.
+        compute, communication, variance: Sums of their ratios and of their workload variance, each times its samples.
+        flops, full_flops: FLOPs as executed, and if every subnet of every micro-batch had been FULL.
+    """
+
+    steps: int = 0
+    weight: float = 0.0
+    compute: float = 0.0
+    communication: float = 0.0
+    variance: float = 0.0
+    flops: float = 0.0
+    full_flops: float = 0.0
+
+    def add(self, other: Totals) -> None:
+        """Add other sums."""
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def logs(self) -> dict[str, float]:
+        """Means: ratios of the subnets, ``flops_ratio`` with embeddings and head, ``step_flops``. Where nothing was
+        planned since, nothing ran."""
+        weight, full_flops = self.weight or 1.0, self.full_flops or 1.0
+        return {
+            "compute_ratio": self.compute / weight,
+            "communication_ratio": self.communication / weight,
+            "workload_variance": self.variance / weight,
+            "flops_ratio": self.flops / full_flops,
+            "step_flops": self.flops / max(self.steps, 1),
+        }
+
+
+@dataclass
+class ExecutionCounts:
+    """Counts the rows of schedules as they were executed.
+
+    Attributes:
+        each_is_a_step: Whether an optimizer step follows every micro-batch, instead of the last of a planned step.
+        last: The last planned step as it was executed, or None before the first.
+        since_log: Sums since the last `pop`.
+        of_run: Sums since the start of the run.
+    """
+
+    each_is_a_step: bool = False
+    last: Schedule | None = None
+    since_log: Totals = field(default_factory=Totals)
+    of_run: Totals = field(default_factory=Totals)
+    _open: dict[int, tuple[np.ndarray, float, float]] = field(default_factory=dict)
+    _rows: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """A step was planned: what ran of an earlier one that was left unfinished stays counted."""
+        self._rows = {}
+
+    def note(self, index: int, row: np.ndarray, flops: float, full_flops: float) -> None:
+        """A micro-batch of the planned step ran, or was passed over.
+
+        Args:
+            index: Its number in the schedule: a loop may run them in another order.
+            row: Operation of each subnet as executed, int [K].
+            flops: Its FLOPs.
+            full_flops: Its FLOPs if it had been FULL everywhere.
+        """
+        self._rows[index] = row
+        self._open[index] = row, flops, full_flops
+
+    def is_complete(self, schedule: Schedule) -> bool:
+        """Whether every micro-batch of the planned step was noted."""
+        return len(self._rows) == schedule.num_micro_batches
+
+    def finish(self, schedule: Schedule) -> None:
+        """The planned step is complete."""
+        rows = np.stack([self._rows[index] for index in range(schedule.num_micro_batches)])
+        self.last = _as_executed(schedule, range(len(rows)), rows)
+        self._close(schedule)
+        self._rows = {}
+        if not self.each_is_a_step:
+            self.end_step()
+
+    def end_step(self) -> None:
+        """An optimizer step is over."""
+        self.since_log.steps += 1
+        self.of_run.steps += 1
+
+    def add(self, schedule: Schedule, flops: float, full_flops: float) -> None:
+        """A whole step ran as this schedule."""
+        self.last = schedule
+        self._add(schedule, flops, full_flops)
+        self.end_step()
+
+    def pop(self, schedule: Schedule | None) -> dict[str, float]:
+        """Means since the last call, what ran of a step that is not complete yet included."""
+        if schedule is not None:
+            self._close(schedule)
+        totals, self.since_log = self.since_log, Totals()
+        return totals.logs()
+
+    def state(self) -> dict:
+        """What a checkpoint holds; JSON-friendly."""
+        return {"since_log": asdict(self.since_log), "of_run": asdict(self.of_run)}
+
+    def load_state(self, state: dict) -> None:
+        """Go on with a checkpoint's sums."""
+        self.since_log, self.of_run = Totals(**state["since_log"]), Totals(**state["of_run"])
+
+    def _close(self, schedule: Schedule) -> None:
+        indices = sorted(self._open)
+        if not indices:
+            return
+        rows = np.stack([self._open[index][0] for index in indices])
+        flops, full_flops = (sum(self._open[index][k] for index in indices) for k in (1, 2))
+        self._open = {}
+        part = _as_executed(schedule, indices, rows)
+        self._add(part, flops, full_flops)
+
+    def _add(self, part: Schedule, flops: float, full_flops: float) -> None:
+        ratios, weight = (
+            (part.compute_ratio, part.communication_ratio, part.workload_variance),
+            float(part.weights.sum()),
+        )
+        totals = Totals(0, weight, *(weight * ratio for ratio in ratios), flops, full_flops)
+        self.since_log.add(totals)
+        self.of_run.add(totals)
+
+
+def _as_executed(schedule: Schedule, indices, rows: np.ndarray) -> Schedule:
+    # What ran may exceed no capacity that planning kept: capacities are left out, they bind plans.
+    return Schedule(rows, schedule.weights[list(indices)], schedule.devices, schedule.costs, None, schedule.blocks)

@@ -1,0 +1,99 @@
+"""What planning has to know of a batch, read off on the host: no device is asked, and no process waits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from ..partition import base_model
+from ..scores import INDEX_KEY
+from .micro_batch import batch_size
+
+
+FACTS_KEY = "d2ft_facts"
+"""Key under which a batch carries its `BatchFacts` from the collator to the planner, which takes them out."""
+
+IGNORED = -100
+"""Label of what carries no loss, as everywhere in transformers."""
+
+
+@dataclass(frozen=True)
+class BatchFacts:
+    """What planning has to know of a micro-batch.
+
+    Attributes:
+        size: Samples.
+        items: Labels that carry loss; None where there are no labels to count.
+        indices: Indices of the samples in the data set, int64 [size], or None.
+        length: Tokens of a sample, padded ones included; None where the batch holds no token ids.
+    """
+
+    size: int
+    items: int | None = None
+    indices: np.ndarray | None = None
+    length: int | None = None
+
+
+def facts_of(batch: Mapping[str, Any], shifts: bool, size: int | None = None) -> BatchFacts:
+    """Look at a collated batch.
+
+    Args:
+        batch: The batch.
+        shifts: Whether the model's loss predicts the next token, so that each row's first label counts for nothing.
+        size: Number of its samples; by default the length of its first tensor.
+
+    Raises:
+        ValueError: If the batch has no tensor.
+    """
+    indices = batch.get(INDEX_KEY)
+    indices = None if indices is None else np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
+    size = batch_size(batch) if size is None else size
+    return BatchFacts(size, _count_items(batch, shifts), indices, token_length(batch))
+
+
+def take_facts(batch: dict[str, Any], shifts: bool) -> BatchFacts:
+    """The facts that a batch carries, or else those that it shows; what is not for the model is removed from it."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}, and micro-batches are dictionaries of tensors: a trainer that makes "
+            "its model inputs within a step (GRPO generates them) gives D2FT nothing to schedule."
+        )
+    facts = batch.pop(FACTS_KEY, None)
+    facts = facts_of(batch, shifts) if facts is None else facts
+    batch.pop(INDEX_KEY, None)
+    return facts
+
+
+def token_length(batch: Mapping[str, Any]) -> int | None:
+    """Length of the widest row of token ids in a batch, or None if there is none."""
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim == 2]
+    return max((t.shape[1] for t in tensors if t.dtype in (torch.int64, torch.int32)), default=None)
+
+
+def shares_of_items(facts: Sequence[BatchFacts]) -> np.ndarray:
+    """What each micro-batch counts in a mean over all: its items, or its samples where items are not known; [N]."""
+    by_items = all(one.items is not None for one in facts)
+    return np.array([one.items if by_items else one.size for one in facts], dtype=np.float64)
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the model's own loss predicts the next token, by the rule of the Trainer."""
+    base = base_model(model)
+    is_decoder = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return is_decoder and LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
+
+
+def _count_items(batch: Mapping[str, Any], shifts: bool) -> int | None:
+    labels = batch.get("shift_labels")
+    if labels is None:
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor):
+            return None
+        labels = labels[..., 1:] if shifts and labels.ndim > 1 else labels
+    return int((labels.cpu() != IGNORED).sum().numpy())

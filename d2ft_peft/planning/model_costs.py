@@ -1,0 +1,128 @@
+"""What a model costs at the lengths that its batches really have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from ..costs import Probe, cost_model, probe_model, watch
+from ..partition import Partition
+from ..schedule import CostModel, Operation
+from .facts import token_length
+
+
+class ModelCosts:
+    """FLOPs of a model's subnets, and of what lies around them, for any length of its sequences.
+
+    Schedules are made with the costs at one length, on which all processes agree at the first step and which a resumed
+    run reads from its checkpoint; what was executed is counted at the lengths that each forward pass really had.
+
+    Args:
+        model: The adapted model.
+        partition: Its subnets.
+        forward_only_cost: Relative cost of FORWARD_ONLY to make schedules with, instead of the model's own.
+
+    Attributes:
+        probe: What a look at the model showed, or None before.
+    """
+
+    def __init__(self, model: nn.Module, partition: Partition, forward_only_cost: float | None = None):
+        self.model, self.partition, self.forward_only_cost = model, partition, forward_only_cost
+        self.probe: Probe | None = None
+        self._surroundings_known = True
+        self._by_length: dict[int, CostModel] = {}
+
+    @property
+    def known(self) -> bool:
+        """Whether schedules can be made."""
+        return self.probe is not None
+
+    @property
+    def relative(self) -> np.ndarray:
+        """Cost of each operation at the agreed length, relative to the costliest, float [K, 3]."""
+        costs = self.at(self.probe.sequence_length).costs
+        return costs / costs.max()
+
+    def at(self, tokens: int) -> CostModel:
+        """The cost model at a length, per sample."""
+        if tokens not in self._by_length:
+            probe = self.probe.at(tokens)
+            self._by_length[tokens] = cost_model(self.model, self.partition, probe, self.forward_only_cost)
+        return self._by_length[tokens]
+
+    def learn(self, batch: dict[str, Any], sum_over_processes: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Look at the model once, on one sample.
+
+        Where the batch is not the model's own input (a trainer concatenates pairs, say), its length is taken from the
+        widest row of token ids, and what lies around the subnets is learned from the first forward pass that trains.
+
+        Args:
+            batch: A micro-batch.
+            sum_over_processes: Adds numbers up over the processes that have different data.
+
+        Raises:
+            ValueError: If the batch shows no length at all.
+        """
+        device = next(self.model.parameters()).device
+        sample = {name: v[:1] if isinstance(v, Tensor) and v.ndim else v for name, v in batch.items()}
+        try:
+            self.probe = probe_model(self.model, self.partition, send_to_device(sample, device))
+        except Exception as error:
+            length = token_length(batch)
+            if length is None:
+                raise ValueError(
+                    f"a batch with keys {sorted(batch)} is not what the model takes, and has no token ids whose length "
+                    "could stand in for a look at the model, of which D2FT has to know what its subnets cost. The "
+                    f"model said: {error}"
+                ) from error
+            self.probe, self._surroundings_known = Probe(sequence_length=length), False
+        total, processes = sum_over_processes(np.array([self.probe.sequence_length, 1.0]))
+        self.probe = self.probe.at(round(float(total / processes)))
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Around a training forward pass: learns from it what `learn` could not see."""
+        if self._surroundings_known:
+            yield
+            return
+        with watch(self.model, self.partition) as seen:
+            yield
+        if seen.sequence_length:
+            self.probe, self._surroundings_known = seen.at(self.probe.sequence_length), True
+            self._by_length.clear()
+
+    def of_row(
+        self, row: np.ndarray, passes: list[tuple[int, int]], samples: float, length: int | None = None
+    ) -> tuple[float, float]:
+        """FLOPs of a micro-batch as executed, and if it had been FULL everywhere.
+
+        Args:
+            row: Operation of each subnet as executed, int [K].
+            passes: Samples and tokens per sample of each forward pass.
+            samples, length: Samples of the micro-batch and their length (by default the agreed one), which are all that
+                is known of one that did not run.
+
+        Returns:
+            Both; zeros before `learn`.
+        """
+        if not self.known:
+            return 0.0, 0.0
+        full = np.full((1, len(row)), Operation.FULL)
+        flops = sum(self.at(tokens).step_flops(row[None], np.array([n])) for n, tokens in passes)
+        seen = passes or [(samples, length or self.probe.sequence_length)]
+        return flops, sum(self.at(tokens).step_flops(full, np.array([n])) for n, tokens in seen)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds; JSON-friendly."""
+        return {"probe": self.probe and self.probe.state(), "complete": self._surroundings_known}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Make schedules with a checkpoint's costs."""
+        self.probe = state["probe"] and Probe.from_state(state["probe"])
+        self._surroundings_known = state["complete"]
+        self._by_length.clear()

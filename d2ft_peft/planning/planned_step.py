@@ -1,0 +1,69 @@
+"""A schedule on its way to execution: plans, sizes here, and the weight of every micro-batch in the step's loss."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ..engine import compile_plan
+from ..partition import Partition
+from ..processes import gather, world_size
+from ..schedule import Schedule
+from .micro_batch import MicroBatch
+
+
+class PlannedStep:
+    """The micro-batches that one schedule covers.
+
+    Args:
+        partition: The subnets.
+        schedule: Its weights are the sizes of the micro-batches over all processes.
+        sizes: Their sizes in this process, [N].
+        each_is_a_step: Whether an optimizer step follows each of them instead of the last.
+
+    Attributes:
+        micro_batches: What a training loop has to know of each.
+        lengths: Tokens of a sample of each, None where they are not known.
+    """
+
+    def __init__(self, partition: Partition, schedule: Schedule, sizes: np.ndarray, each_is_a_step: bool):
+        self.schedule, self.sizes, self.each_is_a_step = schedule, sizes, each_is_a_step
+        plans = [compile_plan(partition, row) for row in schedule.operations]
+        final = max((i for i, plan in enumerate(plans) if not plan.skipped), default=-1)
+        self.micro_batches = [MicroBatch(plan, 1.0, each_is_a_step or i == final) for i, plan in enumerate(plans)]
+        self.lengths: list[int | None] = [None] * len(plans)
+        self.weigh(sizes, schedule.weights)
+
+    def weigh(self, items: np.ndarray, global_items: np.ndarray) -> None:
+        """Weight micro-batches by their items here and in all processes, [N] each, see `MicroBatch.weight`."""
+        totals = np.full(len(items), global_items[~self.schedule.skipped].sum())
+        if self.each_is_a_step:
+            totals = np.asarray(global_items, dtype=float)
+        weights = items * world_size() / np.where(totals > 0, totals, 1.0)
+        self.micro_batches = [
+            dataclasses.replace(micro_batch, weight=float(weight))
+            for micro_batch, weight in zip(self.micro_batches, weights, strict=True)
+        ]
+
+    def share_here(self, index: int) -> float:
+        """How many times over what this process runs of a micro-batch stands for what all processes do."""
+        return self.schedule.weights[index] / self.sizes[index] if self.sizes[index] else 0.0
+
+
+def check_same_schedule(schedule: Schedule) -> None:
+    """Compare the schedule of all processes: such as drift apart would wait for each other for ever, or train nonsense.
+
+    Raises:
+        ValueError: They differ; on every process.
+    """
+    if world_size() == 1:
+        return
+    digests = gather(np.array([float(int(schedule.digest()[:12], 16))]))[:, 0]
+    if (digests != digests[0]).any():
+        others = ", ".join(map(str, np.flatnonzero(digests != digests[0])))
+        raise ValueError(
+            f"the schedule of process {others} differs from that of process 0; give all processes the same D2FTConfig, "
+            "seed and weights (transformers.set_seed before the model is made), and a policy that draws from "
+            "problem.rng only."
+        )

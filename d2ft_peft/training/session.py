@@ -1,0 +1,251 @@
+"""One call of `Trainer.train()`: what D2FT knows and does of a model, a data set and a set of arguments."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from ..planning import D2FTPlanner
+from ..planning.facts import FACTS_KEY, BatchFacts, take_facts
+from ..planning.planner import active_adapter
+from ..processes import gather_lists
+from .data import TrainingData
+from .local_engine import LocalEngine
+from .step_log import StepLog
+from .window import Task, Window
+
+
+class TrainingSession:
+    """Schedules the micro-batches of a run, runs them, counts them, and remembers all of it in checkpoints.
+
+    It is made anew by every call of ``train()``, and by every try of ``auto_find_batch_size``: scores, windows and
+    costs belong to the model, the data and the arguments that it was made for.
+
+    Args:
+        trainer: The Trainer.
+        engine: What runs micro-batches: here, or on the heads of several processes.
+        make_loader: The Trainer's own way to make a data loader.
+
+    Attributes:
+        planner: Makes the schedules.
+        data: Makes the data loaders.
+        window: Steps that are scheduled together where no gradients are accumulated.
+        current: The micro-batch that the Trainer is at.
+        step_tasks: The micro-batches of the current optimizer step, in the order of their schedule.
+        step_runs: Whether anything of the current optimizer step runs.
+        grad_norm: Of the last optimizer step that ran.
+        steps: How many optimizer steps ran.
+        trains: Whether the call of ``train()`` has not ended yet.
+    """
+
+    def __init__(self, trainer: Trainer, engine: LocalEngine, make_loader: Callable[..., DataLoader]):
+        self.trainer, self.engine, self._make_loader = trainer, engine, make_loader
+        self.model = trainer.accelerator.unwrap_model(trainer.model)
+        self.accumulation = trainer.args.gradient_accumulation_steps
+        self.planner: D2FTPlanner = engine.make_planner(self)
+        self.planner.each_is_a_step = self.accumulation == 1
+        self.data = TrainingData(trainer, self.planner, make_loader)
+        self.window = Window()
+        self.current: Task | None = None
+        self.step_tasks: list[Task] = []
+        self.step_runs = False
+        self.grad_norm: Tensor | float = 0.0
+        self._upcoming: deque[Task | None] = deque()
+        self._rest: dict[str, Any] | None = None
+        self.steps = StepLog()
+        engine.begin(self)
+        self.planner.runtime.driven = self.trains = True
+
+    def close(self) -> None:
+        """Leave the model as any code may use it, however training ended."""
+        self.planner.runtime.driven = self.trains = False
+        self.planner.runtime.touch_gradients = False
+        self.planner.runtime.after_backward = None
+
+    def score_whole_model(self, planner: D2FTPlanner) -> None:
+        """Score samples before a head-parallel model is cut."""
+        if self.trainer.train_dataset is not None:
+            TrainingData(self.trainer, planner, self._make_loader).score_once()
+
+    def next_step(self, iterator: Iterator, num_batches: int) -> tuple[list[dict], list[dict]]:
+        """Fetch and schedule the micro-batches of an optimizer step.
+
+        Args:
+            iterator: The pass over the data.
+            num_batches: How many the Trainer asks for.
+
+        Returns:
+            As many batches as there are, those that do not run first; and the ones that run.
+        """
+        self._check_unchanged()
+        if self.accumulation == 1:
+            tasks = self.step_tasks = self._next_of_window(iterator)
+            idle = 0
+        else:
+            candidates = list(itertools.islice(iterator, num_batches))
+            self.step_tasks = self._schedule(candidates) if candidates else []
+            tasks = [task for task in self.step_tasks if task.runs]
+            idle = len(candidates) - len(tasks)
+        if not tasks and not idle:
+            return [], []
+        # The Trainer counts micro-batches. Any batch may stand for one that does not run: it is not looked at.
+        stand_in = tasks[0].batch if tasks else candidates[0]
+        self.step_runs = any(task.runs for task in tasks)
+        self._upcoming = deque([*[None] * idle, *tasks])
+        batches = [dict(batch) for batch in (*[stand_in] * idle, *(task.batch for task in tasks))]
+        return batches, [batch for batch, task in zip(batches[idle:], tasks, strict=True) if task.runs]
+
+    def _schedule(self, candidates: list[dict]) -> list[Task]:
+        """Schedule batches. Where samples are scheduled, micro-batches are composed of them."""
+        planner = self.planner
+        if planner.schedules_samples:
+            return self._compose(candidates)
+        facts = [take_facts(batch, planner.shifts_labels) for batch in candidates]
+        planner.prepare(candidates[0])
+        self.data.score_once()
+        planner.plan_facts(facts)
+        running = set(planner.pass_over())
+        return [Task(i, candidates[i], facts[i], i in running) for i in range(len(candidates))]
+
+    def _compose(self, candidates: list[dict]) -> list[Task]:
+        planner = self.planner
+        indices, items = self.data.candidates(candidates)
+        size = max(len(batch["d2ft_index"]) for batch in candidates)
+        if not planner.costs.known:
+            usual = len(candidates[0]["d2ft_index"])
+            planner.prepare(self.data.collate(indices[:usual], items[:usual])[0])
+        self.data.score_once()
+        groups = planner.compose(indices, size)
+        if len(groups) > len(candidates):
+            raise ValueError(
+                f"policy={planner.config.policy!r} with rows='samples' composed {len(groups)} micro-batches of "
+                f"{len(candidates)}; set rows='micro_batches', or choose a policy that runs samples as a whole."
+            )
+        collated = [self.data.collate(indices[group], [items[position] for position in group]) for group in groups]
+        if planner.shares is None and collated:
+            planner.weigh([facts for _, facts in collated])
+        return [Task(i, batch, facts) for i, (batch, facts) in enumerate(collated)]
+
+    def _next_of_window(self, iterator: Iterator) -> list[Task]:
+        """The next step of the window; an empty one is filled, by a resumed run with the rest of the one it was in."""
+        if not self.window.belongs_to(iterator):
+            rest, self._rest = self._rest, None
+            size = self.planner.config.num_micro_batches if rest is None else len(rest["operations"])
+            if self.planner.shares is not None:
+                size = 1  # every process runs some of its samples in every step
+            candidates = list(itertools.islice(iterator, size))
+            if not candidates:
+                return []
+            tasks = self._schedule(candidates) if rest is None else self._resume_window(rest, candidates)
+            # Composed micro-batches may be fewer; what the schedule says of all others is one row.
+            rows, known = range(len(tasks), len(candidates)), self.planner.num_planned
+            stand_in, facts = candidates[0], BatchFacts(0)
+            idle = [Task(i if i < known else None, stand_in, facts, runs=False) for i in rows]
+            if known > len(tasks) and not idle:
+                self.planner.pass_by(len(tasks))
+            self.window.fill(iterator, [*tasks, *idle])
+        return [self.window.tasks.popleft()]
+
+    def _resume_window(self, rest: dict[str, Any], candidates: list[dict]) -> list[Task]:
+        """Finish the window that a checkpoint was made in, on the same samples in the same order."""
+        planner, rows = self.planner, np.array(rest["operations"], dtype=np.int8)
+        if rest["samples"] is None:
+            facts, batches = [take_facts(batch, planner.shifts_labels) for batch in candidates], candidates
+        else:
+            if len(rest["samples"]) != self.trainer.args.world_size:
+                raise ValueError(
+                    f"this checkpoint was made by {len(rest['samples'])} processes within a window of samples that "
+                    f"each had chosen among its own; resume on as many, not on {self.trainer.args.world_size}."
+                )
+            own = [np.array(group) for group in rest["samples"][self.trainer.args.process_index]]
+            collated = [self.data.collate(group, [None] * len(group)) for group in own]
+            batches, facts = [batch for batch, _ in collated], [facts for _, facts in collated]
+        planner.resume(rows[: len(facts)], facts, rest["skipped"])
+        running = set(planner.pass_over())
+        return [Task(i, batches[i], facts[i], i in running) for i in range(len(facts))]
+
+    def training_step(
+        self, default: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], items: Any
+    ) -> Tensor:
+        """Run the micro-batch that the Trainer has come to; the loss of one that is not run is zero.
+
+        Args:
+            default: The Trainer's own step.
+            model, inputs, items: Its arguments.
+        """
+        self.current = self._upcoming.popleft()
+        inputs.pop(FACTS_KEY, None)
+        if self.is_last:
+            self.steps.count(self.step_runs)
+            if self.accumulation == 1:
+                self.planner.counts.end_step()
+        return self.engine.training_step(self, default, model, inputs, items)
+
+    @property
+    def idle(self) -> bool:
+        """Whether the current micro-batch is one that does not run."""
+        return self.current is None or not self.current.runs
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the current micro-batch is the last of its optimizer step."""
+        return not self._upcoming
+
+    def pass_over(self) -> Tensor:
+        """What stands for the micro-batch that does not run; if nothing of a step runs, the optimizer does not step."""
+        trainer = self.trainer
+        if self.current is not None and self.current.index is not None:
+            self.planner.pass_by(self.current.index)
+        if self.is_last and not self.step_runs:
+            trainer.accelerator.gradient_state._set_sync_gradients(False)
+            if callable(getattr(trainer.optimizer, "train", None)):
+                trainer.optimizer.train()  # optimizers that have a mode of their own, and were evaluated in the other
+        return torch.zeros((), device=trainer.args.device)
+
+    def complete_logs(self, logs: dict[str, float]) -> None:
+        """Put what was executed beside a training loss: since the last entry, or at the end in the whole run."""
+        self.steps.correct(logs)
+        if "learning_rate" in logs or "train_runtime" in logs:
+            logs |= self.planner.pop_logs()
+        if "train_runtime" in logs:
+            logs |= self.planner.counts.of_run.logs()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the planner's own state; JSON-friendly. Every process calls it."""
+        rest, tasks = None, list(self.window.tasks)
+        if tasks and self.accumulation == 1:
+            planner, samples, skipped = self.planner, None, 0.0
+            nothing = [0] * planner.partition.num_scheduled
+            rows = [list(planner.peek(t.index).plan.operations) if t.runs else nothing for t in tasks]
+            if planner.schedules_samples:  # every process has chosen its own
+                samples = gather_lists([t.facts.indices.tolist() for t in tasks if t.runs])
+                skipped = sum(planner.schedule.weights[t.index] for t in tasks if not t.runs and t.index is not None)
+            rest = {"operations": rows, "samples": samples, "skipped": float(skipped)}
+        return {"rest_of_window": rest, "steps": self.steps.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint was made."""
+        self.window, self._rest = Window(), state["rest_of_window"]
+        self.steps.load_state(state["steps"])
+
+    def _check_unchanged(self) -> None:
+        """A session serves what it was made for, and refuses what it would only follow half."""
+        args, model = self.trainer.args, self.trainer.accelerator.unwrap_model(self.trainer.model)
+        for name, before, now in (
+            ("gradient_accumulation_steps", self.accumulation, args.gradient_accumulation_steps),
+            ("the model", id(self.model), id(model)),
+            ("the active adapter", self.planner.adapter, active_adapter(self.model)),
+        ):
+            if before != now:
+                raise ValueError(
+                    f"{name} changed in the middle of training, from {before!r} to {now!r}; D2FT makes its schedules "
+                    "for the former. Change it between two calls of train()."
+                )

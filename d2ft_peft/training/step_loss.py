@@ -1,0 +1,136 @@
+"""The loss of a micro-batch, weighted so that the step's gradient is the mean over what ran; and what it shows.
+
+It stands around `compute_loss`, whoever wrote that: a model's own loss, label smoothing, ``compute_loss_func``, a
+subclass, TRL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from ..engine.touch_loss import touch
+from ..partition import base_model
+from ..planning import D2FTPlanner, MicroBatch
+from ..planning.facts import BatchFacts
+from .normalization import WatchedItems
+
+
+class StepLoss:
+    """Weights losses, shows them to scores that follow training, and lets every parameter hear of them.
+
+    Args:
+        trainer: The Trainer.
+        planner: Whose scores may follow training.
+        processes: Number of processes whose gradients DistributedDataParallel averages.
+    """
+
+    def __init__(self, trainer: Trainer, planner: D2FTPlanner, processes: int):
+        self.trainer, self.planner, self.processes = trainer, planner, processes
+        self._parameters = [p for p in planner.model.parameters() if p.requires_grad]
+
+    @contextmanager
+    def around(self, micro_batch: MicroBatch, facts: BatchFacts) -> Iterator[None]:
+        """Weight what `compute_loss` returns for a micro-batch."""
+        trainer = self.trainer
+        original, of_instance = trainer.compute_loss, vars(trainer).get("compute_loss")
+
+        def weighted(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if not (model.training and torch.is_grad_enabled()):  # somebody evaluates in the middle of a step
+                return original(model, inputs, *args, **kwargs)
+            return self._compute(original, micro_batch, facts, model, inputs, *args, **kwargs)
+
+        trainer.compute_loss = weighted
+        try:
+            yield
+        finally:
+            del trainer.compute_loss
+            if of_instance is not None:
+                trainer.compute_loss = of_instance
+
+    def _compute(
+        self,
+        original: Callable,
+        micro_batch: MicroBatch,
+        facts: BatchFacts,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        items = None
+        if num_items_in_batch is not None:
+            items = WatchedItems.watch(num_items_in_batch, self.trainer.args.device)
+        with self._observing(inputs, facts), self._unscaled_by_processes():
+            result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=items, **kwargs)
+        loss, *outputs = result if return_outputs else (result,)
+        loss = self._weight(loss, items, micro_batch, facts)
+        loss = touch(loss, self._parameters, exchanges=self.processes > 1 and micro_batch.last)
+        return (loss, *outputs) if return_outputs else loss
+
+    def _weight(self, loss: Tensor, items: WatchedItems | None, micro_batch: MicroBatch, facts: BatchFacts) -> Tensor:
+        used = items is not None and items.used
+        declared = self.trainer.loss_is_scaled_for_ga
+        if used if declared is None else declared:
+            averages = used and self.trainer.args.average_tokens_across_devices
+            factor = self.processes if averages else 1
+        elif facts.items == 0:
+            # Its mean is over nothing, not a number; nothing is what it adds to the step.
+            return loss.new_zeros(()).requires_grad_().clone()
+        else:
+            factor = micro_batch.weight
+        factor *= self._trainer_divides_by(items)
+        return loss if factor == 1 else loss * factor
+
+    def _trainer_divides_by(self, items: WatchedItems | None) -> int:
+        """What `Trainer.training_step` divides the loss by afterwards, by its own rule."""
+        trainer = self.trainer
+        scaled = trainer.loss_is_scaled_for_ga
+        if scaled is None:
+            scaled = (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+        return 1 if scaled else trainer.current_gradient_accumulation_steps
+
+    @contextmanager
+    def _unscaled_by_processes(self) -> Iterator[None]:
+        """Keep `Trainer.compute_loss` from multiplying by the number of processes: that is right for losses that are
+        divided by the items of all processes, and it takes every loss for one."""
+        args = self.trainer.args
+        before, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+        try:
+            yield
+        finally:
+            args.average_tokens_across_devices = before
+
+    @contextmanager
+    def _observing(self, inputs: dict[str, Any], facts: BatchFacts) -> Iterator[None]:
+        """Let scores that follow training see the outputs of the forward pass that trains; there is no other."""
+        if not self.planner.source.live:
+            yield
+            return
+        labels = inputs.get("labels", inputs.get("shift_labels"))  # before a loss of one's own takes them out
+        positions, seen = inputs.get("position_ids"), []
+
+        def note(module: nn.Module, args: tuple, output: Any) -> None:
+            if module.training and torch.is_grad_enabled():
+                logits = output.get("logits") if isinstance(output, dict) else None
+                seen.append(logits if isinstance(logits, Tensor) else None)
+
+        handle = base_model(self.planner.model).register_forward_hook(note)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if len(seen) != 1 or seen[0] is None or not isinstance(labels, Tensor) or facts.indices is None:
+            raise ValueError(
+                f"score {list(self.planner.source.live)} is read from the logits and labels of one forward pass, and "
+                f"this step ran {len(seen)} of them with logits {[getattr(x, 'shape', None) for x in seen]} and "
+                f"labels {type(labels).__name__}; choose policy='fewer_samples', or 'bilevel' with "
+                "backward_score='weight_magnitude'."
+            )
+        self.planner.observe(facts.indices, seen[0], labels, positions)
