@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -61,24 +62,24 @@ class ExecutionCounts:
     last: Schedule | None = None
     since_log: Totals = field(default_factory=Totals)
     of_run: Totals = field(default_factory=Totals)
-    _open: dict[int, tuple[np.ndarray, float, float]] = field(default_factory=dict)
+    _open: dict[int, tuple[np.ndarray, Callable[[], tuple[float, float]]]] = field(default_factory=dict)
     _rows: dict[int, np.ndarray] = field(default_factory=dict)
 
     def begin(self) -> None:
         """A step was planned: what ran of an earlier one that was left unfinished stays counted."""
         self._rows = {}
 
-    def note(self, index: int, row: np.ndarray, flops: float, full_flops: float) -> None:
+    def note(self, index: int, row: np.ndarray, measure: Callable[[], tuple[float, float]]) -> None:
         """A micro-batch of the planned step ran, or was passed over.
 
         Args:
             index: Its number in the schedule: a loop may run them in another order.
             row: Operation of each subnet as executed, int [K].
-            flops: Its FLOPs.
-            full_flops: Its FLOPs if it had been FULL everywhere.
+            measure: Gives its FLOPs, and those if it had been FULL everywhere; asked once the step is over, when those
+                that ran have shown what one that did not would have cost.
         """
         self._rows[index] = row
-        self._open[index] = row, flops, full_flops
+        self._open[index] = row, measure
 
     def is_complete(self, schedule: Schedule) -> bool:
         """Whether every micro-batch of the planned step was noted."""
@@ -124,7 +125,7 @@ class ExecutionCounts:
         if not indices:
             return
         rows = np.stack([self._open[index][0] for index in indices])
-        flops, full_flops = (sum(self._open[index][k] for index in indices) for k in (1, 2))
+        flops, full_flops = np.sum([self._open[index][1]() for index in indices], axis=0).tolist()
         self._open = {}
         part = _as_executed(schedule, indices, rows)
         self._add(part, flops, full_flops)

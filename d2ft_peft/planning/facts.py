@@ -40,18 +40,19 @@ class BatchFacts:
     length: int | None = None
 
 
-def facts_of(batch: Mapping[str, Any], shifts: bool, size: int | None = None) -> BatchFacts:
+def facts_of(batch: Mapping[str, Any], shifts: bool, size: int | None = None, indices: Any = None) -> BatchFacts:
     """Look at a collated batch.
 
     Args:
         batch: The batch.
         shifts: Whether the model's loss predicts the next token, so that each row's first label counts for nothing.
         size: Number of its samples; by default the length of its first tensor.
+        indices: Their indices in the data set; by default those under ``d2ft_index``.
 
     Raises:
         ValueError: If the batch has no tensor.
     """
-    indices = batch.get(INDEX_KEY)
+    indices = batch.get(INDEX_KEY) if indices is None else indices
     indices = None if indices is None else np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
     size = batch_size(batch) if size is None else size
     return BatchFacts(size, _count_items(batch, shifts), indices, token_length(batch))

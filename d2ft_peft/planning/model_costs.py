@@ -16,6 +16,10 @@ from ..schedule import CostModel, Operation
 from .facts import token_length
 
 
+Pass = tuple[float, int]
+"""Samples and tokens per sample of a forward pass."""
+
+
 class ModelCosts:
     """FLOPs of a model's subnets, and of what lies around them, for any length of its sequences.
 
@@ -36,6 +40,7 @@ class ModelCosts:
         self.probe: Probe | None = None
         self._surroundings_known = True
         self._by_length: dict[int, CostModel] = {}
+        self._rows_per_sample = 1.0
 
     @property
     def known(self) -> bool:
@@ -96,33 +101,39 @@ class ModelCosts:
             self.probe, self._surroundings_known = seen.at(self.probe.sequence_length), True
             self._by_length.clear()
 
-    def of_row(
-        self, row: np.ndarray, passes: list[tuple[int, int]], samples: float, length: int | None = None
-    ) -> tuple[float, float]:
-        """FLOPs of a micro-batch as executed, and if it had been FULL everywhere.
+    def flops(self, row: np.ndarray, passes: list[Pass]) -> float:
+        """FLOPs of a micro-batch as executed; 0 before `learn`.
 
         Args:
-            row: Operation of each subnet as executed, int [K].
+            row: Operation of each subnet, int [K].
             passes: Samples and tokens per sample of each forward pass.
-            samples, length: Samples of the micro-batch and their length (by default the agreed one), which are all that
-                is known of one that did not run.
-
-        Returns:
-            Both; zeros before `learn`.
         """
         if not self.known:
-            return 0.0, 0.0
-        full = np.full((1, len(row)), Operation.FULL)
-        flops = sum(self.at(tokens).step_flops(row[None], np.array([n])) for n, tokens in passes)
-        seen = passes or [(samples, length or self.probe.sequence_length)]
-        return flops, sum(self.at(tokens).step_flops(full, np.array([n])) for n, tokens in seen)
+            return 0.0
+        return float(sum(self.at(tokens).step_flops(row[None], np.array([n])) for n, tokens in passes))
+
+    def full_flops(self, passes: list[Pass]) -> float:
+        """FLOPs of the same passes if every subnet were FULL."""
+        return self.flops(np.full(self.partition.num_scheduled, Operation.FULL), passes)
+
+    def saw(self, passes: list[Pass], samples: float) -> None:
+        """Note how many samples go through the model for one of a micro-batch: two, where they are pairs."""
+        self._rows_per_sample = sum(n for n, _ in passes) / samples if samples else self._rows_per_sample
+
+    def expected(self, samples: float, length: int | None) -> list[Pass]:
+        """The passes of a micro-batch that did not run; its length is the agreed one by default."""
+        return [(samples * self._rows_per_sample, length or self.probe.sequence_length)] if self.known else []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds; JSON-friendly."""
-        return {"probe": self.probe and self.probe.state(), "complete": self._surroundings_known}
+        return {
+            "probe": self.probe and self.probe.state(),
+            "complete": self._surroundings_known,
+            "rows_per_sample": self._rows_per_sample,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Make schedules with a checkpoint's costs."""
         self.probe = state["probe"] and Probe.from_state(state["probe"])
-        self._surroundings_known = state["complete"]
+        self._surroundings_known, self._rows_per_sample = state["complete"], state["rows_per_sample"]
         self._by_length.clear()

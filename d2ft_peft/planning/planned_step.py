@@ -48,7 +48,7 @@ class PlannedStep:
 
     def share_here(self, index: int) -> float:
         """How many times over what this process runs of a micro-batch stands for what all processes do."""
-        return self.schedule.weights[index] / self.sizes[index] if self.sizes[index] else 0.0
+        return float(self.schedule.weights[index] / self.sizes[index])
 
 
 def check_same_schedule(schedule: Schedule) -> None:

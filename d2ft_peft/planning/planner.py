@@ -364,13 +364,19 @@ class D2FTPlanner:
         self._note(index, row, passes)
 
     def _note(self, index: int, row: np.ndarray, passes: list[tuple[int, int]]) -> None:
-        here = self._planned.sizes[index]
-        flops, full_flops = self.costs.of_row(row, passes, here, self._planned.lengths[index])
-        share = self._planned.share_here(index)
-        if not here:  # samples of other processes, which are not looked at here
-            share, (_, full_flops) = 1.0, self.costs.of_row(row, passes, self.schedule.weights[index])
-        self._last_flops = float(flops)
-        self.counts.note(index, row, float(share * flops), float(share * full_flops))
+        planned, costs = self._planned, self.costs
+        here, length = planned.sizes[index], planned.lengths[index]
+        if passes:
+            costs.saw(passes, here)
+        self._last_flops = costs.flops(row, passes)
+
+        def measure() -> tuple[float, float]:
+            if not here:  # samples of other processes, which are not looked at here
+                return 0.0, costs.full_flops(costs.expected(planned.schedule.weights[index], length))
+            both = costs.flops(row, passes), costs.full_flops(passes or costs.expected(here, length))
+            return tuple(planned.share_here(index) * flops for flops in both)
+
+        self.counts.note(index, row, measure)
         if self.counts.is_complete(self.schedule):
             self._finish_step()
 

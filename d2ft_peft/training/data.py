@@ -65,8 +65,8 @@ class TrainingData:
             kwargs["sampler_fn"] = lambda _: sampler_fn(dataset)
         items, collator = self._without_unused_columns(dataset, description)
         if not planner.schedules_samples:
-            indexed = FactsCollator(IndexedCollator(collator), planner.shifts_labels)
-            return self._with_collator(indexed, IndexedDataset(items), description, *args, **kwargs)
+            collator = FactsCollator(collator, planner.shifts_labels, indexed=True)
+            return self._with_collator(collator, IndexedDataset(items), description, *args, **kwargs)
         self._items, self._collator = items, collator
         # Workers load ahead, in parallel; without them nothing is loaded that does not run.
         wrapper = IndexedDataset if args_.dataloader_num_workers else CandidateDataset
@@ -77,8 +77,7 @@ class TrainingData:
         if items[0] is None:
             items = load_items(self._items, [int(index) for index in indices])
         batch = dict(self._collator(items))
-        facts = facts_of({**batch, INDEX_KEY: indices}, self.planner.shifts_labels, len(indices))
-        return batch, facts
+        return batch, facts_of(batch, self.planner.shifts_labels, len(indices), indices)
 
     def candidates(self, batches: list[dict]) -> tuple[np.ndarray, list]:
         """Indices and items (None where not loaded yet) of the candidates of some batches.
@@ -160,18 +159,17 @@ class FactsCollator:
     """Collates, and lets the batch carry its facts: they are known here for nothing, on the host.
 
     Args:
-        collator: Collates the items; of pairs it leaves the indices under ``d2ft_index``.
+        collator: Collates the items.
         shifts: See `facts_of`.
+        indexed: Whether items come in pairs with their indices in the data set (`IndexedDataset`).
     """
 
-    def __init__(self, collator: Callable[[list], Any], shifts: bool):
-        self.collator, self.shifts = collator, shifts
+    def __init__(self, collator: Callable[[list], Any], shifts: bool, indexed: bool = False):
+        self.collator, self.shifts, self.indexed = collator, shifts, indexed
 
     def __call__(self, items: list) -> Any:
-        batch = self.collator(items)
+        indices, items = zip(*items, strict=True) if self.indexed else (None, items)
+        batch = self.collator(list(items))
         if not isinstance(batch, Mapping):
             return batch  # of which the planner says that it cannot schedule it
-        batch = dict(batch)
-        batch[FACTS_KEY] = facts_of(batch, self.shifts, len(items))
-        batch.pop(INDEX_KEY, None)
-        return batch
+        return {**batch, FACTS_KEY: facts_of(batch, self.shifts, len(items), indices)}
