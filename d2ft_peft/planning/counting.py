@@ -89,7 +89,7 @@ class ExecutionCounts:
         """The planned step is complete."""
         rows = np.stack([self._rows[index] for index in range(schedule.num_micro_batches)])
         self.last = _as_executed(schedule, range(len(rows)), rows)
-        self._close(schedule)
+        self.close(schedule)
         self._rows = {}
         if not self.each_is_a_step:
             self.end_step()
@@ -107,8 +107,7 @@ class ExecutionCounts:
 
     def pop(self, schedule: Schedule | None) -> dict[str, float]:
         """Means since the last call, what ran of a step that is not complete yet included."""
-        if schedule is not None:
-            self._close(schedule)
+        self.close(schedule)
         totals, self.since_log = self.since_log, Totals()
         return totals.logs()
 
@@ -120,7 +119,8 @@ class ExecutionCounts:
         """Go on with a checkpoint's sums."""
         self.since_log, self.of_run = Totals(**state["since_log"]), Totals(**state["of_run"])
 
-    def _close(self, schedule: Schedule) -> None:
+    def close(self, schedule: Schedule | None) -> None:
+        """Add up what ran so far of the planned step."""
         indices = sorted(self._open)
         if not indices:
             return

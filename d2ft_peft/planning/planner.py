@@ -340,7 +340,7 @@ class D2FTPlanner:
     def pass_over(self) -> list[int]:
         """Note that the micro-batches which are skipped as a whole do not run; returns the indices of the others."""
         running = []
-        for index, micro_batch in enumerate(self._planned.micro_batches):
+        for index, micro_batch in enumerate(self._planned.micro_batches if self._planned else ()):
             if not micro_batch.skipped:
                 running.append(index)
             elif not self.each_is_a_step:

@@ -80,6 +80,7 @@ def planner_state(planner: D2FTPlanner) -> tuple[dict[str, Any], dict[str, np.nd
     for branch, mean in planner.runtime.means.items():
         mean.commit()
         arrays |= {f"mean.{branch}.value": mean.value.cpu().numpy(), f"mean.{branch}.count": mean.count.cpu().numpy()}
+    planner.counts.close(planner.schedule)
     era = None
     if planner.source.magnitude is not None:
         era, arrays["magnitude"] = planner.source.magnitude

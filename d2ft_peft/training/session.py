@@ -229,12 +229,11 @@ class TrainingSession:
                 samples = gather_lists([t.facts.indices.tolist() for t in tasks if t.runs])
                 skipped = sum(planner.schedule.weights[t.index] for t in tasks if not t.runs and t.index is not None)
             rest = {"operations": rows, "samples": samples, "skipped": float(skipped)}
-        return {"rest_of_window": rest, "steps": self.steps.state()}
+        return {"rest_of_window": rest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint was made."""
         self.window, self._rest = Window(), state["rest_of_window"]
-        self.steps.load_state(state["steps"])
 
     def _check_unchanged(self) -> None:
         """A session serves what it was made for, and refuses what it would only follow half."""

@@ -35,14 +35,6 @@ class StepLog:
         if "train_loss" in logs:
             _mean_over(logs, "train_loss", self.steps, self.ran)
 
-    def state(self) -> dict[str, int]:
-        """What a checkpoint holds: an entry may span it."""
-        return {"steps": self.steps - self.logged_steps, "ran": self.ran - self.logged_ran}
-
-    def load_state(self, state: dict[str, int]) -> None:
-        """Go on with the entry that a checkpoint was made in."""
-        self.steps, self.ran, self.logged_steps, self.logged_ran = state["steps"], state["ran"], 0, 0
-
 
 def _mean_over(logs: dict[str, float], name: str, steps: int, ran: int) -> None:
     if not ran:

@@ -11,7 +11,6 @@ from d2ft_peft import D2FTTrainer
 from d2ft_peft.costs import flop_counter
 from d2ft_peft.planning.counting import ExecutionCounts
 from d2ft_peft.schedule import Schedule
-from d2ft_peft.training.step_log import StepLog
 from tests.test_trainer import adapt, arguments, samples
 
 
@@ -148,17 +147,6 @@ def test_counts_do_not_grow_with_the_steps_between_two_logs():
     assert logs["compute_ratio"] == pytest.approx(schedule.compute_ratio)
     assert logs["flops_ratio"] == 0.5 and logs["step_flops"] == 2
     assert counts.pop(schedule)["compute_ratio"] == 0  # nothing ran since
-
-
-def test_an_entry_that_spans_a_checkpoint():
-    before, after = StepLog(), StepLog()
-    for runs in (True, False, False):
-        before.count(runs)
-    after.load_state(before.state())
-    after.count(True)
-    logs = {"loss": 1.0}
-    after.correct(logs)
-    assert logs["loss"] == 2.0
 
 
 def test_what_is_pushed_during_training_can_be_loaded_as_what_it_is(tmp_path, monkeypatch):
