@@ -56,6 +56,7 @@ class Agreement:
     def __init__(self, ranks: Ranks, interval: int):
         self._ranks, self._interval = ranks, interval
         self._contents = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self._since: int | None = None  # the first step that the checksum holds
         self._compared = 0  # the step in which contents were compared last
 
     def compare(self, *claims: Claim) -> None:
@@ -99,13 +100,13 @@ class Agreement:
         """Compare schedule and micro-batches of the step that begins."""
         named = [(key, value) for batch in batches for key, value in sorted(batch.items()) if isinstance(value, Tensor)]
         shapes = [(key, tuple(tensor.shape), str(tensor.dtype)) for key, tensor in named]
-        step, since = self._ranks.step, self._compared + 1
-        grown, contents = self._grown([tensor for _, tensor in named]), None
+        step = self._ranks.step
+        grown, since, contents = self._grown([tensor for _, tensor in named]), self._since or step, None
         due = not self._compared or step - self._compared >= self._interval
         if due:
             contents, self._compared = grown.item(), step
-            grown = self._contents = torch.zeros_like(grown)
-        several = due and 1 < since < step
+            self._contents, self._since = torch.zeros_like(grown), None
+        several = due and since < step
         # Equal shapes in all replicas are as it should be: before contents are known there is nothing to warn of.
         own = shapes if due else (shapes, self._ranks.replica)
         self.compare(
@@ -118,7 +119,8 @@ class Agreement:
                 in_replica=True,
             ),
         )
-        self._contents = grown  # of micro-batches of which nobody has complained
+        if not due:
+            self._contents, self._since = grown, since
 
     def _grown(self, tensors: Sequence[Tensor]) -> Tensor:
         """The checksum of contents, with those of a further step."""

@@ -78,7 +78,7 @@ def train(case: str, folder: Path, processes: int, resume: Path | None = None, *
     model = adapt(name, mode, head_parallel=processes > 1, **{"policy": "test_random_cells", **config})
     args = arguments(
         folder, **{
-            "gradient_accumulation_steps": 4, "max_steps": STEPS, "eval_strategy": "steps", "eval_steps": 1,
+            "gradient_accumulation_steps": 4, "max_steps": STEPS, "eval_strategy": "steps", "eval_steps": SAVED,
             "per_device_eval_batch_size": 4, "save_strategy": "steps", "save_steps": SAVED, "save_total_limit": None,
             "include_num_input_tokens_seen": "all", "average_tokens_across_devices": True, **settings, **kwargs,
         },
@@ -277,7 +277,7 @@ SETTINGS = {
 
 def losses_with(folder: Path, what: str, processes: int) -> list[float]:
     model = adapt("llama", "lora", num_full=1, head_parallel=processes > 1).float()
-    args = arguments(folder / "settings", gradient_accumulation_steps=2, **SETTINGS[what])
+    args = arguments(folder / "settings", gradient_accumulation_steps=2, max_steps=2, **SETTINGS[what])
     data = data_of("llama", 16, 3)
     trainer = D2FTTrainer(model=model, args=args, train_dataset=Stream(data) if "stream" in what else data)
     trainer.train()
