@@ -73,8 +73,10 @@ class Noisy(Dataset):
 
 
 def train(case: str, folder: Path, processes: int, resume: Path | None = None, **kwargs) -> dict:
-    """Train, evaluate and predict; the adapter's weights (on rank 0), the logs, and what was predicted."""
+    """Train and evaluate; the adapter's weights (on rank 0), the logs, and what a run from the start predicts."""
     name, mode, config, settings = CASES[case]
+    if resume and "load_best_model_at_end" not in settings:
+        kwargs = {"save_strategy": "no", **kwargs}
     model = adapt(name, mode, head_parallel=processes > 1, **{"policy": "test_random_cells", **config})
     args = arguments(
         folder, **{
@@ -94,7 +96,7 @@ def train(case: str, folder: Path, processes: int, resume: Path | None = None, *
         compute_metrics=lambda p: {"rows": len(p.predictions), "mean": float(np.mean(p.predictions))},
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume and str(resume))
-    predictions = trainer.predict(data_of(name, 5, 6)).predictions
+    predictions = [] if resume else trainer.predict(data_of(name, 5, 6)).predictions
     parallel = trainer.head_parallel
     weights = model.state_dict() if parallel is None else parallel.gather_state_dict() or {}
     timed = ("runtime", "per_second", "preparation_time")
