@@ -14,14 +14,12 @@ parallel.save_pretrained("adapter")                    # whole, by the first pro
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -29,8 +27,9 @@ from ..partition import base_model
 from ..planning.micro_batch import batch_size
 from ..schedule import Schedule
 from ..scores import INDEX_KEY
+from .agreement import Agreement
 from .branch import BranchForward
-from .exchange.gradients import Gradients, checksum
+from .exchange.gradients import Gradients
 from .exchange.mesh import replicas
 from .exchange.ranks import Ranks
 from .exchange.route import Residence, choose_homes, make_routes
@@ -38,6 +37,7 @@ from .exchange.timeline import Timeline
 from .exchange.traffic import Traffic
 from .placement import heads_by_rank
 from .rank_planner import HeadParallelPlanner
+from .requirements import check_mode, check_model, check_overlap, check_processes, check_whole
 from .stack import BlockStack, concatenate
 from .step import Step
 from .storage.saving import SavingMixin
@@ -81,11 +81,10 @@ class HeadParallel(SavingMixin):
         mesh: DeviceMesh | None = None,
         overlap: int = 2,
     ):
-        _check_processes()
+        check_processes()
         numbers = replicas(mesh)
-        _check_model(model, numbers.shape[1])
-        if not isinstance(overlap, int) or overlap < 0:
-            raise ValueError(f"overlap={overlap!r} must be a number of waves, or 0 to wait for all rows.")
+        check_model(model, numbers.shape[1])
+        check_overlap(overlap)
         base = base_model(model)
         self.model, self.overlap = model, overlap
         self._ranks = Ranks(timeout, next(model.parameters()).device, numbers)
@@ -94,11 +93,10 @@ class HeadParallel(SavingMixin):
         self._shards = shards_of(base, partition, ranks)
         # What was loaded as a part is another one on every rank.
         parts = {id(s.tensor) for s in self._shards if not s.is_whole(s.tensor.shape)}
-        weights = [checksum(p) for p in model.parameters() if id(p) not in parts]
-        self._check_same("weights", weights, "set the same seed before building the model on every rank "
-                         "(transformers.set_seed), or load the same checkpoint")  # fmt: skip
+        self._agreement = Agreement(self._ranks, self.planner.config.interval)
+        self._agreement.compare_weights([p for p in model.parameters() if id(p) not in parts])
         if before_cut is not None:
-            _check_whole(not parts, self.planner.source.before_training)
+            check_whole(not parts, self.planner.source.before_training)
             before_cut(self.planner)
         model.base_model._remove_interceptions()
         model.zero_grad()  # gradients of the whole model fit no part of it
@@ -149,19 +147,14 @@ class HeadParallel(SavingMixin):
             The step's loss, by default the mean over the samples that ran in all replicas; the same on every rank.
 
         Raises:
-            ValueError: If ranks differ in their schedules or batches, or these do not fit; no rank has begun then.
+            ValueError: If ranks differ in their schedules or batches, or these do not fit; no rank has begun then. What
+                batches contain is compared in the first step and every ``D2FTConfig.interval`` steps, for all steps
+                since the last comparison.
             RuntimeError: If another rank dies or takes longer than the timeout.
         """
         self._ranks.step += 1
-        if not self.model.training:
-            raise ValueError("model.training=False: forward_backward trains; call model.train() first.")
-        if any(getattr(block, "gradient_checkpointing", False) for block in self._stack.blocks):
-            raise ValueError(
-                "gradient checkpointing would repeat every exchange in backward and is not available under "
-                "head_parallel=True; call model.gradient_checkpointing_disable()."
-            )
-        numbers = len(batches), self.overlap
-        self._check_same("numbers of micro-batches or of waves", numbers, "give every rank as many, and one overlap")
+        check_mode(self.model, self._stack.blocks)
+        self._agreement.compare_numbers(len(batches), self.overlap)
         schedule = self.planner.plan(batches) if schedule is None else schedule
         batches = [{key: value for key, value in batch.items() if key != INDEX_KEY} for batch in batches]
         self._check_step(batches, schedule)
@@ -247,28 +240,10 @@ class HeadParallel(SavingMixin):
             problem = f"schedule has shape {schedule.operations.shape} instead of {expected} [micro-batches, subnets]"
         elif schedule.skipped.all():
             problem = "schedule is SHORTCUT everywhere, so nothing would train; give it FULL cells"
-        # Looked at on every rank before anyone speaks: one rank's own error must not leave the others waiting.
-        tensors = [v for batch in batches for _, v in sorted(batch.items()) if isinstance(v, Tensor)]
-        self._check_same("schedules", [schedule.digest()], "make them from the same numbers and the same seed")
-        self._check_same("micro-batches", [(tuple(t.shape), checksum(t)) for t in tensors], "give every rank of a "
-                         "replica the same ones (no sampler or data loader that shares them out over all "
-                         "processes)", in_replica=True)  # fmt: skip
+        # On every rank before anyone speaks: one rank's own error must not leave the others waiting.
+        self._agreement.compare_step(batches, schedule)
         if problem:
             raise ValueError(f"{problem}.")
-
-    def _check_same(self, what: str, value: Any, advice: str, in_replica: bool = False) -> None:
-        ranks = self._ranks
-        found, numbers = ranks.fingerprints(repr(value).encode()), ranks.numbers
-        lines = zip(numbers, found, strict=True) if in_replica else [(numbers.flatten(), found.flatten())]
-        problems = [
-            f"on rank {', '.join(map(str, line[of_line != of_line[0]]))} differ from those on rank {line[0]}"
-            for line, of_line in lines
-            if (of_line != of_line[0]).any()
-        ]
-        if problems:
-            raise ValueError(f"the {what} {', and '.join(problems)}; {advice}.")
-        if in_replica and len(found) > 1 and (found == found[0]).all():
-            warnings.warn(f"all {len(found)} replicas have the same {what}; give each its own.", stacklevel=4)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale gradients down to a norm over all ranks; `torch.nn.utils.clip_grad_norm_` would see one rank's only.
@@ -280,35 +255,3 @@ class HeadParallel(SavingMixin):
             The norm before.
         """
         return self._gradients.clip(max_norm)
-
-
-def _check_whole(whole: bool, scores: tuple[str, ...]) -> None:
-    if scores and not whole:
-        raise ValueError(
-            f"the scores {', '.join(scores)} take a pass over the data on the whole model, of which this rank has "
-            "loaded a part; choose backward_score='weight_magnitude', or load the model whole."
-        )
-
-
-def _check_processes() -> None:
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError(
-            "head-parallel execution needs processes: start with torchrun or accelerate launch, and create "
-            "accelerate.PartialState() first."
-        )
-
-
-def _check_model(model: nn.Module, size: int) -> None:
-    configs = getattr(model, "peft_config", {})
-    config = next(iter(configs.values()), None)
-    if len(configs) != 1 or not getattr(config, "head_parallel", False):
-        raise ValueError(
-            f"{type(model).__name__} has adapters {list(configs)}; HeadParallel needs exactly one, made by "
-            "get_peft_model(model, D2FTConfig(head_parallel=True, ...))."
-        )
-    if config.num_devices not in (None, size) or len(config.device_capacities or range(size)) != size:
-        raise ValueError(
-            f"num_devices={config.num_devices} and device_capacities={config.device_capacities} do not fit {size} "
-            "processes that share out the heads, which are the devices under head_parallel=True; leave num_devices "
-            "out, and give one capacity per process."
-        )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +11,20 @@ from transformers.cache_utils import Cache
 
 from ..schedule import Operation
 from .exchange.route import HeadGroup, MicroBatches, Residence, Route, among, make_waves
+
+
+class Factors(NamedTuple):
+    """One number per sample.
+
+    Attributes:
+        full: 1 where a head of the block is FULL, else 0.
+        active: 1 where a head of the block runs, else 0.
+        rescale: 1 / share of the heads that run, 0 where none does.
+    """
+
+    full: Tensor
+    active: Tensor
+    rescale: Tensor
 
 
 class Step:
@@ -43,6 +56,7 @@ class Step:
         self.routes, self.rescale = routes, rescale
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         self.operations = np.full((len(self.sizes), num_subnets), Operation.SHORTCUT, dtype=np.int8)
+        self._factors = self._factors_of_blocks(device)
         self._by_sample: dict[int, bool] = {}
         self._known: list[Tensor] = []
         self._slices: dict[tuple[int, MicroBatches], Tensor] = {}
@@ -76,10 +90,21 @@ class Step:
         for micro_batches, operation in ((group.full, Operation.FULL), (group.forward_only, Operation.FORWARD_ONLY)):
             self.operations[np.ix_(micro_batches, group.subnets)] = operation
 
-    def per_sample(self, values: Sequence[float], like: Tensor) -> Tensor:
-        """One value per micro-batch, for the samples [B, 1, 1] that live here."""
-        own = [value for i in self.own for value in [values[i]] * self.sizes[i]]
-        return torch.tensor(own, dtype=like.dtype, device=like.device).view(-1, 1, 1)
+    def factors(self, block: int, like: Tensor) -> Factors:
+        """Factors of a block, for the samples [B, 1, 1] that live here."""
+        return Factors(*self._factors[block].to(like.dtype).view(3, -1, 1, 1).unbind())
+
+    def _factors_of_blocks(self, device: torch.device) -> Tensor:
+        """[blocks, 3, B], for all blocks at once: a copy to a device, made when it is needed, would wait for it."""
+        of_samples = np.repeat(np.array(self.own, dtype=int), self.residence.samples(self.own))
+        tables = []
+        for route in self.routes:
+            share = np.array(route.heads_active)
+            up = np.divide(1.0, share, out=np.zeros(share.shape), where=share > 0)
+            tables.append(np.stack([route.any_full, share > 0, up])[:, of_samples])
+        tensor = torch.from_numpy(np.stack(tables))
+        tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+        return tensor.to(device, non_blocking=True)
 
     def learn(self, of_all: Any, of_one: Any, samples: int) -> Any:
         """Find out which tensors of a block's inputs belong to samples (masks) and which to none (rotary tables).

@@ -14,8 +14,9 @@ from .prediction import Clocks, Prediction
 from .workload import Workload
 
 
-# Before the blocks ranks compare their schedules and their micro-batches, afterwards they sum a few numbers.
-_CHECKS = 3
+# Before the blocks ranks compare numbers of micro-batches, then schedules and shapes; afterwards they sum which
+# gradients there are, and losses.
+_CHECKS_BEFORE, _CHECKS_AFTER = 2, 2
 
 
 def head_parallel(workload: Workload, cluster: Cluster, schedule: Schedule, overlap: bool = False) -> Prediction:
@@ -41,7 +42,7 @@ def head_parallel(workload: Workload, cluster: Cluster, schedule: Schedule, over
     own = np.array([sum(residence.samples(residence.on(rank))) for rank in everyone])
     row_bytes = workload.row_bytes
     time = Clocks(cluster, overlap)
-    time.wait((_CHECKS - 1) * cluster.link.latency)
+    time.wait(_CHECKS_BEFORE * cluster.link.latency)
     # Every rank makes the embeddings of all micro-batches once, to learn what the blocks take besides.
     time.compute((own.sum() + own) * workload.below)
 
@@ -69,7 +70,7 @@ def head_parallel(workload: Workload, cluster: Cluster, schedule: Schedule, over
         back = there.T * needs_gradient[branch]
         time.branch(("combine backward", there), flops, passes, ("dispatch backward", back))
         time.rows_backward(own * row_bytes)
-    time.wait(cluster.link.latency)
+    time.wait(_CHECKS_AFTER * cluster.link.latency)
     time.sum_over_group("gradients", workload.trained_of_all * workload.bytes_per_number)
     owned = workload.trained_of_all + workload.trained_of_heads / cluster.size
     time.wait(cluster.replica_link.all_reduce(owned * workload.bytes_per_number, cluster.replicas))

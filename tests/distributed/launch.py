@@ -6,6 +6,7 @@ longer than most of the tests.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ def _call(environment: dict[str, str], module: str, function: str, out: Path, ar
     os.chdir(ROOT)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    gc.freeze()  # the Trainer collects garbage in every run; what all processes imported is none
     torch.save(getattr(importlib.import_module(module), function)(*args), out)
 
 

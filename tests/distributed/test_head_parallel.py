@@ -39,6 +39,7 @@ TWO_RANKS = [
 ]
 # Fewer micro-batches than ranks: nothing lives on some of them.
 FOUR_RANKS = [Case("vit", "boundary", FIVE), Case("bert", "lora", (2, 1, 3))]
+WRONG = Case("vit", "boundary", (2, 1))
 EXCHANGES = ("dispatch", "combine", "combine backward", "dispatch backward", "gradients")
 SAVED = [Case("vit", "boundary", FIVE), Case("llama", "lora", (2, 2, 1)), Case("bert", "lora", (2, 1, 3))]
 
@@ -47,6 +48,7 @@ def on_two_ranks(folder: str) -> dict:
     """Everything that two ranks do; starting processes takes longer than the runs."""
     results = {
         "runs": [train_together(case) for case in TWO_RANKS],
+        "right": train_together(WRONG),
         "wrong": {purpose: train_with_wrong(purpose) for purpose in EXCHANGES},
     }
     for case in SAVED:
@@ -119,15 +121,21 @@ def train_with_wrong(purpose: str) -> dict[str, torch.Tensor]:
 
     Arriving.wait, Rows._exchange, Ranks.all_reduce = wrong_wait, noted_exchange, wrong_all_reduce
     try:
-        return train_together(Case("vit", "boundary", FIVE))
+        return train_together(WRONG)
     finally:
         Arriving.wait, Rows._exchange, Ranks.all_reduce = wait, exchange, all_reduce
 
 
+@pytest.fixture(scope="module")
+def alone():
+    return train_alone(WRONG)
+
+
 @pytest.mark.parametrize("purpose", EXCHANGES)
-def test_equality_fails_when_one_exchange_is_wrong(two_ranks, purpose):
+def test_equality_fails_when_one_exchange_is_wrong(two_ranks, alone, purpose):
+    assert_equal(two_ranks[0]["right"], alone)
     with pytest.raises(AssertionError, match="not close"):
-        assert_equal(two_ranks[0]["wrong"][purpose], train_alone(Case("vit", "boundary", FIVE)))
+        assert_equal(two_ranks[0]["wrong"][purpose], alone)
 
 
 def test_two_ranks_save_an_ordinary_adapter(two_ranks, folder):

@@ -73,12 +73,14 @@ class Noisy(Dataset):
 
 
 def train(case: str, folder: Path, processes: int, resume: Path | None = None, **kwargs) -> dict:
-    """Train, evaluate and predict; the adapter's weights (on rank 0), the logs, and what was predicted."""
+    """Train and evaluate; the adapter's weights (on rank 0), the logs, and what a run from the start predicts."""
     name, mode, config, settings = CASES[case]
+    if resume and "load_best_model_at_end" not in settings:
+        kwargs = {"save_strategy": "no", **kwargs}
     model = adapt(name, mode, head_parallel=processes > 1, **{"policy": "test_random_cells", **config})
     args = arguments(
         folder, **{
-            "gradient_accumulation_steps": 4, "max_steps": STEPS, "eval_strategy": "steps", "eval_steps": 1,
+            "gradient_accumulation_steps": 4, "max_steps": STEPS, "eval_strategy": "steps", "eval_steps": SAVED,
             "per_device_eval_batch_size": 4, "save_strategy": "steps", "save_steps": SAVED, "save_total_limit": None,
             "include_num_input_tokens_seen": "all", "average_tokens_across_devices": True, **settings, **kwargs,
         },
@@ -94,7 +96,7 @@ def train(case: str, folder: Path, processes: int, resume: Path | None = None, *
         compute_metrics=lambda p: {"rows": len(p.predictions), "mean": float(np.mean(p.predictions))},
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume and str(resume))
-    predictions = trainer.predict(data_of(name, 5, 6)).predictions
+    predictions = [] if resume else trainer.predict(data_of(name, 5, 6)).predictions
     parallel = trainer.head_parallel
     weights = model.state_dict() if parallel is None else parallel.gather_state_dict() or {}
     timed = ("runtime", "per_second", "preparation_time")
@@ -277,7 +279,7 @@ SETTINGS = {
 
 def losses_with(folder: Path, what: str, processes: int) -> list[float]:
     model = adapt("llama", "lora", num_full=1, head_parallel=processes > 1).float()
-    args = arguments(folder / "settings", gradient_accumulation_steps=2, **SETTINGS[what])
+    args = arguments(folder / "settings", gradient_accumulation_steps=2, max_steps=2, **SETTINGS[what])
     data = data_of("llama", 16, 3)
     trainer = D2FTTrainer(model=model, args=args, train_dataset=Stream(data) if "stream" in what else data)
     trainer.train()

@@ -190,7 +190,7 @@ def test_logs_tell_what_all_ranks_executed(two_ranks):
 def message(call) -> str:
     try:
         call()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 
@@ -202,8 +202,8 @@ def errors() -> dict[str, str]:
     batches, schedule = batches_of(case, 0), random_schedule(case, 0)
     step = parallel.forward_backward
     said = {
-        "schedules": message(lambda: step(batches, random_schedule(case, rank()))),
         "batches": message(lambda: step(batches_of(case, rank()), schedule)),
+        "schedules": message(lambda: step(batches, random_schedule(case, rank()))),
         "shape": message(lambda: step(batches[:2], schedule)),
         "nothing": message(lambda: step(batches, type(schedule)(np.zeros_like(schedule.operations)))),
         "labels": message(lambda: step([{"pixel_values": b["pixel_values"]} for b in batches], schedule)),

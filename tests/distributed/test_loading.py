@@ -1,13 +1,16 @@
 """Models of which each process reads its own heads: the same parts as those of a whole model that is cut."""
 
+import importlib.util
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, core_model_loading
+from transformers.models.auto import auto_factory
 
 from d2ft_peft import D2FTConfig, partition_model
 from d2ft_peft.head_parallel import HeadParallel, load_head_parallel
@@ -41,6 +44,13 @@ def saved(folder: Path) -> None:
     model = TINY["vit"].build()
     state = {key.replace("mlp.fc1", "mlp.other"): value for key, value in model.state_dict().items()}
     model.save_pretrained(folder / "incomplete", state_dict=state)
+    for name in ("lost", "cut"):
+        shutil.copytree(folder / "llama", folder / name)
+        second = sorted((folder / name).glob("*.safetensors"))[1]
+        whole = second.read_bytes()
+        second.unlink()
+        if name == "cut":
+            second.write_bytes(whole[: len(whole) // 2])
     (folder / "pickle").mkdir()
     model.config.save_pretrained(folder / "pickle")
     torch.save(model.state_dict(), folder / "pickle" / "pytorch_model.bin")
@@ -107,7 +117,16 @@ def errors(folder: Path) -> dict[str, str]:
     """What is said to what cannot be loaded in parts."""
 
     def load(name="vit", **config):
-        load_head_parallel(TINY["vit"].model, str(folder / name), D2FTConfig(**{"head_parallel": True, **config}))
+        kind = "llama" if name in ("lost", "cut") else "vit"
+        load_head_parallel(TINY[kind].model, str(folder / name), D2FTConfig(**{"head_parallel": True, **config}))
+
+    def load_without_helper():
+        helper = core_model_loading.rename_source_key
+        del core_model_loading.rename_source_key
+        try:
+            load()
+        finally:
+            core_model_loading.rename_source_key = helper
 
     def score():
         model = load_head_parallel(
@@ -120,6 +139,9 @@ def errors(folder: Path) -> dict[str, str]:
         "initialization": message(lambda: load(r=2, init_lora_weights="pissa")),
         "missing": message(lambda: load("incomplete")),
         "pickle": message(lambda: load("pickle")),
+        "lost": message(lambda: load("lost")),
+        "cut": message(lambda: load("cut")),
+        "helper": message(load_without_helper),
         "scores": message(score),
     }
 
@@ -167,9 +189,19 @@ def test_a_rank_reads_its_own_heads_only(two_ranks, index):
         "initialization": "ValueError: init_lora_weights='pissa' looks at whole weights",
         "missing": "ValueError: .*incomplete' does not fit ViTForImageClassification: 6 weights of projections",
         "pickle": "ValueError: .*pickle' has no weights in safetensors",
+        "lost": r"ValueError: '.*lost/model-00002-of-0000\d.safetensors' is missing",
+        "cut": r"ValueError: '.*cut/model-00002-of-0000\d.safetensors' is damaged, or only a part of it was written",
+        "helper": "ImportError: load_head_parallel uses transformers.core_model_loading.rename_source_key, which",
         "scores": "ValueError: the scores fisher take a pass over the data on the whole model",
     }.items(),
 )
 def test_errors_say_what_cannot_be_loaded(two_ranks, what, says):
     for of_rank in two_ranks:
         assert re.match(says, of_rank["errors"][what]), of_rank["errors"][what]
+
+
+def test_importing_needs_no_private_helper_of_transformers(monkeypatch):
+    monkeypatch.delattr(core_model_loading, "rename_source_key")
+    monkeypatch.delattr(auto_factory, "_get_model_class")
+    spec = importlib.util.find_spec(loading.__name__)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -69,22 +69,29 @@ def here(case: Case, step: int) -> list[dict[str, torch.Tensor]]:
     return of_replica(rank() // 2, case, step)
 
 
-def on_four_ranks() -> dict:
+def on_four_ranks(folder: str) -> dict:
     """Everything that four ranks do; starting processes takes longer than the runs."""
     shape = mesh()
-    return {
+    results = {
         "runs": [train_together(case, here, mesh=shape) for case in CASES],
         "bits": bits(),
         "accumulated": accumulated_gradients(),
         "planned": planned(),
         "bytes": count(),
         "errors": errors(),
+        "saved": save(Path(folder)),
     }
+    return {**results, "hang": hang(Path(folder), results)}  # after which nothing works any more
 
 
 @pytest.fixture(scope="module")
-def four_ranks(tmp_path_factory):
-    return run(__name__, "on_four_ranks", tmp_path_factory.mktemp("mesh"), processes=4, timeout=300)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("mesh")
+
+
+@pytest.fixture(scope="module")
+def four_ranks(folder):
+    return run(__name__, "on_four_ranks", folder, str(folder), processes=4, timeout=300)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=map(str, CASES))
@@ -197,7 +204,7 @@ def message(call) -> str:
 
 def errors() -> dict[str, str]:
     case, odd = CASES[0], rank() == 3
-    parallel = HeadParallel(model_of(case, head_parallel=True), mesh=mesh())
+    parallel = HeadParallel(model_of(case, head_parallel=True, interval=1), mesh=mesh())
     schedule, batches = random_schedule(case, 0), here(case, 0)
     step = parallel.forward_backward
     two = Case("vit", "full", (1, 2))
@@ -249,12 +256,12 @@ def test_errors_speak_on_every_rank_of_every_replica(four_ranks, what, says):
         assert of_rank["errors"][what].startswith(says)
 
 
-def save(folder: str) -> list:
+def save(folder: Path) -> list:
     parallel = HeadParallel(model_of(CASES[0], head_parallel=True), mesh=mesh())
     state = parallel.gather_state_dict()
-    parallel.save_pretrained(Path(folder) / "adapter")
-    parallel.save_checkpoint(Path(folder) / "checkpoint", optimizer_of(parallel.model, CASES[0]))
-    return [state is not None, adapter_of(state or {}), parts_differ(Path(folder))]
+    parallel.save_pretrained(folder / "adapter")
+    parallel.save_checkpoint(folder / "checkpoint", optimizer_of(parallel.model, CASES[0]))
+    return [state is not None, adapter_of(state or {}), parts_differ(folder)]
 
 
 def parts_differ(folder: Path) -> list[str]:
@@ -271,47 +278,49 @@ def parts_differ(folder: Path) -> list[str]:
     return [name for name in of_whole if not torch.equal(of_part[name], of_whole[name])]
 
 
-def hang(folder: str) -> str:
+def test_the_first_rank_of_the_first_replica_saves(four_ranks, folder):
+    first, *others = [of_rank["saved"] for of_rank in four_ranks]
+    assert first[0] and not any(gathered for gathered, *_ in others)
+    assert_equal(first[1], adapter_of(model_of(CASES[0], head_parallel=False).state_dict()))
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    assert (folder / "checkpoint" / "optimizer.safetensors").exists()
+    assert not any(differing for *_, differing in (first, *others))
+
+
+def hang(folder: Path, results: dict) -> str:
     """What a step says in which rank 3 hangs in the second block's combine."""
-    exchange, noticed = Rows._exchange, Path(folder) / "noticed"
+    exchange = Rows._exchange
+
+    def wait_until_noticed():
+        while len(list(folder.glob("noticed*"))) < 3:
+            time.sleep(0.05)
 
     def absent(self, *args):
         if (args[-1], self.place) == ("combine", "block 1 (attention)"):
-            torch.save([], Path(folder) / "rank3.pt")  # what the launcher looks for
-            while len(list(Path(folder).glob("noticed*"))) < 3:
-                time.sleep(0.05)
+            torch.save(results, folder / "rank3.pt")  # what the launcher looks for
+            wait_until_noticed()
             os._exit(0)
         return exchange(self, *args)
 
-    join()
-    ranks._REPORT = timedelta(seconds=3)
-    parallel = HeadParallel(model_of(CASES[0], head_parallel=True), timeout=timedelta(seconds=5), mesh=mesh())
+    ranks._REPORT = timedelta(seconds=1)
+    parallel = HeadParallel(model_of(CASES[0], head_parallel=True), timeout=timedelta(seconds=3), mesh=mesh())
     if rank() == 3:
         Rows._exchange = absent
     try:
         parallel.forward_backward(here(CASES[0], 0), random_schedule(CASES[0], 0))
     except RuntimeError as error:
-        noticed.with_name(f"noticed{rank()}").touch()
+        (folder / f"noticed{rank()}").touch()
         if rank() == 0:  # the store that the others ask lives in this process
-            time.sleep(4)
+            wait_until_noticed()
         return str(error)
     return "no error"
 
 
-def test_a_rank_that_hangs_is_named_by_its_global_number(tmp_path):
-    said = run(__name__, "hang", tmp_path, str(tmp_path), processes=4)
+def test_a_rank_that_hangs_is_named_by_its_global_number(four_ranks):
+    said = [of_rank["hang"] for of_rank in four_ranks[:3]]
     assert said[2].startswith("rank 2 failed in step 1, block 1 (attention), exchange 'combine': no sign of rank 3, it")
     for number in range(2):
         assert said[number].startswith(
             f"rank {number} failed in step 1, after the blocks, exchange 'check': no sign of"
         )
         assert "3, it died or hangs" in said[number]
-
-
-def test_the_first_rank_of_the_first_replica_saves(tmp_path):
-    first, *others = run(__name__, "save", tmp_path, str(tmp_path), processes=4)
-    assert first[0] and not any(gathered for gathered, *_ in others)
-    assert_equal(first[1], adapter_of(model_of(CASES[0], head_parallel=False).state_dict()))
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    assert (tmp_path / "checkpoint" / "optimizer.safetensors").exists()
-    assert not any(differing for *_, differing in (first, *others))

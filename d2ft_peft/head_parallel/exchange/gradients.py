@@ -14,7 +14,6 @@ from .ranks import Ranks
 
 
 _AFTER = "after the blocks"
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Gradients:
@@ -64,17 +63,18 @@ class Gradients:
         was FULL nowhere has a gradient of zero (see `D2FTPlanner`).
 
         Args:
-            loss: This rank's part of the mean loss.
+            loss: This rank's part of the mean loss, summed in place.
             operations: What this rank's heads did, int [n, K].
 
         Returns:
             The mean loss, and what all heads did.
         """
         replicated = self._replicated
-        numbers = [[loss.item()], [p.grad is not None for p in replicated], operations.flatten()]
+        numbers = [[p.grad is not None for p in replicated], operations.flatten()]
         summed = self._ranks.sum_array(np.concatenate(numbers), "check", _AFTER, "all")
-        flags = summed[1 : 1 + len(replicated)]
+        flags, everyone = np.split(summed, [len(replicated)])
         with_gradient = [p for p, flag in zip(replicated, flags, strict=True) if flag]
+        self._ranks.all_reduce(loss, "check", _AFTER, "all")
         self._sum(with_gradient, "gradients", "all")
         if self._ranks.num_replicas > 1:
             # Replicas run the same operations, so that they agree on which heads have gradients.
@@ -82,8 +82,8 @@ class Gradients:
         for parameter in self._trained:
             if parameter.grad is None and id(parameter) in self._of_projections:
                 parameter.grad = torch.zeros_like(parameter)
-        everyone = summed[1 + len(replicated) :].reshape(operations.shape) / self._ranks.num_replicas
-        return loss.new_tensor(summed[0]), everyone.astype(operations.dtype)
+        everyone = everyone.reshape(operations.shape) / self._ranks.num_replicas
+        return loss, everyone.astype(operations.dtype)
 
     def _sum(self, parameters: list[nn.Parameter], purpose: str, axis: str) -> None:
         for dtype in dict.fromkeys(p.dtype for p in parameters):
@@ -96,17 +96,16 @@ class Gradients:
 
     def clip(self, max_norm: float) -> Tensor:
         """See `HeadParallel.clip_grad_norm_`."""
-        parameters = [p for p in self._trained if p.grad is not None]
-        squares = np.zeros(2)
-        for parameter in parameters:
-            squares[int(id(parameter) in self._cut)] += parameter.grad.double().square().sum().item()
+        replicated = [p for p in self._replicated if p.grad is not None]
+        heads = [p for p in self._heads if p.grad is not None]
         # One sum over all ranks, so that the replicas get the same bits and stay alike.
-        squares[1] = self._ranks.sum_array(squares[1:] / self._ranks.num_replicas, "check", _AFTER, "all")[0]
-        norm = torch.tensor(np.sqrt(squares.sum()), device=self._ranks.device)
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        of_heads = self._square(heads) / self._ranks.num_replicas
+        square = self._square(replicated) + self._ranks.all_reduce(of_heads, "check", _AFTER, "all")
+        norm = square.sqrt()
+        torch.nn.utils.clip_grads_with_norm_([*replicated, *heads], max_norm, norm)
         return norm
 
-
-def checksum(tensor: Tensor) -> int:
-    """Sum of a tensor's bits, taken as integers: exact, so equal tensors have equal sums on every device."""
-    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64).item()
+    def _square(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Squared norm of the gradients, float64, left on the device."""
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters]
+        return torch.stack([torch.zeros((), dtype=torch.float64, device=self._ranks.device), *norms]).square().sum()

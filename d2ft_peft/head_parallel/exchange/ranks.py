@@ -7,7 +7,6 @@ that share out the heads of one model, and the number of that replica of the mod
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -49,15 +48,23 @@ class Ranks:
         self.global_rank = dist.get_rank()
         self.replica, self.rank = np.argwhere(numbers == self.global_rank)[0].tolist()
         self.num_replicas, self.size = numbers.shape
-        # Groups of our own: those of a mesh have a timeout of their own.
-        everyone = dist.new_group(timeout=timeout)
-        self._groups = {"all": everyone, "heads": everyone}
+        # Groups of our own: those of a mesh have a timeout of their own. What ranks tell each other of a step is known
+        # on the host, where nobody waits for a device.
+        self._groups = self._make_groups(None)
+        self._host_groups = self._groups if device.type == "cpu" else self._make_groups("gloo")
         self._members = {"all": numbers.flatten(), "heads": numbers[self.replica], "data": numbers[:, self.rank]}
-        if self.num_replicas > 1:
-            for axis, lines in (("heads", numbers), ("data", numbers.T)):
-                self._groups[axis] = dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)[0]
         self.traffic, self.timeline = Traffic(), Timeline(device)
         self.step = 0
+
+    def _make_groups(self, backend: str | None) -> dict[str, dist.ProcessGroup]:
+        everyone = dist.new_group(timeout=self.timeout, backend=backend)
+        groups = {"all": everyone, "heads": everyone}
+        if self.num_replicas > 1:
+            for axis, lines in (("heads", self.numbers), ("data", self.numbers.T)):
+                groups[axis], _ = dist.new_subgroups_by_enumeration(
+                    lines.tolist(), timeout=self.timeout, backend=backend
+                )
+        return groups
 
     @property
     def is_first(self) -> bool:
@@ -70,31 +77,33 @@ class Ranks:
 
     def all_reduce(self, tensor: Tensor, purpose: str, place: str, axis: str = "heads") -> Tensor:
         """Sum over the ranks on an axis, in place; the same bits on each."""
-        if len(self._members[axis]) > 1:
-            with self.named(purpose, place, axis):
-                dist.all_reduce(tensor, group=self.group(axis))
-            self.count(purpose, axis, tensor.nbytes, tensor.nbytes)
-        return tensor
+        return self._sum(tensor, self._groups, purpose, place, axis)
 
     def sum_array(self, values: np.ndarray, purpose: str, place: str, axis: str = "heads") -> np.ndarray:
-        """Sum of every rank's numbers, float64 of the same shape."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        return self.all_reduce(tensor, purpose, place, axis).cpu().numpy()
+        """Sum of every rank's numbers, float64 of the same shape; no device takes part."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        return self._sum(tensor, self._host_groups, purpose, place, axis).numpy()
+
+    def _sum(self, tensor: Tensor, groups: dict[str, dist.ProcessGroup], purpose: str, place: str, axis: str) -> Tensor:
+        if len(self._members[axis]) > 1:
+            with self.named(purpose, place, axis):
+                dist.all_reduce(tensor, group=groups[axis])
+            self.count(purpose, axis, tensor.nbytes, tensor.nbytes)
+        return tensor
 
     def count(self, purpose: str, axis: str, sent: int, received: int) -> None:
         """Add to `traffic`; without replicas all processes are on the heads axis."""
         self.traffic.count(purpose, "heads" if self.num_replicas == 1 else axis, sent, received)
 
-    def fingerprints(self, value: bytes) -> np.ndarray:
-        """A number for every rank's own value, int64 [replicas, R]."""
-        digest = int.from_bytes(hashlib.sha256(value).digest()[:8], "big", signed=True)
-        mine = torch.tensor([digest], device=self.device)
+    def gather(self, values: Sequence[int]) -> np.ndarray:
+        """Every rank's own numbers, int64 [replicas, R, len(values)]; no device takes part."""
+        mine = torch.tensor(values, dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self.numbers.size)]
         with self.named("check", "before the blocks", "all"):
-            dist.all_gather(everyone, mine, group=self.group("all"))
+            dist.all_gather(everyone, mine, group=self._host_groups["all"])
         others = mine.nbytes * (len(everyone) - 1)
         self.count("check", "all", others, others)
-        return torch.cat(everyone).cpu().numpy()[self.numbers]
+        return torch.stack(everyone).numpy()[self.numbers]
 
     def to_first(self, tensor: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor] | None:
         """The tensors of the first replica's ranks, on the first of them; None on the others.
@@ -120,7 +129,7 @@ class Ranks:
     def barrier(self, place: str) -> None:
         """Wait for all ranks."""
         with self.named("barrier", place, "all"):
-            dist.barrier(group=self.group("all"))
+            dist.barrier(group=self._host_groups["all"])
 
     @contextmanager
     def named(self, purpose: str, place: str, axis: str = "heads") -> Iterator[None]:

@@ -7,20 +7,20 @@ of a projection the slices of the rank's heads only. Names of old checkpoints ar
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from peft import PeftModel, get_peft_model
-from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, PreTrainedModel
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.models.auto.auto_factory import _get_model_class
 from transformers.pytorch_utils import Conv1D
 
 from ...partition import partition_model
@@ -28,6 +28,7 @@ from ...tuners.config import D2FTConfig
 from ..exchange.mesh import replicas
 from ..placement import place_subnets
 from .shard import Shard, shards_of
+from .whole_files import reading
 
 
 # Initializations of LoRA that do not look at the weights, of which a rank has a part.
@@ -55,7 +56,9 @@ def load_head_parallel(
         projections' weights.
 
     Raises:
-        ValueError: If there are no processes to share the model, or the checkpoint cannot be read in parts.
+        ValueError: If there are no processes to share the model, or the checkpoint cannot be read in parts, or lacks a
+            file, or has a damaged one.
+        ImportError: If the installed transformers lacks what reading in parts relies on.
     """
     if not (dist.is_available() and dist.is_initialized() and config.head_parallel):
         raise ValueError(
@@ -67,9 +70,11 @@ def load_head_parallel(
             f"init_lora_weights={config.init_lora_weights!r} looks at whole weights, of which this process loads a "
             f"part; use one of {', '.join(map(repr, _INITIALIZATIONS))}, or load the model whole."
         )
+    _private("modeling_utils", "PreTrainedModel._load_pretrained_model")
     if hasattr(model_class, "_model_mapping"):
         own = {name: kwargs[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in kwargs}
-        model_class = _get_model_class(AutoConfig.from_pretrained(path, **own), model_class._model_mapping)
+        class_of = _private("models.auto.auto_factory", "_get_model_class")
+        model_class = class_of(AutoConfig.from_pretrained(path, **own), model_class._model_mapping)
     facts = {"heads_per_subnet": config.heads_per_subnet, "ranks": replicas(mesh)}
     loads_parts = type(model_class.__name__, (_LoadsParts, model_class), facts)
     model = loads_parts.from_pretrained(path, **kwargs)
@@ -81,6 +86,17 @@ def load_head_parallel(
     for module in convolutions:
         del module.weight.ds_shape
     return adapted
+
+
+def _private(module: str, name: str) -> Any:
+    """Something of transformers that is no part of its interface; looked up when it is needed, not on import."""
+    try:
+        return attrgetter(name)(importlib.import_module(f"transformers.{module}"))
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"load_head_parallel uses transformers.{module}.{name}, which transformers {transformers.__version__} does "
+            "not have; load the model whole, and let HeadParallel cut it, or install transformers 5.23."
+        ) from error
 
 
 class _LoadsParts:
@@ -109,7 +125,7 @@ class _LoadsParts:
         with contextlib.ExitStack() as stack:
             sources, paths = {}, {}
             for path in checkpoint_files:
-                file = stack.enter_context(safe_open(path, "pt"))
+                file = stack.enter_context(reading(path))
                 for key in file.keys():  # noqa: SIM118 - no dictionary
                     sources[key], paths[key] = file.get_slice(key), path
             for key, shard in _of_heads(sources, model, shards, load_config).items():
@@ -140,9 +156,11 @@ def _of_heads(
     sources: dict[str, Any], model: PreTrainedModel, shards: dict[str, Shard], load_config: Any
 ) -> dict[str, Shard]:
     """Which of the checkpoint's tensors belong to heads."""
+    names = ("WeightRenaming", "WeightConverter", "rename_source_key")
+    renaming, converter, rename_source_key = (_private("core_model_loading", name) for name in names)
     mapping = load_config.weight_mapping or []
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if isinstance(entry, renaming)]
+    converters = [entry for entry in mapping if isinstance(entry, converter)]
     known, prefix, found = model.state_dict(), model.base_model_prefix, {}
     for key in sources:
         name, converted = rename_source_key(key, renamings, converters, prefix, known)
@@ -169,5 +187,5 @@ class _Part:
 
     def __getitem__(self, index: Any) -> Tensor:
         # Opened anew: as long as a file is open, the pages that were read from it stay mapped.
-        with safe_open(self.path, "pt") as file:
+        with reading(self.path) as file:
             return self.shard.part(file.get_slice(self.key), self.rank)

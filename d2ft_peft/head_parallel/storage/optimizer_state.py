@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..exchange.ranks import Ranks
 from .shard import Shard
+from .whole_files import damaged, reading, replacing
 
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -66,8 +67,8 @@ def save_optimizer(
     if ranks.is_first:
         whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         metadata = {"groups": json.dumps(groups), "others": json.dumps(others)}
-        os.makedirs(directory, exist_ok=True)
-        save_file(whole, os.path.join(directory, OPTIMIZER_FILE), metadata)
+        with replacing(os.path.join(directory, OPTIMIZER_FILE)) as path:
+            save_file(whole, path, metadata)
     ranks.barrier("while saving")
 
 
@@ -100,7 +101,7 @@ def load_optimizer(
         rank: This rank.
 
     Raises:
-        ValueError: If the folder has no optimizer's state, or one of other parameters.
+        ValueError: If the folder has no optimizer's state, a damaged one, or one of other parameters.
     """
     named_groups = [named for _, named in _named_groups(optimizer, model)]
     names = {id(parameter): name for named in named_groups for name, parameter in named}
@@ -133,8 +134,10 @@ def load_optimizer(
 def _read(path: str, cut: dict[str, Shard], rank: int) -> tuple[list[dict], dict[str, dict]]:
     """Groups and state by parameter's name, of a rank, from what `save_optimizer` wrote."""
     state: dict[str, dict[str, Any]] = {}
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+    with reading(path) as file:
+        metadata = file.metadata() or {}
+        if not metadata.keys() >= {"groups", "others"}:
+            raise ValueError(f"{path!r} was not written by HeadParallel.save_optimizer: it names no parameter groups.")
         for key in file.keys():  # noqa: SIM118 - no dictionary
             name, _, kind = key.rpartition(".")
             source = file.get_slice(key)
@@ -158,7 +161,10 @@ def _read_torch(
             f"{os.path.dirname(path)!r} has neither {OPTIMIZER_FILE} nor {_TORCH_OPTIMIZER_FILE}: no optimizer can "
             "continue from it; name a checkpoint's folder, or start anew from its adapter."
         )
-    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(damaged(path, error)) from error
     names = [name for named in named_groups for name, _ in named]
     count = sum(len(group["params"]) for group in saved["param_groups"])
     names += [""] * (count - len(names))
@@ -183,14 +189,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike, shards: Sequenc
         rank: This rank.
 
     Raises:
-        ValueError: If the folder has no adapter in safetensors, or one with other tensors.
+        ValueError: If the folder has no adapter in safetensors, a damaged one, or one with other tensors.
     """
     path = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
     if not os.path.isfile(path):
         raise ValueError(f"{os.fspath(directory)!r} has no {SAFETENSORS_WEIGHTS_NAME}; name the folder of an adapter.")
     by_parameter = {id(shard.tensor): shard for shard in shards}
     known = get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True))
-    with safe_open(path, "pt") as file, torch.no_grad():
+    with reading(path) as file, torch.no_grad():
         differing = sorted(set(file.keys()) ^ known.keys())
         if differing:
             raise ValueError(

@@ -14,6 +14,7 @@ from ..exchange.ranks import Ranks
 from ..rank_planner import HeadParallelPlanner
 from . import optimizer_state as checkpoint
 from .shard import Shard
+from .whole_files import replacing_in
 
 
 class SavingMixin:
@@ -60,11 +61,14 @@ class SavingMixin:
             self.model.save_pretrained(save_directory, state_dict=state, **kwargs)
         self._ranks.barrier("while saving")
 
-    def _save_whole(self, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
+    def _save_whole(
+        self, save_directory: str | os.PathLike, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any
+    ) -> None:
         """Stands before the model's own method, which would save this rank's part."""
         if state_dict is None:
             _refuse("call HeadParallel.save_pretrained on every rank")()
-        type(self.model).save_pretrained(self.model, *args, state_dict=state_dict, **kwargs)
+        with replacing_in(save_directory) as folder:
+            type(self.model).save_pretrained(self.model, folder, *args, state_dict=state_dict, **kwargs)
 
     def load_adapter(self, directory: str | os.PathLike) -> None:
         """Take the weights of a saved adapter, made on any number of ranks; each rank reads its own part.

@@ -1,0 +1,58 @@
+"""What head-parallel execution needs of processes and model; what is missing is said before anything is cut."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+
+
+def check_processes() -> None:
+    """Refuse to start without a process group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "head-parallel execution needs processes: start with torchrun or accelerate launch, and create "
+            "accelerate.PartialState() first."
+        )
+
+
+def check_model(model: nn.Module, size: int) -> None:
+    """Refuse a model that was not adapted for `size` processes that share out its heads."""
+    configs = getattr(model, "peft_config", {})
+    config = next(iter(configs.values()), None)
+    if len(configs) != 1 or not getattr(config, "head_parallel", False):
+        raise ValueError(
+            f"{type(model).__name__} has adapters {list(configs)}; HeadParallel needs exactly one, made by "
+            "get_peft_model(model, D2FTConfig(head_parallel=True, ...))."
+        )
+    if config.num_devices not in (None, size) or len(config.device_capacities or range(size)) != size:
+        raise ValueError(
+            f"num_devices={config.num_devices} and device_capacities={config.device_capacities} do not fit {size} "
+            "processes that share out the heads, which are the devices under head_parallel=True; leave num_devices "
+            "out, and give one capacity per process."
+        )
+
+
+def check_whole(whole: bool, scores: tuple[str, ...]) -> None:
+    """Refuse scores that take a pass before training of a model that was loaded in parts."""
+    if scores and not whole:
+        raise ValueError(
+            f"the scores {', '.join(scores)} take a pass over the data on the whole model, of which this rank has "
+            "loaded a part; choose backward_score='weight_magnitude', or load the model whole."
+        )
+
+
+def check_mode(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """Refuse a step of a model that does not train, or that would run its blocks twice."""
+    if not model.training:
+        raise ValueError("model.training=False: forward_backward trains; call model.train() first.")
+    if any(getattr(block, "gradient_checkpointing", False) for block in blocks):
+        raise ValueError(
+            "gradient checkpointing would repeat every exchange in backward and is not available under "
+            "head_parallel=True; call model.gradient_checkpointing_disable()."
+        )
+
+
+def check_overlap(overlap: int) -> None:
+    """Refuse what is no number of waves."""
+    if not isinstance(overlap, int) or overlap < 0:
+        raise ValueError(f"overlap={overlap!r} must be a number of waves, or 0 to wait for all rows.")
