@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..planning.counting import ExecutionCounts
 from ..schedule import Schedule
 from .execution import HeadParallel
 
@@ -52,7 +53,7 @@ def calibrate(
     own = np.zeros(ranks.max() + 1)
     own[parallel._ranks.rank] = np.median(seconds[1:])
     of_all = parallel._ranks.sum_array(own, "check", "while calibrating", "all")
-    parallel.planner.executed.clear()
+    parallel.planner.counts = ExecutionCounts()
     parallel.traffic.reset()
     return balanced_capacities(of_all, np.bincount(ranks), compute_budget)
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..partition import base_model
+from ..planning.facts import token_length
 from ..planning.micro_batch import batch_size
 from ..schedule import Schedule
 from ..scores import INDEX_KEY
@@ -112,6 +113,11 @@ class HeadParallel(SavingMixin):
         self._gradients = Gradients(model, projections, self._shards, self._ranks)
         self._guard_parts()
 
+    def renew_planner(self, num_micro_batches: int | None = None) -> HeadParallelPlanner:
+        """Make schedules anew, as before the first step: another data set, or other settings. Returns the planner."""
+        self.planner = HeadParallelPlanner(self.model, self._ranks, num_micro_batches)
+        return self.planner
+
     @property
     def traffic(self) -> Traffic:
         """Bytes that this rank sent and received."""
@@ -170,7 +176,7 @@ class HeadParallel(SavingMixin):
         with self._gradients.of_one_step():
             loss = self._run(step, batches, samples, backward or self._backward)
             loss, operations = self._gradients.reduce(loss, step.operations)
-        self._note(schedule, ran, operations)
+        self._note(schedule, ran, operations, token_length(batches[0]))
         return loss
 
     def _run(
@@ -223,14 +229,13 @@ class HeadParallel(SavingMixin):
         loss.backward()
         return loss.detach()
 
-    def _note(self, schedule: Schedule, ran: np.ndarray, operations: np.ndarray) -> None:
+    def _note(self, schedule: Schedule, ran: np.ndarray, operations: np.ndarray, tokens: int | None) -> None:
         """Let the planner's logs know what was executed."""
         executed = np.zeros_like(schedule.operations)
         executed[ran] = operations
         devices = self.planner.ranks_of_subnets
-        self.planner.executed.append(
-            Schedule(executed, schedule.weights, devices, schedule.costs, None, schedule.blocks)
-        )
+        as_executed = Schedule(executed, schedule.weights, devices, schedule.costs, None, schedule.blocks)
+        self.planner.note_step(as_executed, tokens)
         self.traffic.steps += 1
 
     def _check_step(self, batches: list[dict[str, Any]], schedule: Schedule) -> None:

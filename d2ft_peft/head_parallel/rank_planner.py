@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ..costs.flops import cost_model
 from ..partition import Partition
 from ..planning.planner import D2FTPlanner
 from ..schedule import Problem, Schedule
@@ -51,24 +49,25 @@ class HeadParallelPlanner(D2FTPlanner):
         logs = super().pop_logs()
         return {**logs, "row_bytes": (rows - before) / (steps - first)} if steps > first else logs
 
-    def last_flops(self) -> float:
-        """FLOPs of the last step as executed, this process's share of all."""
-        if not self.executed:
-            return 0.0
-        step = self.executed[-1]
-        return self.cost_model.step_flops(step.operations, step.weights) / self.ranks.size
+    def note_step(self, schedule: Schedule, tokens: int | None) -> None:
+        """A step ran.
+
+        Args:
+            schedule: As it was executed on all ranks.
+            tokens: Length of its samples; by default the one that schedules are made with.
+        """
+        flops = full_flops = 0.0
+        if self.costs.known:
+            cost_model = self.costs.at(tokens or self.costs.probe.sequence_length)
+            flops, full_flops = cost_model.schedule_flops(schedule), cost_model.full_flops(schedule.weights)
+        self._last_flops = flops / self.ranks.size  # this process's share
+        self.counts.add(schedule, flops, full_flops)
+
+    def pass_by(self, index: int) -> None:
+        """Nothing to note: `note_step` does for a whole step."""
 
     def _sum_over_replicas(self, values: np.ndarray) -> np.ndarray:
         return self.ranks.sum_array(values, "check", "before the blocks", "data")
-
-    def prepare(self, batch: dict[str, Any]) -> None:
-        """See `D2FTPlanner`; replicas whose samples differ in length take the mean, to make the same schedule."""
-        known = self.cost_model is not None
-        super().prepare(batch)
-        if not known and self.ranks.num_replicas > 1:
-            lengths = self._sum_over_replicas(np.array([self.probe.sequence_length]))
-            self.probe.sequence_length = round(float(lengths[0]) / self.ranks.num_replicas)
-            self.cost_model = cost_model(self.model, self.partition, self.probe, self.config.forward_only_cost)
 
     def _devices(self) -> np.ndarray:
         return self.ranks_of_subnets

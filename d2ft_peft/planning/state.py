@@ -6,7 +6,6 @@ it stands and fits is complete. Files appear under their names only once they ar
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ..scores import ScoreTable
+from ..whole_files import damaged, replacing
 from .planner import D2FTPlanner
 
 
@@ -129,16 +129,6 @@ def _place_table(planner: D2FTPlanner, table: ScoreTable, directory: str | os.Pa
     return name
 
 
-@contextlib.contextmanager
-def replacing(path: str):
-    """A temporary name beside `path`; what was written there takes its place at the end, whole or not at all."""
-    temporary = f"{path}.writing"
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(temporary)
-    yield temporary
-    os.replace(temporary, path)
-
-
 def _read_numbers(directory: str | os.PathLike) -> dict[str, Any]:
     path = os.path.join(directory, STATE_FILE)
     if not os.path.isfile(path):
@@ -167,4 +157,4 @@ def _read_arrays(path: str) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path!r} is damaged ({error}); resume from another checkpoint.") from error
+        raise ValueError(damaged(path, error)) from error

@@ -25,9 +25,9 @@ from transformers.trainer_pt_utils import safe_globals
 from ..head_parallel import HeadParallel
 from ..head_parallel.rank_planner import HeadParallelPlanner
 from ..planning import D2FTPlanner
-from ..planning.state import replacing
 from ..processes import world_size
 from ..tuners import check_trains
+from ..whole_files import replacing
 from .local_engine import LocalEngine
 
 

@@ -73,7 +73,7 @@ def measure() -> dict:
         BranchForward.compute = slow
     found = {"capacities": calibrate(parallel, batches, 0.5, steps=2)}
     timeline = parallel.timeline
-    found["as before"] = (timeline.on, timeline.spans, parallel.traffic.steps, len(parallel.planner.executed))
+    found["as before"] = (timeline.on, timeline.spans, parallel.traffic.steps, parallel.planner.counts.of_run.steps)
     found["gradients"] = [name for name, p in parallel.model.named_parameters() if p.grad is not None]
     found["changed"] = [name for name, p in parallel.model.named_parameters() if not p.equal(before[name])]
     parallel.forward_backward(batches)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from d2ft_peft import whole_files
 from d2ft_peft.head_parallel import HeadParallel
-from d2ft_peft.head_parallel.storage import whole_files
 from d2ft_peft.head_parallel.storage.optimizer_state import OPTIMIZER_FILE, load_adapter, load_optimizer
-from d2ft_peft.head_parallel.storage.whole_files import replacing, replacing_in
+from d2ft_peft.whole_files import replacing, replacing_in
 from tests.distributed.head_parallel import Case, batches_of, join, model_of, optimizer_of, random_schedule
 from tests.distributed.launch import run
 

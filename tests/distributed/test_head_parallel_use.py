@@ -157,7 +157,7 @@ def capacities() -> list[float]:
         model_of(case, head_parallel=True, device_capacities=[0.8, 0.4], forward_score="weight_magnitude")
     )
     parallel.forward_backward(batches_of(case, 0))
-    executed = parallel.planner.executed[0]
+    executed = parallel.planner.counts.last
     return (executed.loads / executed.full_loads).tolist()
 
 

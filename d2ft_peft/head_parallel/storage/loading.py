@@ -25,10 +25,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ...partition import partition_model
 from ...tuners.config import D2FTConfig
+from ...whole_files import reading
 from ..exchange.mesh import replicas
 from ..placement import place_subnets
 from .shard import Shard, shards_of
-from .whole_files import reading
 
 
 # Initializations of LoRA that do not look at the weights, of which a rank has a part.

@@ -19,9 +19,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...whole_files import damaged, reading, replacing
 from ..exchange.ranks import Ranks
 from .shard import Shard
-from .whole_files import damaged, reading, replacing
 
 
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ...planning.state import load_state, save_state
+from ...whole_files import replacing_in
 from ..exchange.ranks import Ranks
 from ..rank_planner import HeadParallelPlanner
 from . import optimizer_state as checkpoint
 from .shard import Shard
-from .whole_files import replacing_in
 
 
 class SavingMixin:
