@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..counting import best_of
 from ..knapsack import integer_values
 from ..operations import Operation
 from ..per_device import choose_per_device
@@ -75,8 +76,8 @@ def _by_counts(problem: Problem, num_full: int, num_forward_only: int) -> np.nda
     split = splits[np.argmax(before + after, axis=0)]
     first = np.arange(num_micro_batches)[:, None] < split
     operations = np.zeros((num_micro_batches, num_subnets), dtype=np.int8)
-    picked_full = _best(np.where(first, full, -1), num_full)
-    picked_forward_only = _best(np.where(first, -1, forward_only), num_forward_only)
+    picked_full = best_of(np.where(first, full, -1), num_full)
+    picked_forward_only = best_of(np.where(first, -1, forward_only), num_forward_only)
     operations[rows, columns] = picked_full * Operation.FULL + picked_forward_only * Operation.FORWARD_ONLY
     return operations
 
@@ -90,9 +91,3 @@ def _best_sums(worth: np.ndarray, count: int) -> np.ndarray:
         best[1:] = np.maximum(best[1:], best[:-1] + row)
         sums.append(best[count].copy())
     return np.array(sums)
-
-
-def _best(worth: np.ndarray, count: int) -> np.ndarray:
-    """Marks the `count` largest entries of each column, ties to the first; bool [N, K]."""
-    rank = np.argsort(np.argsort(-worth, axis=0, kind="stable"), axis=0)
-    return rank < count
