@@ -31,7 +31,7 @@ SLACK = 4e-10
 """Relative excess over a capacity that counts as rounding; within the tolerance of `Schedule`."""
 
 
-def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> np.ndarray:
+def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray, within: float = 0.0) -> np.ndarray:
     """Solves D multiple-choice knapsacks over items with the same costs.
 
     Args:
@@ -39,6 +39,8 @@ def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> np.
         costs: float [n, R], cost of each option, 0 for option 0, not decreasing.
         capacities: float [D], most that the chosen options may cost together, same unit; exceeded by at most
             5e-10 of itself where a sum rounds.
+        within: share of its worth by which the choice of a device may fall short of the best one, where large problems
+            are settled sooner by that; 0: by nothing.
 
     Returns:
         int16 [D, n], the option of each item. Optimal if `integer_costs` is exact. Else optimal among the choices that
@@ -53,12 +55,12 @@ def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> np.
         kind[device] = kinds.setdefault((values[device].tobytes(), float(capacity)), len(kinds))
         if kind[device] == len(first):
             first.append(device)
-    return _solve(values[first], costs, capacities[first])[kind]
+    return _solve(values[first], costs, capacities[first], within)[kind]
 
 
 def _on_one_scale(values: np.ndarray) -> np.ndarray:
     """Divides by a device's largest value where its items are all worth the same, so that such devices are alike."""
-    same = ((values == values[:, :1]) | (values == FORBIDDEN)).all(axis=(1, 2))
+    same = ((values == values.max(axis=1, keepdims=True)) | (values == FORBIDDEN)).all(axis=(1, 2))
     if not same.any():
         return values
     values = values.copy()
@@ -66,7 +68,7 @@ def _on_one_scale(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _solve(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> np.ndarray:
+def _solve(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray, within: float) -> np.ndarray:
     """`choose` for devices of which no two are alike."""
     cells = len(costs) * (costs.shape[1] - 1) * len(values)
     resolution = int(np.clip(_GRID_STEPS // cells, _FEWEST_UNITS, _MOST_UNITS))
@@ -79,7 +81,7 @@ def _solve(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> np.
     elif costs.shape[1] == 3 and (costs == costs[0]).all() and (worth >= 0).all() and len(costs) <= _MOST_COUNTED:
         return choose_by_counts(worth, *_counts(costs[0], capacities, len(costs)))
     elif len(values) > 1:
-        chosen, proven = choose_proven(worth, units, limits)
+        chosen, proven = choose_proven(worth, units, limits, within)
         if not proven.all():
             chosen[~proven] = _solve_table(worth[~proven], units, limits[~proven])
     else:
@@ -181,10 +183,8 @@ def integer_values(values: np.ndarray) -> np.ndarray:
     """
     forbidden = values == FORBIDDEN
     allowed = np.where(forbidden, 0.0, values)
-    # The largest value goes first: a sum of values near the end of the range would be infinite.
-    highest = np.frexp(allowed.max(axis=(1, 2)))[1]
-    total = np.ldexp(allowed, -highest[:, None, None]).max(axis=2).sum(axis=1)
-    exponent = np.where(total > 0, _VALUE_BITS - np.frexp(total)[1] - highest, 0)
+    total = allowed.max(axis=2).sum(axis=1)
+    exponent = np.where(total > 0, _VALUE_BITS - np.frexp(total)[1], 0)
     scaled = np.ldexp(allowed, exponent[:, None, None])
     return np.where(forbidden, -(1 << 62), np.rint(scaled).astype(np.int64))
 

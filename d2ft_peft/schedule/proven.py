@@ -13,7 +13,7 @@ import numpy as np
 from .core import OPTION, _hull_steps
 
 
-_COMBINATIONS = 2_000_000
+_COMBINATIONS = 600_000
 """Combinations that are tried in a round, over all devices that are still open."""
 
 _ROUNDS = 3
@@ -21,16 +21,19 @@ _MOST_ITEMS = 16
 _NEVER = 1 << 40
 
 
-def choose_proven(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def choose_proven(
+    worth: np.ndarray, units: np.ndarray, limits: np.ndarray, within: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Solves what can be proven with little work.
 
     Args:
         worth: int64 [D, n, R], worth of each option, 0 for option 0; an option below 0 is forbidden.
         units: int64 [n, R], cost of each option, 0 for option 0, not decreasing.
         limits: int64 [D], most that the chosen options may cost together.
+        within: Share of the worth by which a solution may fall short of the optimum and count as proven.
 
     Returns:
-        int16 [D, n], a feasible option for each item; bool [D], whether it is proven to be optimal.
+        int16 [D, n], a feasible option for each item; bool [D], whether it is proven to be optimal (`within`).
     """
     base, price, left = _relax(worth, units, limits)
     chosen, proven = base.copy(), price * left == 0
@@ -38,7 +41,7 @@ def choose_proven(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> t
         still = np.flatnonzero(~proven)
         if not still.size:
             break
-        chosen[still], proven[still] = _best_moves(worth[still], units, base[still], price[still], left[still])
+        chosen[still], proven[still] = _best_moves(worth[still], units, base[still], price[still], left[still], within)
     return chosen, proven
 
 
@@ -65,7 +68,7 @@ def _relax(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> tuple[np
 
 
 def _best_moves(
-    worth: np.ndarray, units: np.ndarray, base: np.ndarray, price: np.ndarray, left: np.ndarray
+    worth: np.ndarray, units: np.ndarray, base: np.ndarray, price: np.ndarray, left: np.ndarray, within: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best combination of moves of the items that lose least, and whether no other item can matter."""
     devices, n, options = worth.shape
@@ -94,6 +97,7 @@ def _best_moves(
     if size == n:
         return chosen, np.ones(devices, dtype=bool)
     lost = price * left - gains[everyone, best]
+    value = np.take_along_axis(worth, at_base, axis=2)[:, :, 0].sum(axis=1) + gains[everyone, best]
     # What rounding of floats could hide.
     margin = 1e-9 * (lost + price * units.max() + worth.max(axis=(1, 2)))
-    return chosen, lost + margin <= loss[everyone, order[:, size]]
+    return chosen, (lost + margin <= loss[everyone, order[:, size]]) | (lost + margin <= within * value)

@@ -24,8 +24,8 @@ class Schedule:
     """An immutable table of operations with the facts that are needed to judge it (arXiv 2504.12471, section 3).
 
     N micro-batches, K subnets, M devices. Arrays are copied and made read-only, unless
-    they were made so already: the schedules of a run share what they have in common. Two schedules with the same content
-    are equal and have the same hash and digest.
+    they were made so already: the schedules of a run share what they have in common. Two schedules with the same
+    content are equal and have the same hash and digest.
 
     Attributes:
         operations: int8 [N, K], values of `Operation`.

@@ -30,7 +30,7 @@ def importance(problem: Problem) -> Schedule:
     Raises:
         ValueError: no row fits into the budget, or the problem has no rng.
     """
-    scores = _row_scores(problem)
+    scores = problem.backward_scores.sum(axis=1)
     mean = scores.mean() or 1.0
     return _draw("importance", problem, np.clip(scores / mean, FLOOR, CAP))
 
@@ -45,7 +45,7 @@ def selective_backprop(problem: Problem) -> Schedule:
     Raises:
         ValueError: no row fits into the budget, or the problem has no rng.
     """
-    scores = _row_scores(problem)
+    scores = problem.backward_scores.sum(axis=1)
     percentile = np.searchsorted(np.sort(scores), scores, side="right") / len(scores)
     return _draw("selective_backprop", problem, percentile**SELECTIVITY)
 
@@ -58,12 +58,6 @@ def fewer_samples(problem: Problem) -> Schedule:
         ValueError: no row fits into the budget, or the problem has no rng.
     """
     return _draw("fewer_samples", problem, np.ones(problem.num_micro_batches))
-
-
-def _row_scores(problem: Problem) -> np.ndarray:
-    """Backward score of each row, float [N], to a power of two, which keeps the sum of large ones finite."""
-    scores = problem.backward_scores
-    return np.ldexp(scores, -np.frexp(scores.max())[1]).sum(axis=1)
 
 
 def _draw(policy: str, problem: Problem, chances: np.ndarray) -> Schedule:
