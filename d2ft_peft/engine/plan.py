@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from ..partition import Partition
+from ..partition import Partition, Subnet
 from ..schedule import Operation
 
 
@@ -80,11 +81,14 @@ class Plan:
 
 
 def compile_plan(partition: Partition, operations: np.ndarray) -> Plan:
-    """Turn one row of a schedule into a plan.
+    """Turn one row of a schedule into a plan; equal rows get the same object while it is remembered.
 
     Args:
         partition: The subnets.
         operations: Operation of each scheduled subnet, int [K].
+
+    Raises:
+        ValueError: If the row has another length, or a value that is no operation.
     """
     operations = np.asarray(operations)
     if operations.shape != (partition.num_scheduled,):
@@ -92,18 +96,10 @@ def compile_plan(partition: Partition, operations: np.ndarray) -> Plan:
             f"operations has shape {list(operations.shape)}; the partition has {partition.num_scheduled} scheduled "
             "subnets, one operation for each is needed."
         )
-    by_block: dict[int, dict[int, list[int]]] = {}
-    for subnet, operation in zip(partition.subnets, operations.tolist(), strict=True):
-        block = by_block.setdefault(subnet.block, {operation: [] for operation in Operation})
-        block[operation].extend(subnet.heads)
-    cells = {
-        block: Cell(*(Heads(tuple(heads[o])) for o in (Operation.FULL, Operation.FORWARD_ONLY, Operation.SHORTCUT)))
-        for block, heads in by_block.items()
-    }
-    compiled = tuple(
-        None if len(cells[branch.block].full) == branch.heads else cells[branch.block] for branch in partition.branches
-    )
-    return Plan(tuple(operations.tolist()), compiled)
+    row = operations.astype(np.int8)
+    if (row != operations).any() or row.min() < Operation.SHORTCUT or row.max() > Operation.FULL:
+        raise ValueError(f"operations={operations.tolist()} must be values of Operation: 0, 1 or 2.")
+    return _layout(partition).plan(row.tobytes())
 
 
 def executed_operations(partition: Partition, executed: Mapping[int, Cell | None]) -> np.ndarray:
@@ -113,16 +109,84 @@ def executed_operations(partition: Partition, executed: Mapping[int, Cell | None
         partition: The subnets.
         executed: What each branch did, by its index; a branch that is missing did not run.
     """
-    by_block: dict[int, Cell | None] = {}
-    for index, cell in executed.items():
-        by_block.setdefault(partition.branches[index].block, cell)
     row = np.full(partition.num_scheduled, Operation.SHORTCUT, dtype=np.int8)
-    for subnet in partition.subnets:
-        if subnet.block not in by_block:
-            continue
-        cell, head = by_block[subnet.block], subnet.heads[0]
-        if cell is None or head in cell.full.indices:
-            row[subnet.index] = Operation.FULL
-        elif head in cell.forward_only.indices:
-            row[subnet.index] = Operation.FORWARD_ONLY
+    for block in _layout(partition).blocks:
+        ran = next((index for index in block.branches if index in executed), None)
+        if ran is not None:
+            row[block.subnets] = _operations(block.heads, executed[ran])
     return row
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Where the subnets of a block stand in a row [K], what heads each of them has, and the block's branches."""
+
+    subnets: np.ndarray
+    heads: tuple[tuple[int, ...], ...]
+    branches: tuple[int, ...]
+
+
+class _Layout:
+    """What compiling a row needs of a partition, looked up once."""
+
+    def __init__(self, partition: Partition):
+        members: dict[int, list[Subnet]] = {}
+        for subnet in partition.subnets:
+            members.setdefault(subnet.block, []).append(subnet)
+        branches: dict[int, list[int]] = {block: [] for block in members}
+        for index, branch in enumerate(partition.branches):
+            branches[branch.block].append(index)
+        self.blocks = [
+            _Block(
+                np.array([subnet.index for subnet in subnets]),
+                tuple(subnet.heads for subnet in subnets),
+                tuple(branches[block]),
+            )
+            for block, subnets in members.items()
+        ]
+        self.branch_heads = [branch.heads for branch in partition.branches]
+        self.plan = lru_cache(maxsize=1024)(self._compile)
+
+    def _compile(self, row: bytes) -> Plan:
+        operations = np.frombuffer(row, dtype=np.int8)
+        cells: list[Cell | None] = [None] * len(self.branch_heads)
+        for block in self.blocks:
+            cell = _cell(block.heads, operations[block.subnets].tobytes())
+            for branch in block.branches:
+                if len(cell.full) != self.branch_heads[branch]:
+                    cells[branch] = cell
+        return Plan(tuple(operations.tolist()), tuple(cells))
+
+
+_LAYOUTS: dict[int, _Layout] = {}
+"""By the identity of a living partition: to compare its content takes longer than to compile."""
+
+
+def _layout(partition: Partition) -> _Layout:
+    key = id(partition)
+    if key not in _LAYOUTS:
+        _LAYOUTS[key] = _Layout(partition)
+        weakref.finalize(partition, _LAYOUTS.pop, key, None)
+    return _LAYOUTS[key]
+
+
+@lru_cache(maxsize=1 << 14)
+def _cell(heads: tuple[tuple[int, ...], ...], operations: bytes) -> Cell:
+    """The cell in which the subnets with these heads have these operations; blocks alike share it."""
+    by_operation: dict[int, list[int]] = {operation: [] for operation in Operation}
+    for members, operation in zip(heads, operations, strict=True):
+        by_operation[operation].extend(members)
+    full, forward_only, skipped = (
+        Heads(tuple(by_operation[o])) for o in (Operation.FULL, Operation.FORWARD_ONLY, Operation.SHORTCUT)
+    )
+    return Cell(full, forward_only, skipped)
+
+
+@lru_cache(maxsize=1 << 14)
+def _operations(heads: tuple[tuple[int, ...], ...], cell: Cell | None) -> np.ndarray:
+    """The operations that a cell gives to subnets with these heads, int8."""
+    if cell is None:
+        return np.full(len(heads), Operation.FULL, dtype=np.int8)
+    by_head = dict.fromkeys(cell.full.indices, Operation.FULL)
+    by_head |= dict.fromkeys(cell.forward_only.indices, Operation.FORWARD_ONLY)
+    return np.array([by_head.get(members[0], Operation.SHORTCUT) for members in heads], dtype=np.int8)

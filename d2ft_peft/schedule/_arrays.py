@@ -16,14 +16,19 @@ def real_array(field: str, value, shape: tuple[int, ...], advice: str) -> np.nda
         ValueError: wrong shape, not numeric, an entry that is not finite or is negative.
     """
     try:
-        array = np.array(value, dtype=np.float64)
+        array = value if is_frozen(value, np.float64) else np.array(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{field} must be numbers of shape {shape}: {error}; {advice}") from error
     _check_shape(field, array, shape, advice)
-    _refuse(field, array, ~np.isfinite(array), "must be finite", advice)
-    _refuse(field, array, array < 0, "must not be negative", advice)
+    # The smallest is NaN if any entry is: usually two numbers tell that there is nothing to refuse.
+    if array.size and not (array.min() >= 0 and array.max() < np.inf):
+        _refuse(field, array, ~np.isfinite(array), "must be finite", advice)
+        _refuse(field, array, array < 0, "must not be negative", advice)
+    if array is value:
+        return array
     # Turns -0.0 into 0.0, so that equal arrays have equal bytes.
-    return freeze(array + 0.0)
+    array += 0.0
+    return freeze(array)
 
 
 def int_array(field: str, value, shape: tuple[int, ...], low: int, high: int | None, advice: str) -> np.ndarray:
@@ -32,14 +37,27 @@ def int_array(field: str, value, shape: tuple[int, ...], low: int, high: int | N
     Raises:
         ValueError: wrong shape, not of an integer type, or out of range.
     """
-    array = np.array(value)
+    array = np.asarray(value)
     _check_shape(field, array, shape, advice)
     if array.dtype.kind not in "iu":
         raise ValueError(f"{field} has dtype {array.dtype}, it must be of an integer type; {advice}")
-    array = array.astype(np.int64)
+    if not is_frozen(array, np.int64):
+        array = array.astype(np.int64)
     span = f"must be in {low}..{high}" if high is not None else f"must be at least {low}"
-    _refuse(field, array, (array < low) | (array > (array if high is None else high)), span, advice)
+    if array.size and (array.min() < low or (high is not None and array.max() > high)):
+        _refuse(field, array, (array < low) | (array > (array if high is None else high)), span, advice)
     return freeze(array)
+
+
+def is_frozen(value, dtype: type) -> bool:
+    """Whether `freeze` has made this array of this type: nobody writes to it, so that it can be kept as it is."""
+    return (
+        isinstance(value, np.ndarray)
+        and value.dtype == dtype
+        and value.base is None
+        and value.flags.c_contiguous
+        and not value.flags.writeable
+    )
 
 
 def freeze(array: np.ndarray) -> np.ndarray:

@@ -66,18 +66,20 @@ def compose(samples: Schedule, size: int) -> Composition:
     """
     if size < 1:
         raise ValueError(f"size={size} must be at least 1; give the samples that fit into a micro-batch")
-    rows, kind = np.unique(samples.operations, axis=0, return_inverse=True)
-    # Largest first: if micro-batches differ in what they do, the costliest comes first.
-    groups = [(row, np.flatnonzero(kind.ravel() == index)) for index, row in enumerate(rows)][::-1]
+    alike: dict[bytes, list[int]] = {}
+    for position, row in enumerate(samples.operations):
+        alike.setdefault(row.tobytes(), []).append(position)
     micro_batches, operations = [], []
-    for row, members in groups:
+    # Largest first: if micro-batches differ in what they do, the costliest comes first.
+    for content in sorted(alike, reverse=True):
+        row, members = np.frombuffer(content, dtype=np.int8), np.array(alike[content])
         if row.any():
             parts = np.array_split(members, -(-len(members) // size))
             micro_batches.extend(parts)
             operations.extend([row] * len(parts))
     weights = [float(samples.weights[part].sum()) for part in micro_batches]
     if samples.skipped.any():
-        operations.append(np.zeros_like(rows[0]))
+        operations.append(np.zeros_like(samples.operations[0]))
         weights.append(float(samples.weights[samples.skipped].sum()))
     schedule = Schedule(
         np.stack(operations), np.array(weights), samples.devices, samples.costs, samples.capacities, samples.blocks

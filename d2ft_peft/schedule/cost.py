@@ -70,7 +70,7 @@ class CostModel:
             operations: Operation of each cell, int [N, K].
             samples: Size of each micro-batch in samples, [N].
         """
-        return float(sum(n * self._row_flops(row) for row, n in zip(operations, samples, strict=True)))
+        return float(np.asarray(samples, dtype=float) @ self._row_flops(np.asarray(operations)))
 
     def full_flops(self, samples: np.ndarray) -> float:
         """FLOPs of a step in which every cell is FULL."""
@@ -91,19 +91,18 @@ class CostModel:
             "step_flops": float(flops.mean()),
         }
 
-    def _row_flops(self, row: np.ndarray) -> float:
-        if (row == Operation.SHORTCUT).all():
-            return 0.0
-        full, active = row == Operation.FULL, row != Operation.SHORTCUT
+    def _row_flops(self, operations: np.ndarray) -> np.ndarray:
+        """FLOPs per sample of each row, [N]."""
+        full, active = operations == Operation.FULL, operations != Operation.SHORTCUT
+        runs, trains = active.any(axis=1), full.any(axis=1)
+        in_block = (self.blocks[:, None] == np.arange(len(self.shared_forward))).astype(float)
+        has_full, has_forward_only = full @ in_block > 0, (active & ~full) @ in_block > 0
         flops = self.below_forward + self.above_forward + self.above_weight_gradient + self.below_backward
-        flops += self.forward[active].sum() + self.backward[full].sum()
-        has_full = np.bincount(self.blocks[full], minlength=len(self.shared_forward)) > 0
-        has_forward_only = np.bincount(self.blocks[active & ~full], minlength=len(self.shared_forward)) > 0
-        flops += (self.shared_forward * (has_full + has_forward_only.astype(int))).sum()
-        flops += self.shared_backward[has_full].sum()
-        if full.any() or self.below_trains:
-            flops += self.above_input_gradient
-        if full.any() and not self.below_trains:
-            lowest = self.blocks[full].min()
-            flops -= self.entry_gradient[full & (self.blocks == lowest)].sum() + self.shared_entry_gradient[lowest]
-        return flops
+        flops = flops + active @ self.forward + full @ self.backward
+        flops += has_full @ (self.shared_forward + self.shared_backward) + has_forward_only @ self.shared_forward
+        flops += self.above_input_gradient * (trains | self.below_trains)
+        if not self.below_trains:
+            lowest = has_full.argmax(axis=1)
+            entry = full & (self.blocks == lowest[:, None])
+            flops -= entry @ self.entry_gradient + self.shared_entry_gradient[lowest] * trains
+        return np.where(runs, flops, 0.0)

@@ -10,6 +10,8 @@ Legend: D devices, n items, R options of an item (option 0: nothing, costs 0, wo
 import numpy as np
 
 from .core import OPTION, find_core
+from .counting import choose_by_counts
+from .proven import choose_proven
 
 
 FORBIDDEN = -np.inf
@@ -19,7 +21,9 @@ _FEWEST_UNITS, _MOST_UNITS = 4096, 1 << 14
 _SMALL_DENOMINATOR = 256
 _GRID_STEPS = 10_000_000
 _MAX_TABLE_BYTES = 64 << 20
-_MAX_TABLE_STEPS = 200_000_000
+_FEW_TABLE_STEPS = 4_000_000
+_MAX_TABLE_STEPS = 50_000_000
+_MOST_COUNTED = 1024
 _MAX_TABLE_ITEMS = 10_000
 _VALUE_BITS = 61
 _EXACT = 1e-10
@@ -27,7 +31,7 @@ SLACK = 4e-10
 """Relative excess over a capacity that counts as rounding; within the tolerance of `Schedule`."""
 
 
-def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> np.ndarray:
+def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray, within: float = 0.0) -> np.ndarray:
     """Solves D multiple-choice knapsacks over items with the same costs.
 
     Args:
@@ -35,6 +39,8 @@ def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> np.
         costs: float [n, R], cost of each option, 0 for option 0, not decreasing.
         capacities: float [D], most that the chosen options may cost together, same unit; exceeded by at most
             5e-10 of itself where a sum rounds.
+        within: share of its worth by which the choice of a device may fall short of the best one, where large problems
+            are settled sooner by that; 0: by nothing.
 
     Returns:
         int16 [D, n], the option of each item. Optimal if `integer_costs` is exact. Else optimal among the choices that
@@ -43,19 +49,61 @@ def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> np.
     num_options = values.shape[2]
     if num_options == 2 and (costs[:, 1] == costs[0, 1]).all():
         return top(values[:, :, 1], affordable(costs[0, 1], capacities, len(costs))).astype(OPTION)
-    cells = len(costs) * (num_options - 1) * len(values)
+    values = _on_one_scale(values)
+    kinds, first, kind = {}, [], np.empty(len(values), dtype=np.int64)
+    for device, capacity in enumerate(capacities):
+        kind[device] = kinds.setdefault((values[device].tobytes(), float(capacity)), len(kinds))
+        if kind[device] == len(first):
+            first.append(device)
+    return _solve(values[first], costs, capacities[first], within)[kind]
+
+
+def _on_one_scale(values: np.ndarray) -> np.ndarray:
+    """Divides by a device's largest value where its items are all worth the same, so that such devices are alike."""
+    same = ((values == values.max(axis=1, keepdims=True)) | (values == FORBIDDEN)).all(axis=(1, 2))
+    if not same.any():
+        return values
+    values = values.copy()
+    values[same] /= np.maximum(values[same].max(axis=(1, 2), keepdims=True), np.finfo(float).tiny)
+    return values
+
+
+def _solve(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray, within: float) -> np.ndarray:
+    """`choose` for devices of which no two are alike."""
+    cells = len(costs) * (costs.shape[1] - 1) * len(values)
     resolution = int(np.clip(_GRID_STEPS // cells, _FEWEST_UNITS, _MOST_UNITS))
     units, unit = integer_costs(costs, float(capacities.max()), resolution)
     limits = np.floor(capacities * (1 + SLACK) / unit)
     limits = np.minimum(limits, units.max(axis=1).sum()).astype(np.int64)
     worth = integer_values(values)
-    if (limits.max() + 1) * cells > _MAX_TABLE_STEPS or len(costs) > _MAX_TABLE_ITEMS:
-        chosen = np.stack([_choose_in_core(worth[d], units, int(limits[d])) for d in range(len(values))])
-    else:
+    if (limits.max() + 1) * cells <= _FEW_TABLE_STEPS:
         chosen = _choose_in_chunks(worth, units, limits)
+    elif costs.shape[1] == 3 and (costs == costs[0]).all() and (worth >= 0).all() and len(costs) <= _MOST_COUNTED:
+        return choose_by_counts(worth, *_counts(costs[0], capacities, len(costs)))
+    elif len(values) > 1:
+        chosen, proven = choose_proven(worth, units, limits, within)
+        if not proven.all():
+            chosen[~proven] = _solve_table(worth[~proven], units, limits[~proven])
+    else:
+        chosen = _solve_table(worth, units, limits)
     if (units * unit > costs * (1 + 2 * _EXACT)).any():
         _use_what_rounding_left(chosen, values, costs, capacities)
     return chosen
+
+
+def _solve_table(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    steps = (limits.max() + 1) * units[:, 1:].size * len(worth)
+    if steps > _MAX_TABLE_STEPS or len(units) > _MAX_TABLE_ITEMS:
+        return np.stack([_choose_in_core(worth[d], units, int(limits[d])) for d in range(len(worth))])
+    return _choose_in_chunks(worth, units, limits)
+
+
+def _counts(costs: np.ndarray, capacities: np.ndarray, items: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of FULL items, most first, and how many FORWARD_ONLY ones fit beside them; see `choose_by_counts`."""
+    full = np.arange(int(affordable(costs[2], capacities, items).max()), -1, -1)
+    left = capacities * (1 + SLACK) - full[:, None] * costs[2]
+    room = np.floor(left / costs[1]) if costs[1] > 0 else np.full(left.shape, float(items))
+    return full, np.where(left < 0, -1, np.minimum(room, items - full[:, None])).astype(np.int64)
 
 
 def top(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -134,9 +182,10 @@ def integer_values(values: np.ndarray) -> np.ndarray:
         int64 [D, n, R]; FORBIDDEN becomes a number below minus any sum.
     """
     forbidden = values == FORBIDDEN
-    total = np.where(forbidden, 0.0, values).max(axis=2).sum(axis=1)
+    allowed = np.where(forbidden, 0.0, values)
+    total = allowed.max(axis=2).sum(axis=1)
     exponent = np.where(total > 0, _VALUE_BITS - np.frexp(total)[1], 0)
-    scaled = np.ldexp(np.where(forbidden, 0.0, values), exponent[:, None, None])
+    scaled = np.ldexp(allowed, exponent[:, None, None])
     return np.where(forbidden, -(1 << 62), np.rint(scaled).astype(np.int64))
 
 

@@ -6,7 +6,9 @@ from .knapsack import choose
 from .problem import Problem
 
 
-def choose_per_device(problem: Problem, values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> np.ndarray:
+def choose_per_device(
+    problem: Problem, values: np.ndarray, costs: np.ndarray, capacities: np.ndarray, within: float = 0.0
+) -> np.ndarray:
     """Solves one multiple-choice knapsack per device over the cells of its subnets.
 
     Devices whose cells cost the same are solved together. Cells are offered micro-batch by micro-batch in the order
@@ -17,6 +19,7 @@ def choose_per_device(problem: Problem, values: np.ndarray, costs: np.ndarray, c
         values: float [N, K, R], worth of each option of each cell, see `knapsack.choose`.
         costs: float [K, R], cost of each option per unit of weight.
         capacities: float [M], unit of costs * weights.
+        within: see `knapsack.choose`.
 
     Returns:
         int8 [N, K], the option of each cell.
@@ -34,7 +37,7 @@ def choose_per_device(problem: Problem, values: np.ndarray, costs: np.ndarray, c
         cells = (len(devices), -1, values.shape[2])
         item_costs = problem.weights[rows[0]][:, :, None] * costs[columns[0]]
         options = choose(
-            values[rows, columns].reshape(cells), item_costs.reshape(cells[1:]), capacities[np.array(devices)]
+            values[rows, columns].reshape(cells), item_costs.reshape(cells[1:]), capacities[np.array(devices)], within
         )
         chosen[rows, columns] = options.reshape(len(devices), rows.shape[1], columns.shape[2])
     return chosen

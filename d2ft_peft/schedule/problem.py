@@ -1,6 +1,5 @@
 """What a policy gets: scores, costs, sizes and the budget of one training step."""
 
-import math
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal
@@ -9,6 +8,7 @@ import numpy as np
 
 from ._arrays import freeze, real_array
 from .budget import Budget
+from .knapsack import integer_values
 from .operations import COMMUNICATION
 from .schedule import Schedule, check_blocks, check_costs, check_devices, check_weights
 
@@ -116,9 +116,9 @@ class Problem:
     @cached_property
     def preference(self) -> np.ndarray:
         """Micro-batches in the order in which ties prefer them: total score descending, then index; int [N]."""
-        # fsum is exact, so neither the order of the subnets nor rounding decides between equal micro-batches.
+        # Whole numbers add up exactly, so neither the order of the subnets nor rounding decides between equal rows.
         both = np.concatenate([self.forward_scores, self.backward_scores], axis=1)
-        total = np.array([math.fsum(row) for row in both])
+        total = integer_values(both.reshape(1, -1, 1)).reshape(both.shape).sum(axis=1)
         return freeze(np.argsort(-total, kind="stable"))
 
     def order(self, index: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ._arrays import freeze, int_array, real_array
+from ._arrays import freeze, int_array, is_frozen, real_array
 from .operations import COMMUNICATION, Operation
 
 
@@ -23,8 +23,9 @@ _GRID_MICRO_BATCHES, _GRID_SUBNETS = 32, 100
 class Schedule:
     """An immutable table of operations with the facts that are needed to judge it (arXiv 2504.12471, section 3).
 
-    N micro-batches, K subnets, M devices. Arrays are copied and made read-only. Two schedules with the same content
-    are equal and have the same hash and digest.
+    N micro-batches, K subnets, M devices. Arrays are copied and made read-only, unless
+    they were made so already: the schedules of a run share what they have in common. Two schedules with the same
+    content are equal and have the same hash and digest.
 
     Attributes:
         operations: int8 [N, K], values of `Operation`.
@@ -51,8 +52,9 @@ class Schedule:
         shape = np.shape(self.operations)
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"operations has shape {shape}, it must be [micro-batches, subnets], both at least 1")
-        operations = int_array("operations", self.operations, shape, 0, 2, "use the values of Operation")
-        object.__setattr__(self, "operations", freeze(operations.astype(np.int8)))
+        if not (is_frozen(self.operations, np.int8) and self.operations.min() >= 0 and self.operations.max() <= 2):
+            operations = int_array("operations", self.operations, shape, 0, 2, "use the values of Operation")
+            object.__setattr__(self, "operations", freeze(operations.astype(np.int8)))
         object.__setattr__(self, "weights", check_weights(self.weights, shape[0]))
         object.__setattr__(self, "devices", check_devices(self.devices, shape[1]))
         object.__setattr__(self, "costs", check_costs(self.costs, shape[1]))
@@ -241,9 +243,9 @@ def check_devices(devices, num_subnets: int) -> np.ndarray:
     """Read-only devices [K], one per subnet if None. Raises ValueError unless they are 0..M-1 without a gap."""
     devices = np.arange(num_subnets) if devices is None else devices
     devices = int_array("devices", devices, (num_subnets,), 0, None, "give the device number of each subnet")
-    missing = np.setdiff1d(np.arange(devices.max() + 1), devices)
-    if missing.size:
-        raise ValueError(f"devices: no subnet on device {missing[0]}; number the devices 0..M-1 without a gap")
+    if devices.max() >= num_subnets or not np.bincount(devices).all():
+        missing = np.setdiff1d(np.arange(num_subnets + 1), devices)[0]
+        raise ValueError(f"devices: no subnet on device {missing}; number the devices 0..M-1 without a gap")
     return devices
 
 

@@ -36,7 +36,7 @@ GRADIENT_SCORES = ("fisher", "gradient_magnitude", "taylor")
 
 @torch.no_grad()
 def weight_magnitude(model: nn.Module, partition: Partition) -> np.ndarray:
-    """Sum of the absolute weights of every subnet, float [K]."""
+    """Sum of the absolute weights of every subnet, float [K]; those of half precision are added up in float32."""
     base = base_model(model)
     heads = _HeadSums(partition)
     for index, branch in enumerate(partition.branches):
@@ -92,7 +92,7 @@ def gradient_scores(
             if not per_sample:
                 x, gradient = x.flatten(0, 1)[None], gradient.flatten(0, 1)[None]
             # The loss is a mean: a sample's own gradient is as many times larger as there are samples.
-            heads.add_gradients(index, module, axis, x, gradient * len(gradient), score)
+            heads.add_gradients(index, module, axis, x, _wide(gradient) * len(gradient), score)
     return heads.by_subnet()
 
 
@@ -116,6 +116,7 @@ class _HeadSums:
         chunk = max(1, _GRADIENT_ELEMENTS // module.weight.numel())
         parts = []
         for x_part, grad_part in zip(x.split(chunk), grad.split(chunk), strict=True):
+            x_part = _wide(x_part)
             weight = x_part.mT @ grad_part if axis.transposed else grad_part.mT @ x_part
             parts.append(_by_head(_measure(weight, module.weight, score), axis))
         self.add(branch, torch.cat(parts))
@@ -140,12 +141,17 @@ def _measure(gradient: Tensor, parameter: Tensor, score: str) -> Tensor:
     return (gradient if score == "gradient_magnitude" else gradient * parameter.detach()).abs()
 
 
+def _wide(values: Tensor) -> Tensor:
+    """Half-precision values in float32: their squares and sums leave the range, or the resolution, of their type."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+
+
 def _by_head(values: Tensor, axis: HeadAxis) -> Tensor:
     """Sum values [samples, ...] in the shape of a weight (or bias) over all but samples and heads: [samples, heads]."""
     position = 1 + (axis.axis if values.ndim > 2 else 0)
     layout = axis.layout
     by_head = values.unflatten(position, (layout.parts, layout.heads, layout.width)).movedim(position + 1, 1)
-    return by_head.flatten(2).sum(2)
+    return by_head.flatten(2).sum(2, dtype=_wide(by_head.new_empty(0)).dtype)
 
 
 def _carriers(base: nn.Module, projection: Projection) -> list[tuple[nn.Module, HeadAxis]]:

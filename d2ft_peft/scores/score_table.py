@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..partition import Partition
 from .contribution import gradient_scores
+from .files import opened_arrays, write_arrays
 
 
 INDEX_KEY = "d2ft_index"
 """Key under which a batch carries the indices of its samples in the data set."""
 
+_FINGERPRINT_ROWS = 1024
+
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:
-    """Scores [n, K] of n samples with their indices [n] in the data set.
+    """Scores [n, K] of n samples with their indices [n] in the data set. Not to be changed once it is made.
 
     Attributes:
         score: Name of the score.
-        samples: Indices of the scored samples, int64 [n], ascending.
-        values: Their scores, float32 [n, K].
+        samples: Indices of the scored samples, int64 [n], ascending; those without a finite score are not among them.
+        values: Their scores, float32 [n, K], finite.
+
+    Raises:
+        ValueError: If the shapes do not fit, or a value is not finite.
     """
 
     score: str
@@ -44,25 +51,77 @@ class ScoreTable:
                 f"values has shape {list(self.values.shape)} and samples {list(self.samples.shape)}; [n, K] and [n] "
                 "are needed."
             )
-        if not np.isfinite(self.values).all():
-            raise ValueError(f"values of score {self.score!r} hold infinities or NaNs; does the model's loss diverge?")
+        # Smallest and largest are NaN if any value is; unlike a mask they take no memory.
+        if self.values.size and not (np.isfinite(self.values.min()) and np.isfinite(self.values.max())):
+            raise ValueError(
+                f"values of score {self.score!r} hold infinities or NaNs; leave those samples out, they count like "
+                "the mean of the others."
+            )
+
+    def require_samples(self) -> ScoreTable:
+        """The table itself. Raises ValueError if it holds no sample: then there is nothing to go by."""
+        if not len(self.samples):
+            raise ValueError(
+                f"no sample has a finite score {self.score!r}, so there is nothing to schedule by; check the model's "
+                "loss on the training data (it diverges, or the weights' type overflows), or choose "
+                "policy='bilevel' with backward_score='weight_magnitude'."
+            )
+        return self
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        """Mean over the samples, float64 [K]: the score of one that is not in the table."""
+        return self.require_samples().values.mean(0, dtype=np.float64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells tables apart, hexadecimal: from the indices, the means and some of the rows, so that it costs little
+        more than to read the table once."""
+        content = hashlib.sha256(f"{self.score} {self.values.shape}".encode())
+        rows = np.linspace(0, len(self.samples) - 1, min(len(self.samples), _FINGERPRINT_ROWS)).astype(np.int64)
+        means = self.mean if len(self.samples) else np.empty(0)
+        for array, dtype in ((self.samples, "<i8"), (means, "<f8"), (self.values[rows], "<f4")):
+            content.update(np.ascontiguousarray(array, dtype=dtype).data)
+        return content.hexdigest()
+
+    @property
+    def file_name(self) -> str:
+        """A name that holds for this content alone: a file of that name need not be written again."""
+        return f"d2ft_{self.score}_{self.fingerprint[:16]}.safetensors"
 
     def lookup(self, indices: np.ndarray) -> np.ndarray:
-        """Scores of samples, [len(indices), K]; a sample that was not scored gets the mean of those that were."""
+        """Scores of samples, float32 [len(indices), K]; one that is not in the table gets the mean of those that are.
+
+        Raises:
+            ValueError: If the table holds no sample.
+        """
+        mean = self.mean
         indices = np.asarray(indices)
         position = np.minimum(np.searchsorted(self.samples, indices), len(self.samples) - 1)
-        known = self.samples[position] == indices
-        return np.where(known[:, None], self.values[position], self.values.mean(0))
+        found = self.values[position]
+        found[self.samples[position] != indices] = mean
+        return found
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the table as safetensors."""
-        tensors = {"samples": self.samples.astype(np.int64), "values": self.values.astype(np.float32)}
-        save_file(tensors, path, metadata={"score": json.dumps(self.score)})
+        """Write the table as safetensors, as a whole or not at all."""
+        arrays = {"samples": self.samples.astype(np.int64), "values": self.values.astype(np.float32, copy=False)}
+        write_arrays(path, arrays, {"score": json.dumps(self.score)})
+
+    def save_once(self, directory: str | os.PathLike) -> str:
+        """Write the table into a folder unless it lies there already; returns `file_name`."""
+        path = os.path.join(directory, self.file_name)
+        if not os.path.exists(path):
+            self.save(path)
+        return self.file_name
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ScoreTable:
-        """Read a table back."""
-        with safe_open(path, framework="numpy") as file:
+        """Read a table back.
+
+        Raises:
+            ValueError: If the file is missing, damaged or no table; the message names it.
+        """
+        with opened_arrays(path) as file:
             return cls(json.loads(file.metadata()["score"]), file.get_tensor("samples"), file.get_tensor("values"))
 
 
@@ -71,21 +130,52 @@ def score_samples(
 ) -> ScoreTable:
     """Score every sample of some batches, each of which carries its samples' indices under ``d2ft_index``.
 
+    A sample whose score is infinite or NaN is left out, with a warning: it counts like the mean of the others.
+
     Args:
         model: The model, on the batches' device.
         partition: Its subnets.
-        batches: Batches with labels and indices.
+        batches: Batches with labels and indices; their rows are the samples.
         score: Name of a gradient score.
         progress: Whether to show a progress bar.
+
+    Returns:
+        The table, with no sample where none has a finite score (`ScoreTable.require_samples`).
+
+    Raises:
+        ValueError: If the rows of a batch are not its samples.
     """
-    samples, values = [], []
+    samples, values = [np.empty(0, dtype=np.int64)], [np.empty((0, partition.num_scheduled), dtype=np.float32)]
     with preserved_rng():
         for batch in tqdm(batches, desc=f"D2FT: scoring samples by {score}", disable=not progress):
             batch = dict(batch)
-            samples.append(np.asarray(batch.pop(INDEX_KEY).cpu()))
-            values.append(gradient_scores(model, partition, batch, score))
+            indices = np.asarray(batch.pop(INDEX_KEY).cpu())
+            _check_rows(batch, len(indices), score)
+            rows = gradient_scores(model, partition, batch, score)
+            with np.errstate(over="ignore"):
+                rows = rows.astype(np.float32)
+            finite = np.isfinite(rows).all(axis=1)
+            samples.append(indices[finite])
+            values.append(rows[finite])
+            if not finite.all():
+                warnings.warn(
+                    f"samples {indices[~finite].tolist()} have an infinite or undefined score {score!r}; they count "
+                    "like the mean of the others.",
+                    stacklevel=2,
+                )
     order = np.argsort(np.concatenate(samples), kind="stable")
-    return ScoreTable(score, np.concatenate(samples)[order], np.concatenate(values)[order].astype(np.float32))
+    return ScoreTable(score, np.concatenate(samples)[order], np.concatenate(values)[order])
+
+
+def _check_rows(batch: dict[str, Tensor], samples: int, score: str) -> None:
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+    rows = len(batch["labels"]) if isinstance(batch.get("labels"), Tensor) else len(tensors[0])
+    if rows != samples:
+        raise ValueError(
+            f"a batch has {rows} rows and {samples} samples: score {score!r} needs samples as rows, with padding. "
+            "Use a collator that pads instead of one that joins or packs sequences, or choose policy='bilevel' with "
+            "backward_score='weight_magnitude' and forward_score='weight_magnitude'."
+        )
 
 
 @contextmanager

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
-from ..partition import Partition, base_model
-from ..processes import gather_samples, world_size
+from ..partition import Partition
+from ..processes import world_size
 from ..tuners.config import LIVE_SCORES
 from .contribution import GRADIENT_SCORES, weight_magnitude
-from .live import LiveScores, live_score
+from .gather import gather_samples
+from .live import HostCopy, LiveScores
+from .outputs import score_outputs
 from .score_table import INDEX_KEY, ScoreTable
 
 
@@ -67,23 +69,60 @@ class ScoreSource:
                 f"score {name!r} depends on the samples, but {missing}; train with D2FTTrainer, give D2FTCallback to "
                 "the Trainer's constructor, or choose policy='bilevel' with backward_score='weight_magnitude'."
             )
-        if name in GRADIENT_SCORES:
+        if table is not None:
             return table.lookup(indices)
-        return np.tile(self.live[name].lookup(indices)[:, None], (1, self.partition.num_scheduled))
+        values = self.live[name].lookup(np.asarray(indices))
+        return np.broadcast_to(values[:, None], (len(values), self.partition.num_scheduled))
 
     def _weight_magnitude(self) -> np.ndarray:
         return weight_magnitude(self.model, self.partition)
 
-    def observe(self, logits: Tensor, labels: Tensor) -> dict[str, np.ndarray]:
-        """Live scores [n] of the samples of a forward pass, by name; `update` takes them over."""
-        base = base_model(self.model)
-        return {name: live_score(name, base, logits, labels) for name in self.live}
+    def observe(
+        self,
+        indices: np.ndarray,
+        logits: Tensor,
+        labels: Tensor | None,
+        step: int = 0,
+        position_ids: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        cu_seq_lens: Tensor | None = None,
+    ) -> None:
+        """Let the live scores see a forward pass of this process, without waiting for the device.
+
+        The scores are taken over when they are asked for; the other processes learn of them by `share`.
+
+        Args:
+            indices: Indices of the samples in the data set, int [n].
+            logits: Outputs [n, ..., classes].
+            labels, position_ids, shift_labels, cu_seq_lens: As `score_outputs` reads them.
+            step: Number of the step.
+
+        Raises:
+            ValueError: If the outputs do not give one score for each sample.
+        """
+        if not self.live:
+            return
+        indices = np.asarray(indices)
+        copies = {
+            name: HostCopy(
+                score_outputs(
+                    name, self.model, logits, labels, len(indices), position_ids, shift_labels, cu_seq_lens
+                )
+            )
+            for name in self.live
+        }  # fmt: skip
+        for name, copy in copies.items():
+            self.live[name].expect(indices, copy)
+        self._note(indices, step, copies)
 
     def update(self, indices: np.ndarray, values: dict[str, np.ndarray], step: int = 0) -> None:
-        """Take over what `observe` returned in a step; the other processes learn of it by `share`."""
+        """Take over live scores [n] of samples that this process saw in a step, by name."""
+        self._note(indices, step, values)
+        self._take_over(indices, values)
+
+    def _note(self, indices: np.ndarray, step: int, values: dict[str, np.ndarray] | dict[str, HostCopy]) -> None:
         if self.live and world_size() > 1:
             self._untold.append((indices, step, values))
-        self._take_over(indices, values)
 
     def share(self) -> None:
         """Tell the processes what each has seen since the last time; every process calls it alike."""
@@ -92,7 +131,9 @@ class ScoreSource:
         visits, self._untold = self._untold, []
         indices = np.concatenate([np.empty(0, dtype=np.int64), *(visit[0] for visit in visits)])
         steps = np.concatenate([np.empty(0), *(np.full(len(visit[0]), visit[1]) for visit in visits)])
-        values = {name: np.concatenate([np.empty(0), *(visit[2][name] for visit in visits)]) for name in self.live}
+        values = {
+            name: np.concatenate([np.empty(0), *(_arrived(visit[2][name]) for visit in visits)]) for name in self.live
+        }
         indices, values = gather_samples(indices, {"step": steps, **values})
         # Of several visits to a sample the last one counts, in all processes alike.
         order = np.argsort(values.pop("step"), kind="stable")
@@ -101,3 +142,7 @@ class ScoreSource:
     def _take_over(self, indices: np.ndarray, values: dict[str, np.ndarray]) -> None:
         for name, scores in self.live.items():
             scores.update(indices, values[name])
+
+
+def _arrived(values: np.ndarray | HostCopy) -> np.ndarray:
+    return values.numpy() if isinstance(values, HostCopy) else values

@@ -7,7 +7,9 @@ from peft import get_peft_model
 
 from d2ft_peft import D2FTConfig
 from d2ft_peft.engine import get_runtime
-from d2ft_peft.scores import GRADIENT_SCORES, gradient_scores, weight_magnitude
+from d2ft_peft.engine.subset_linear import HeadAxis
+from d2ft_peft.partition import FeatureLayout
+from d2ft_peft.scores import GRADIENT_SCORES, contribution, gradient_scores, weight_magnitude
 from tests.models import TINY
 
 
@@ -125,3 +127,25 @@ def test_bad_requests_are_refused():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no projection of the subnets trains"):
         gradient_scores(model, partition, batch, "fisher")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_added_up_in_float32(dtype):
+    """Sums leave the range of float16 and the resolution of bfloat16; squares of gradients underflow."""
+    model, partition = adapted("vit", "full")
+    halves, _ = adapted("vit", "full")
+    for wide, narrow in zip(model.parameters(), halves.parameters(), strict=True):
+        narrow.data = (3000 * narrow.data).to(dtype)
+        wide.data = narrow.data.double()
+    expected = weight_magnitude(model, partition)
+    assert dtype != torch.float16 or expected.max() > torch.finfo(dtype).max
+    np.testing.assert_allclose(weight_magnitude(halves, partition), expected, rtol=1e-5)
+
+
+def test_small_gradients_of_half_precision_leave_a_score():
+    linear = torch.nn.Linear(2, 2, bias=False).half()
+    axis = HeadAxis("column", FeatureLayout(heads=2, width=1, parts=1))
+    x, gradient = torch.full((1, 3, 2), 1e-3).half(), torch.full((1, 3, 2), 1e-3).half()
+    sums = contribution._HeadSums(None)
+    sums.add_gradients(0, linear, axis, x, contribution._wide(gradient), "fisher")
+    np.testing.assert_allclose(sums.sums[0], [[2 * 9e-12] * 2], rtol=1e-2)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..counting import best_of
 from ..knapsack import integer_values
 from ..operations import Operation
 from ..per_device import choose_per_device
@@ -12,6 +13,9 @@ from .registry import register_policy
 
 
 _ROUNDING = 1e-12
+
+WITHIN = 0.01
+"""Share of a device's optimum that `joint` may miss where it is not exact."""
 
 
 def cell_values(problem: Problem) -> np.ndarray:
@@ -36,7 +40,11 @@ def bilevel_gap(problem: Problem) -> float:
 
 @register_policy("joint", reads=("backward", "forward"))
 def joint(problem: Problem) -> Schedule:
-    """Maximises `objective` exactly, by a multiple-choice knapsack per device.
+    """Maximises `objective`, by a multiple-choice knapsack per device.
+
+    It is exact for micro-batches of equal size on devices whose subnets cost the same, for counts, and in problems of
+    up to about a million steps of dynamic programming. Beyond, the choice of a device is worth at least 1 - `WITHIN`
+    of its optimum, by a bound that is checked each time; where that fails it is exact.
 
     With counts: the best choice of exactly num_full FULL and num_forward_only FORWARD_ONLY micro-batches per subnet.
     Where costs are no whole multiples of a common unit the knapsack rounds them up; a device then keeps the choice of
@@ -44,7 +52,7 @@ def joint(problem: Problem) -> Schedule:
     """
     if problem.budget.counts is not None:
         return problem.schedule(_by_counts(problem, *problem.budget.counts))
-    chosen = choose_per_device(problem, cell_values(problem), problem.limited_costs, problem.limits)
+    chosen = choose_per_device(problem, cell_values(problem), problem.limited_costs, problem.limits, WITHIN)
     schedules = problem.schedule(chosen), bilevel(problem)
     one, other = (np.bincount(problem.devices, _chosen_values(problem, schedule).sum(axis=0)) for schedule in schedules)
     worse = (other > one * (1 + _ROUNDING))[problem.devices]
@@ -75,8 +83,8 @@ def _by_counts(problem: Problem, num_full: int, num_forward_only: int) -> np.nda
     split = splits[np.argmax(before + after, axis=0)]
     first = np.arange(num_micro_batches)[:, None] < split
     operations = np.zeros((num_micro_batches, num_subnets), dtype=np.int8)
-    picked_full = _best(np.where(first, full, -1), num_full)
-    picked_forward_only = _best(np.where(first, -1, forward_only), num_forward_only)
+    picked_full = best_of(np.where(first, full, -1), num_full)
+    picked_forward_only = best_of(np.where(first, -1, forward_only), num_forward_only)
     operations[rows, columns] = picked_full * Operation.FULL + picked_forward_only * Operation.FORWARD_ONLY
     return operations
 
@@ -90,9 +98,3 @@ def _best_sums(worth: np.ndarray, count: int) -> np.ndarray:
         best[1:] = np.maximum(best[1:], best[:-1] + row)
         sums.append(best[count].copy())
     return np.array(sums)
-
-
-def _best(worth: np.ndarray, count: int) -> np.ndarray:
-    """Marks the `count` largest entries of each column, ties to the first; bool [N, K]."""
-    rank = np.argsort(np.argsort(-worth, axis=0, kind="stable"), axis=0)
-    return rank < count

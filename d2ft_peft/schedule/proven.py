@@ -1,0 +1,103 @@
+"""Solves many large multiple-choice knapsacks at once, and says for which of them the solution is proven to be optimal.
+
+Greedy steps along the concave hulls leave a base and a price of a unit (see `core`). A solution that moves an item away
+from the base loses what the move costs at the price. All combinations of moves of the few items that lose least are
+tried. Every other solution moves some other item, so it loses at least what the best of those does; if the best
+combination loses no more, counting the units that it leaves, it is optimal.
+
+Legend: D devices, n items, R options of an item.
+"""
+
+import numpy as np
+
+from .core import OPTION, _hull_steps
+
+
+_COMBINATIONS = 600_000
+"""Combinations that are tried in a round, over all devices that are still open."""
+
+_ROUNDS = 3
+_MOST_ITEMS = 16
+_NEVER = 1 << 40
+
+
+def choose_proven(
+    worth: np.ndarray, units: np.ndarray, limits: np.ndarray, within: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Solves what can be proven with little work.
+
+    Args:
+        worth: int64 [D, n, R], worth of each option, 0 for option 0; an option below 0 is forbidden.
+        units: int64 [n, R], cost of each option, 0 for option 0, not decreasing.
+        limits: int64 [D], most that the chosen options may cost together.
+        within: Share of the worth by which a solution may fall short of the optimum and count as proven.
+
+    Returns:
+        int16 [D, n], a feasible option for each item; bool [D], whether it is proven to be optimal (`within`).
+    """
+    base, price, left = _relax(worth, units, limits)
+    chosen, proven = base.copy(), price * left == 0
+    for _ in range(_ROUNDS):
+        still = np.flatnonzero(~proven)
+        if not still.size:
+            break
+        chosen[still], proven[still] = _best_moves(worth[still], units, base[still], price[still], left[still], within)
+    return chosen, proven
+
+
+def _relax(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Base int16 [D, n], price of a unit float [D], units that the base leaves int64 [D]."""
+    devices, n, options = worth.shape
+    flat_units = np.broadcast_to(units, worth.shape).reshape(-1, options)
+    items, before, after, slopes = _hull_steps(worth.reshape(-1, options), flat_units)
+    by_device = np.argsort((items // n).astype(np.int32), kind="stable")
+    items, before, after, slopes = (part[by_device] for part in (items, before, after, slopes))
+    device = items // n
+    rise = flat_units[items, after] - flat_units[items, before]
+    steps = np.bincount(device, minlength=devices)
+    starts = np.cumsum(steps) - steps
+    spent = np.cumsum(rise)
+    spent -= np.repeat((spent - rise)[np.minimum(starts, len(spent) - 1)], steps)
+    fitting = spent <= limits[device]
+    base = np.zeros(devices * n, dtype=OPTION)
+    np.maximum.at(base, items[fitting], after[fitting].astype(OPTION))
+    taken = np.bincount(device[fitting], minlength=devices)
+    price = np.where(taken < steps, slopes[np.minimum(starts + taken, len(slopes) - 1)], 0.0)
+    left = limits - np.bincount(device[fitting], rise[fitting], minlength=devices).astype(np.int64)
+    return base.reshape(devices, n), price, left
+
+
+def _best_moves(
+    worth: np.ndarray, units: np.ndarray, base: np.ndarray, price: np.ndarray, left: np.ndarray, within: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best combination of moves of the items that lose least, and whether no other item can matter."""
+    devices, n, options = worth.shape
+    at_base = base[:, :, None].astype(np.int64)
+    gain = worth - np.take_along_axis(worth, at_base, axis=2)
+    rise = units - np.take_along_axis(np.broadcast_to(units, worth.shape), at_base, axis=2)
+    rise[worth < 0], gain[worth < 0] = _NEVER, 0
+    loss = np.where(np.arange(options) == at_base, np.inf, price[:, None, None] * rise - gain).min(axis=2)
+    size = min(n, _MOST_ITEMS, max(1, int(np.log(_COMBINATIONS / devices) / np.log(options))))
+    order = np.argsort(loss, axis=1, kind="stable")
+    core = np.sort(order[:, :size], axis=1)[:, :, None]
+    # The first item's highest option comes first: of equal combinations it is the one that is taken.
+    gain, rise = (np.take_along_axis(table, core, axis=1)[:, :, ::-1] for table in (gain, rise))
+    gains, rises = (np.zeros((devices, 1), dtype=np.int64) for _ in range(2))
+    for item in range(size):
+        gains, rises = (
+            (sums[:, :, None] + table[:, item, None, :]).reshape(devices, -1)
+            for sums, table in ((gains, gain), (rises, rise))
+        )
+    gains[rises > left[:, None]] = -1
+    best = gains.argmax(axis=1)
+    everyone = np.arange(devices)
+    digits = best[:, None] // options ** np.arange(size)[::-1] % options
+    chosen = base.copy()
+    np.put_along_axis(chosen, core[:, :, 0], (options - 1 - digits).astype(OPTION), axis=1)
+    if size == n:
+        return chosen, np.ones(devices, dtype=bool)
+    lost = price * left - gains[everyone, best]
+    value = np.take_along_axis(worth, at_base, axis=2)[:, :, 0].sum(axis=1) + gains[everyone, best]
+    # What rounding of floats could hide.
+    margin = 1e-9 * (lost + price * units.max() + worth.max(axis=(1, 2)))
+    return chosen, (lost + margin <= loss[everyone, order[:, size]]) | (lost + margin <= within * value)
