@@ -58,18 +58,3 @@ def _host_group() -> Any:
         on_host = "cpu:" in dist.get_backend_config()
         _host_groups[default] = None if on_host else dist.new_group(backend="gloo")
     return _host_groups[default]
-
-
-def gather_samples(indices: np.ndarray, values: dict[Any, np.ndarray]) -> tuple[np.ndarray, dict[Any, np.ndarray]]:
-    """Samples and their scores, by any key, from all processes; some may have fewer."""
-    if world_size() == 1:
-        return indices, values
-    rows = np.stack([indices.astype(np.float64), *values.values()])
-    length = int(all_reduce(np.array([rows.shape[1]], dtype=float), dist.ReduceOp.MAX)[0])
-    if length == 0:
-        return indices, values
-    padded = np.full((len(rows), length), np.nan)
-    padded[:, : rows.shape[1]] = rows
-    rows = np.concatenate(list(gather(np.nan_to_num(padded, nan=-1.0))), axis=1)
-    rows = rows[:, rows[0] >= 0]
-    return rows[0].astype(np.int64), dict(zip(values, rows[1:], strict=True))

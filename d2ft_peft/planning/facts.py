@@ -8,19 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from torch import Tensor
 
-from ..partition import base_model
-from ..scores import INDEX_KEY
+from ..scores import IGNORED, INDEX_KEY
 from .micro_batch import batch_size
 
 
 FACTS_KEY = "d2ft_facts"
 """Key under which a batch carries its `BatchFacts` from the collator to the planner, which takes them out."""
-
-IGNORED = -100
-"""Label of what carries no loss, as everywhere in transformers."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +76,6 @@ def shares_of_items(facts: Sequence[BatchFacts]) -> np.ndarray:
     """What each micro-batch counts in a mean over all: its items, or its samples where items are not known; [N]."""
     by_items = all(one.items is not None for one in facts)
     return np.array([one.items if by_items else one.size for one in facts], dtype=np.float64)
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether the model's own loss predicts the next token, by the rule of the Trainer."""
-    base = base_model(model)
-    is_decoder = not getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    return is_decoder and LOSS_MAPPING.get(getattr(base, "loss_type", None)) is ForCausalLMLoss
 
 
 def _count_items(batch: Mapping[str, Any], shifts: bool) -> int | None:

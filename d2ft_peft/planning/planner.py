@@ -36,10 +36,10 @@ from ..engine.plan import executed_operations
 from ..partition import base_model
 from ..processes import all_reduce, world_size
 from ..schedule import Budget, CostModel, Operation, Problem, Schedule, compose, get_policy, policy_facts
-from ..scores import ScoreSource, ScoreTable
+from ..scores import ScoreSource, ScoreTable, shifts_labels
 from ..unequal import Shares
 from .counting import ExecutionCounts
-from .facts import BatchFacts, shares_of_items, shifts_labels, take_facts
+from .facts import BatchFacts, shares_of_items, take_facts
 from .micro_batch import MicroBatch
 from .model_costs import ModelCosts
 from .planned_step import PlannedStep, check_same_schedule
@@ -64,7 +64,7 @@ class D2FTPlanner:
         shares: How samples are shared out over unequal processes, or None if all run equally many.
         step: Number of schedules made so far.
         shifts_labels: Whether the model's own loss predicts the next token.
-        table_files: Where score tables were written, by their digest: they are written once a run.
+        table_files: Where score tables were written, by their fingerprint: they are written once a run.
     """
 
     is_head_parallel = False
@@ -260,17 +260,17 @@ class D2FTPlanner:
             self.shares.exchange()
             self.shares.pace.begin()
 
-    def observe(self, indices: np.ndarray, logits: Tensor, labels: Tensor, position_ids: Tensor | None = None) -> None:
+    def observe(self, indices: np.ndarray, logits: Tensor, labels: Tensor | None, **layout: Tensor | None) -> None:
         """Let scores that follow training see a forward pass of this process.
 
         Args:
             indices: Indices of its samples in the data set, [n].
             logits: Outputs [n, ..., classes].
             labels: Their labels.
-            position_ids: Positions [1, tokens] that restart with every sample, where samples lie in one row.
+            layout: ``position_ids``, ``cu_seq_lens`` or ``shift_labels``, where samples lie in one row or labels are
+                shifted already; see `ScoreSource.observe`.
         """
-        if self.source.live:
-            self.source.observe(np.asarray(indices), logits.detach(), labels, self.step, position_ids)
+        self.source.observe(np.asarray(indices), logits.detach(), labels, self.step, **layout)
 
     def _problem(
         self,

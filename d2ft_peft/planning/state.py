@@ -64,7 +64,7 @@ def load_state(planner: D2FTPlanner, directory: str | os.PathLike) -> dict[str, 
             raise ValueError(f"{path!r} {found} and should have {size} bytes; resume from another checkpoint.")
     for name, file in state["scores"].items():
         planner.scores[name] = ScoreTable.load(os.path.join(directory, file))
-        planner.table_files[planner.scores[name].digest] = os.path.join(directory, file)
+        planner.table_files[planner.scores[name].fingerprint] = os.path.join(directory, file)
     arrays = _read_arrays(os.path.join(directory, ARRAYS_FILE)) if ARRAYS_FILE in state["files"] else {}
     load_planner_state(planner, state, arrays)
     return state
@@ -122,10 +122,10 @@ def _place_table(planner: D2FTPlanner, table: ScoreTable, directory: str | os.Pa
     path = os.path.join(directory, name)
     with replacing(path) as temporary:
         try:
-            os.link(planner.table_files.get(table.digest, ""), temporary)
+            os.link(planner.table_files.get(table.fingerprint, ""), temporary)
         except OSError:
             table.save(temporary)
-    planner.table_files[table.digest] = path
+    planner.table_files[table.fingerprint] = path
     return name
 
 

@@ -27,13 +27,14 @@ class ScoreSource:
     Attributes:
         tables: Scores of a pass before training, by name.
         live: Scores that follow training, by name.
+        magnitude: Magnitude of the weights, [K], and the interval that it was taken in.
     """
 
     def __init__(self, model: nn.Module, partition: Partition, names: tuple[str, ...], interval: int):
         self.model, self.partition, self.names, self.interval = model, partition, names, interval
         self.tables: dict[str, ScoreTable] = {}
         self.live = {name: LiveScores(name) for name in names if name in LIVE_SCORES}
-        self._magnitude: tuple[int, np.ndarray] | None = None
+        self.magnitude: tuple[int, np.ndarray] | None = None
         self._untold: list[tuple[np.ndarray, int, dict[str, np.ndarray]]] = []
 
     @property
@@ -59,9 +60,9 @@ class ScoreSource:
         """
         if name == "weight_magnitude":
             era = step // self.interval
-            if self._magnitude is None or self._magnitude[0] != era:
-                self._magnitude = era, self._weight_magnitude()
-            return self._magnitude[1]
+            if self.magnitude is None or self.magnitude[0] != era:
+                self.magnitude = era, self._weight_magnitude()
+            return self.magnitude[1]
         table = self.tables.get(name)
         if indices is None or (name in GRADIENT_SCORES and table is None):
             missing = f"the batches do not carry {INDEX_KEY!r}" if indices is None else "no sample was scored"

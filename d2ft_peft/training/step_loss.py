@@ -113,8 +113,9 @@ class StepLoss:
         if not self.planner.source.live:
             yield
             return
-        labels = inputs.get("labels", inputs.get("shift_labels"))  # before a loss of one's own takes them out
-        positions, seen = inputs.get("position_ids"), []
+        labels, seen = inputs.get("labels"), []  # before a loss of one's own takes them out
+        layout = {name: inputs.get(name) for name in ("position_ids", "shift_labels")}
+        layout["cu_seq_lens"] = inputs.get("cu_seq_lens_q")
 
         def note(module: nn.Module, args: tuple, output: Any) -> None:
             if module.training and torch.is_grad_enabled():
@@ -126,11 +127,12 @@ class StepLoss:
             yield
         finally:
             handle.remove()
-        if len(seen) != 1 or seen[0] is None or not isinstance(labels, Tensor) or facts.indices is None:
+        has_labels = isinstance(labels, Tensor) or isinstance(layout["shift_labels"], Tensor)
+        if len(seen) != 1 or seen[0] is None or not has_labels or facts.indices is None:
             raise ValueError(
                 f"score {list(self.planner.source.live)} is read from the logits and labels of one forward pass, and "
                 f"this step ran {len(seen)} of them with logits {[getattr(x, 'shape', None) for x in seen]} and "
                 f"labels {type(labels).__name__}; choose policy='fewer_samples', or 'bilevel' with "
                 "backward_score='weight_magnitude'."
             )
-        self.planner.observe(facts.indices, seen[0], labels, positions)
+        self.planner.observe(facts.indices, seen[0], labels, **layout)
