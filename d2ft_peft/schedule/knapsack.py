@@ -25,6 +25,8 @@ _FEW_TABLE_STEPS = 4_000_000
 _MAX_TABLE_STEPS = 50_000_000
 _MOST_COUNTED = 1024
 _MAX_TABLE_ITEMS = 10_000
+_ROUNDED_WITHIN = 1e-3
+"""Share of the worth that large problems may miss where their costs are rounded anyway."""
 _VALUE_BITS = 61
 _EXACT = 1e-10
 SLACK = 4e-10
@@ -43,8 +45,9 @@ def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray, within
             are settled sooner by that; 0: by nothing.
 
     Returns:
-        int16 [D, n], the option of each item. Optimal if `integer_costs` is exact. Else optimal among the choices that
-        fit with costs rounded up, then raised wherever the true costs leave room.
+        int16 [D, n], the option of each item. Optimal if `integer_costs` is exact. Else optimal (in large problems but
+        for at most a thousandth of the worth) among the choices that fit with costs rounded up, then raised wherever
+        the true costs leave room.
     """
     num_options = values.shape[2]
     if num_options == 2 and (costs[:, 1] == costs[0, 1]).all():
@@ -76,17 +79,18 @@ def _solve(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray, within
     limits = np.floor(capacities * (1 + SLACK) / unit)
     limits = np.minimum(limits, units.max(axis=1).sum()).astype(np.int64)
     worth = integer_values(values)
+    rounded = (units * unit > costs * (1 + 2 * _EXACT)).any()
     if (limits.max() + 1) * cells <= _FEW_TABLE_STEPS:
         chosen = _choose_in_chunks(worth, units, limits)
     elif costs.shape[1] == 3 and (costs == costs[0]).all() and (worth >= 0).all() and len(costs) <= _MOST_COUNTED:
         return choose_by_counts(worth, *_counts(costs[0], capacities, len(costs)))
-    elif len(values) > 1:
-        chosen, proven = choose_proven(worth, units, limits, within)
+    elif len(values) > 1 or rounded:
+        chosen, proven = choose_proven(worth, units, limits, max(within, _ROUNDED_WITHIN * rounded))
         if not proven.all():
             chosen[~proven] = _solve_table(worth[~proven], units, limits[~proven])
     else:
         chosen = _solve_table(worth, units, limits)
-    if (units * unit > costs * (1 + 2 * _EXACT)).any():
+    if rounded:
         _use_what_rounding_left(chosen, values, costs, capacities)
     return chosen
 

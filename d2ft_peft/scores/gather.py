@@ -13,7 +13,7 @@ from ..processes import rank, world_size
 from .score_table import ScoreTable
 
 
-_CHUNK_BYTES = 32 << 20
+_CHUNK_BYTES = 8 << 20
 """Most bytes of a table that are under way at a time."""
 
 

@@ -132,3 +132,18 @@ def test_the_largest_scores_that_float32_holds_are_scores(policy):
     schedule = get_policy(policy)(problem)
     assert 0 < schedule.compute_ratio <= 0.8 + 1e-9
     assert problem.preference.tolist() == [0, 1, 2, 4, 3]
+
+
+def test_sizes_without_a_common_unit_give_up_next_to_nothing(monkeypatch):
+    """One device with two thousand cells whose costs are rounded, against the bound that any price gives."""
+    rng = np.random.default_rng(0)
+    scores, weights = rng.random((200, 10)), 0.5 + rng.random(200)
+    fields = {"weights": weights, "devices": np.zeros(10, dtype=int)}
+    problem = Problem(np.zeros((200, 10)), scores, Budget(compute=0.63), **fields)
+    bound = min(
+        price * problem.limits[0] + np.maximum(0, scores - price * weights[:, None]).sum()
+        for price in np.linspace(0.2, 0.6, 201)
+    )
+    monkeypatch.setattr(knapsack, "_solve_table", lambda *_: pytest.fail("not proven"))
+    worth = np.where(get_policy("bilevel")(problem).operations == 2, scores, 0).sum()
+    assert bound * (1 - 2e-3) < worth <= bound
