@@ -36,6 +36,15 @@ def all_reduce(values: np.ndarray, operation: Any = None) -> np.ndarray:
     return tensor.numpy()
 
 
+def broadcast(values: np.ndarray, source: int) -> np.ndarray:
+    """Values of one process on all of them, of any type; the others give an array of the same shape."""
+    if world_size() == 1:
+        return values
+    tensor = torch.from_numpy(np.array(values))
+    dist.broadcast(tensor, source, _host_group())
+    return tensor.numpy()
+
+
 def gather_lists(lists: list[list[int]]) -> list[list[list[int]]]:
     """Lists of numbers of all processes, one entry for each; as tensors, so that nothing is unpickled."""
     flat = [len(lists), *itertools.chain.from_iterable((len(one), *one) for one in lists)]

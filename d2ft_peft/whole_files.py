@@ -52,8 +52,12 @@ def replacing_in(directory: str | os.PathLike) -> Iterator[str]:
 
 
 @contextmanager
-def reading(path: str) -> Iterator[Any]:
+def reading(path: str, framework: str = "pt") -> Iterator[Any]:
     """Open a safetensors file.
+
+    Args:
+        path: The file.
+        framework: Whose tensors are read, as `safetensors.safe_open` takes it.
 
     Raises:
         ValueError: If it is missing, or anything but a whole safetensors file; names it.
@@ -61,7 +65,7 @@ def reading(path: str) -> Iterator[Any]:
     if not os.path.isfile(path):
         raise ValueError(f"{path!r} is missing; copy the folder again, or take another one.")
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, framework) as file:
             yield file
     except SafetensorError as error:
         raise ValueError(damaged(path, error)) from error

@@ -106,7 +106,7 @@ def load_planner_state(planner: D2FTPlanner, numbers: dict[str, Any], arrays: di
         planner.shares.load_state(numbers["shares"])
     for name, scores in planner.source.live.items():
         if f"live.{name}" in arrays:
-            scores.values = arrays[f"live.{name}"]
+            scores.restore(arrays[f"live.{name}"])
     for branch, mean in planner.runtime.means.items():
         if f"mean.{branch}.value" in arrays:
             mean.value = torch.from_numpy(arrays[f"mean.{branch}.value"])

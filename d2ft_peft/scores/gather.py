@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
-from ..processes import rank, world_size
+from ..processes import broadcast, rank, world_size
 from .score_table import ScoreTable
 
 
@@ -90,7 +88,4 @@ def _from_each(own: np.ndarray, lengths: list[int]) -> Iterator[np.ndarray]:
 
 
 def _broadcast(own: np.ndarray | None, source: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.from_numpy(np.empty(shape, dtype) if own is None else np.array(own)).to(device)
-    dist.broadcast(tensor, source)
-    return tensor.cpu().numpy()
+    return broadcast(np.empty(shape, dtype) if own is None else own, source)

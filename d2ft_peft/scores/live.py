@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from .files import opened_arrays, write_arrays
-from .outputs import IGNORED as IGNORED
 from .outputs import refuse_miscounted
 
 
@@ -100,15 +96,6 @@ class LiveScores:
         values[unknown] = 1.0 if unknown.all() else values[~unknown].mean(dtype=np.float64)
         return values
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the scores as safetensors, as a whole or not at all."""
-        write_arrays(path, {"values": self.values})
-
-    def load(self, path: str | os.PathLike) -> None:
-        """Read scores back.
-
-        Raises:
-            ValueError: If the file is missing or damaged; the message names it.
-        """
-        with opened_arrays(path) as file:
-            self._pending, self._values = [], file.get_tensor("values")
+    def restore(self, values: np.ndarray) -> None:
+        """Go on with the `values` of a checkpoint."""
+        self._pending, self._values = [], np.array(values)

@@ -14,12 +14,13 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..partition import Partition
+from ..whole_files import reading, replacing
 from .contribution import gradient_scores
-from .files import opened_arrays, write_arrays
 
 
 INDEX_KEY = "d2ft_index"
@@ -84,11 +85,6 @@ class ScoreTable:
             content.update(np.ascontiguousarray(array, dtype=dtype).data)
         return content.hexdigest()
 
-    @property
-    def file_name(self) -> str:
-        """A name that holds for this content alone: a file of that name need not be written again."""
-        return f"d2ft_{self.score}_{self.fingerprint[:16]}.safetensors"
-
     def lookup(self, indices: np.ndarray) -> np.ndarray:
         """Scores of samples, float32 [len(indices), K]; one that is not in the table gets the mean of those that are.
 
@@ -105,14 +101,8 @@ class ScoreTable:
     def save(self, path: str | os.PathLike) -> None:
         """Write the table as safetensors, as a whole or not at all."""
         arrays = {"samples": self.samples.astype(np.int64), "values": self.values.astype(np.float32, copy=False)}
-        write_arrays(path, arrays, {"score": json.dumps(self.score)})
-
-    def save_once(self, directory: str | os.PathLike) -> str:
-        """Write the table into a folder unless it lies there already; returns `file_name`."""
-        path = os.path.join(directory, self.file_name)
-        if not os.path.exists(path):
-            self.save(path)
-        return self.file_name
+        with replacing(os.fspath(path)) as temporary:
+            save_file(arrays, temporary, metadata={"score": json.dumps(self.score)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ScoreTable:
@@ -121,8 +111,11 @@ class ScoreTable:
         Raises:
             ValueError: If the file is missing, damaged or no table; the message names it.
         """
-        with opened_arrays(path) as file:
-            return cls(json.loads(file.metadata()["score"]), file.get_tensor("samples"), file.get_tensor("values"))
+        with reading(os.fspath(path), "numpy") as file:
+            facts, names = file.metadata() or {}, set(file.keys())
+            if "score" not in facts or names != {"samples", "values"}:
+                raise ValueError(f"{os.fspath(path)!r} is no table of scores; it holds {sorted(names)}.")
+            return cls(json.loads(facts["score"]), file.get_tensor("samples"), file.get_tensor("values"))
 
 
 def score_samples(

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 from d2ft_peft.scores import (
     IndexedCollator,
     IndexedDataset,
-    LiveScores,
     ScoreTable,
     gather_tables,
     preserved_rng,
@@ -138,16 +137,8 @@ def test_a_fingerprint_tells_tables_apart():
     assert again.fingerprint == TABLE.fingerprint
 
 
-def test_a_table_is_written_once(tmp_path, monkeypatch):
-    name = TABLE.save_once(tmp_path)
-    assert ScoreTable.load(tmp_path / name).fingerprint == TABLE.fingerprint
-    monkeypatch.setattr(ScoreTable, "save", lambda *_: pytest.fail("written again"))
-    assert TABLE.save_once(tmp_path) == name
-
-
-@pytest.mark.parametrize("scores", [TABLE, LiveScores("loss")])
-def test_a_file_that_could_not_be_written_leaves_the_former_one(scores, tmp_path, monkeypatch):
-    scores.save(tmp_path / "scores")
+def test_a_file_that_could_not_be_written_leaves_the_former_one(tmp_path, monkeypatch):
+    TABLE.save(tmp_path / "scores")
     before = (tmp_path / "scores").read_bytes()
 
     def full_disk(arrays, path, metadata=None):
@@ -155,23 +146,21 @@ def test_a_file_that_could_not_be_written_leaves_the_former_one(scores, tmp_path
             file.write(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr("d2ft_peft.scores.files.save_file", full_disk)
+    monkeypatch.setattr("d2ft_peft.scores.score_table.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
-        scores.save(tmp_path / "scores")
+        TABLE.save(tmp_path / "scores")
     assert (tmp_path / "scores").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
 
 
-@pytest.mark.parametrize("load", [ScoreTable.load, LiveScores("loss").load])
-def test_files_that_cannot_be_read_are_named(load, tmp_path):
+def test_files_that_cannot_be_read_are_named(tmp_path):
     path = tmp_path / "scores.safetensors"
-    message = r"scores\.safetensors' is no readable file of scores .*resume from another checkpoint"
-    with pytest.raises(ValueError, match=message):
-        load(path)
+    with pytest.raises(ValueError, match=r"scores\.safetensors' is missing"):
+        ScoreTable.load(path)
     TABLE.save(path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=message):
-        load(path)
+    with pytest.raises(ValueError, match=r"scores\.safetensors' is damaged"):
+        ScoreTable.load(path)
     save_file({"something": np.ones(2)}, path)
-    with pytest.raises(ValueError, match=message):
-        load(path)
+    with pytest.raises(ValueError, match=r"scores\.safetensors' is no table of scores; it holds \['something'\]"):
+        ScoreTable.load(path)
