@@ -26,6 +26,9 @@ class CostModel:
         shared_entry_gradient: The part of `shared_backward` for the block's input, [B].
         below_forward: Embeddings.
         below_backward: Their backward pass; 0 where they do not train.
+        inside_forward: What each block runs whole besides its subnets (experts, router), [B]; None for nothing.
+        inside_weight_gradient: Gradient of its weights, [B]; 0 where they do not train. That of its input costs as much
+            as `inside_forward`, where anything below trains.
         above_forward: Task head.
         above_weight_gradient: Gradient of its weights; 0 where it does not train.
         above_input_gradient: Gradient of its input.
@@ -43,6 +46,8 @@ class CostModel:
     shared_entry_gradient: np.ndarray
     below_forward: float = 0.0
     below_backward: float = 0.0
+    inside_forward: np.ndarray | None = None
+    inside_weight_gradient: np.ndarray | None = None
     above_forward: float = 0.0
     above_weight_gradient: float = 0.0
     above_input_gradient: float = 0.0
@@ -101,9 +106,22 @@ class CostModel:
         has_forward_only = np.bincount(self.blocks[active & ~full], minlength=len(self.shared_forward)) > 0
         flops += (self.shared_forward * (has_full + has_forward_only.astype(int))).sum()
         flops += self.shared_backward[has_full].sum()
-        if full.any() or self.below_trains:
-            flops += self.above_input_gradient
-        if full.any() and not self.below_trains:
-            lowest = self.blocks[full].min()
-            flops -= self.entry_gradient[full & (self.blocks == lowest)].sum() + self.shared_entry_gradient[lowest]
+        return flops + self._input_gradients(full)
+
+    def _input_gradients(self, full: np.ndarray) -> float:
+        """What else a row computes: the blocks' other modules and gradients of inputs, as far as something needs them."""
+        num_blocks = len(self.shared_forward)
+        inside = np.zeros((2, num_blocks))
+        for place, given in zip(inside, (self.inside_forward, self.inside_weight_gradient), strict=True):
+            place += 0 if given is None else given
+        flops = inside.sum()
+        lowest_full = self.blocks[full].min() if full.any() else num_blocks
+        lowest_inside = next(iter(np.flatnonzero(inside[1])), num_blocks)
+        lowest = 0 if self.below_trains else min(lowest_full, lowest_inside)
+        if lowest == num_blocks:
+            return flops
+        flops += inside[0, lowest:].sum() + self.above_input_gradient
+        if full.any() and not self.below_trains and lowest_full <= lowest_inside:
+            of_lowest = full & (self.blocks == lowest_full)
+            flops -= self.entry_gradient[of_lowest].sum() + self.shared_entry_gradient[lowest_full]
         return flops
