@@ -7,7 +7,8 @@ import pytest
 from peft import LoraConfig
 
 from d2ft_peft import D2FTConfig
-from d2ft_peft.schedule import Budget
+from d2ft_peft.schedule import Budget, policy_names
+from d2ft_peft.scores.contribution import GRADIENT_SCORES
 
 
 AUTO = {"device_capacities": "auto", "policy": "fewer_samples"}
@@ -42,6 +43,9 @@ BAD = [
     ({"r": True}, "r=True must be an integer"),
     ({"train_boundary": 1}, "train_boundary=1 must be True or False"),
     ({"r": 4, "train_boundary": True}, "train_boundary=True is for full fine-tuning; name modules_to_save"),
+    ({"keep_base": 0}, "keep_base=0 must be True or False"),
+    ({"r": 4, "keep_base": False}, "keep_base=False is for full fine-tuning; LoRA leaves the base as it is"),
+    ({"head_parallel": True, "keep_base": False}, "keep_base=False trains the base itself"),
     ({"heads_per_subnet": 0}, "heads_per_subnet=0 must be an integer of at least 1"),
     ({"heads_per_subnet": "2"}, "heads_per_subnet='2' must be an integer"),
     ({"num_micro_batches": 0}, "num_micro_batches=0 must be an integer of at least 1"),
@@ -117,6 +121,13 @@ def test_defaults():
     assert config.budget == Budget(compute=0.6)
 
 
+@pytest.mark.parametrize("policy", policy_names())
+def test_no_policy_asks_for_a_pass_over_the_data_by_default(policy):
+    config = D2FTConfig(policy=policy)
+    assert not {config.forward_score, config.backward_score} & set(GRADIENT_SCORES)
+    assert D2FTConfig(policy=policy, forward_score="fisher").forward_score == "fisher"
+
+
 def test_a_policy_brings_its_rows_and_its_score():
     config = D2FTConfig(policy="importance")
     assert (config.rows, config.backward_score) == ("samples", "loss")
@@ -168,3 +179,32 @@ def test_the_rank_decides_the_variant():
     assert (D2FTConfig().peft_type, D2FTConfig().is_lora) == ("D2FT", False)
     assert (D2FTConfig(r=8).peft_type, D2FTConfig(r=8).is_lora) == ("D2FT_LORA", True)
     assert "r" not in D2FTConfig().to_dict() and D2FTConfig(r=8).to_dict()["r"] == 8
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", r"d2ft_config.json holds \[\]; it must be a JSON object"),
+        ("null", "d2ft_config.json holds None; it must be a JSON object"),
+        ('{"policy": ', "d2ft_config.json is damaged, it holds no JSON"),
+        ("\xff", "d2ft_config.json is damaged, it holds no JSON"),
+        ('{"num_micro_batches": "5"}', "d2ft_config.json: num_micro_batches='5' must be an integer"),
+        ('{"policy": "nope"}', "d2ft_config.json: policy='nope' is unknown"),
+        ('{"policy": {}}', "d2ft_config.json: policy={} must be the name of a policy"),
+        ('{"num_full": 1e400}', "d2ft_config.json: num_full=inf must be a whole number"),
+        ('{"device_capacities": {"a": 1}, "num_devices": 1}', "d2ft_config.json: device_capacities={'a': 1} must be"),
+        ('{"rows": ["samples"]}', r"d2ft_config.json: rows=\['samples'\] must be one of"),
+    ],
+)
+def test_a_damaged_file_is_named(content, message, tmp_path):
+    D2FTConfig(r=4).save_pretrained(tmp_path)
+    (tmp_path / "d2ft_config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        D2FTConfig.from_pretrained(tmp_path)
+
+
+def test_a_project_readme_stays_as_it_is(tmp_path):
+    text = "# My project\n\nNot a model card.\n"
+    (tmp_path / "README.md").write_text(text)
+    D2FTConfig(r=4).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == text

@@ -109,7 +109,7 @@ class CostModel:
         return flops + self._input_gradients(full)
 
     def _input_gradients(self, full: np.ndarray) -> float:
-        """What else a row computes: the blocks' other modules and gradients of inputs, as far as something needs them."""
+        """What else a row computes: the blocks' other modules and the gradients of inputs that something needs."""
         num_blocks = len(self.shared_forward)
         inside = np.zeros((2, num_blocks))
         for place, given in zip(inside, (self.inside_forward, self.inside_weight_gradient), strict=True):

@@ -23,14 +23,12 @@ def check_beside_others(
     Args:
         config: Configuration of the new adapter.
         adapter_name: Its name.
-        others: Configurations of the adapters that the model has, by name.
+        others: Configurations of the adapters that the model has, by name; at least one.
         partition: The subnets.
 
     Raises:
         ValueError: If one of them trains the base in place, or replaces modules that hold projections as a whole.
     """
-    if not others:
-        return
     for name, candidate in {adapter_name: config, **others}.items():
         if not candidate.keep_base:
             raise ValueError(
@@ -41,8 +39,8 @@ def check_beside_others(
         if replaced:
             raise ValueError(
                 f"adapter {adapter_name!r} cannot stand beside {sorted(others)}: modules_to_save={replaced} of "
-                f"{name!r} replaces modules that hold projections of subnets, and the adapters would then differ in where "
-                "the heads are; name the projections in target_modules, or load the adapters into models of their own."
+                f"{name!r} replaces modules that hold projections of subnets, and the adapters would then differ in "
+                "where the heads are; name the projections in target_modules, or give each adapter a model of its own."
             )
 
 

@@ -41,9 +41,10 @@ class SubnetTuner(BaseTuner):
         """
         self.runtime = find_runtime(model) or Runtime()
         partitions, config = self.runtime.partitions, self.peft_config[adapter_name]
-        partition = partition_model(model, config.heads_per_subnet)
         others = {name: self.peft_config[name] for name in partitions if name != adapter_name}
-        check_beside_others(config, adapter_name, others, partition)
+        if others:
+            check_beside_others(config, adapter_name, others, partitions[next(iter(others))])
+        partition = partition_model(model, config.heads_per_subnet)
         check_weights(model, partition, config)
         partitions[adapter_name] = partition
         self._remove_interceptions()

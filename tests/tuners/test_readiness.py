@@ -28,15 +28,11 @@ def test_an_adapter_that_learns_nothing_is_refused(mode):
     with model.disable_adapter(), pytest.raises(ValueError, match="the adapter is disabled, so nothing trains"):
         check_trains(model)
     model.merge_adapter()
-    with pytest.raises(
-        ValueError, match=r"adapter default is merged, so nothing trains; call model.unmerge_adapter\(\)"
-    ):
+    with pytest.raises(ValueError, match=r"adapter default is merged, so nothing.* call model.unmerge_adapter\(\)"):
         check_trains(model)
     model.unmerge_adapter()
     model.requires_grad_(False)
-    with pytest.raises(
-        ValueError, match="no parameter requires a gradient, so nothing trains; load .* is_trainable=True"
-    ):
+    with pytest.raises(ValueError, match="no parameter requires a gradient, so nothing.* is_trainable=True"):
         check_trains(model)
 
 
