@@ -203,6 +203,18 @@ def test_a_damaged_file_is_named(content, message, tmp_path):
         D2FTConfig.from_pretrained(tmp_path)
 
 
+def test_own_fields_can_be_put_beside_adapter_files_that_were_copied(tmp_path):
+    config = D2FTConfig(r=4, compute_budget=0.5)
+    config.save_pretrained(tmp_path / "saved")
+    copied = tmp_path / "pushed"
+    copied.mkdir()
+    (copied / "adapter_config.json").write_text((tmp_path / "saved" / "adapter_config.json").read_text())
+    config.save_own_fields(copied)
+    assert D2FTConfig.from_pretrained(copied).compute_budget == 0.5
+    D2FTConfig().save_own_fields(tmp_path)
+    assert not (tmp_path / "d2ft_config.json").exists()
+
+
 def test_a_project_readme_stays_as_it_is(tmp_path):
     text = "# My project\n\nNot a model card.\n"
     (tmp_path / "README.md").write_text(text)

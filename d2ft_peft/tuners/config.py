@@ -153,12 +153,21 @@ class D2FTConfig(LoraConfig):
         else:
             plain = LoraConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)})
             plain.save_pretrained(save_directory, **kwargs)
-            own = {f.name: getattr(self, f.name) for f in _own_fields()}
-            with open(os.path.join(save_directory, D2FT_CONFIG_NAME), "w") as file:
-                json.dump(own, file, indent=2, sort_keys=True)
+            self.save_own_fields(save_directory)
         from .model_card import mark_model_card
 
         mark_model_card(save_directory, is_lora=self.is_lora)
+
+    def save_own_fields(self, save_directory: str | os.PathLike) -> None:
+        """Write ``d2ft_config.json``, which belongs beside a LoRA adapter; the full variant needs none.
+
+        For whoever copies adapter files that PEFT names, as the Trainer does when it pushes checkpoints to the Hub.
+        """
+        if not self.is_lora:
+            return
+        own = {f.name: getattr(self, f.name) for f in _own_fields()}
+        with open(os.path.join(save_directory, D2FT_CONFIG_NAME), "w", encoding="utf-8") as file:
+            json.dump(own, file, indent=2, sort_keys=True)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
