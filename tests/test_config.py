@@ -7,13 +7,15 @@ import pytest
 from peft import LoraConfig
 
 from d2ft_peft import D2FTConfig
-from d2ft_peft.schedule import Budget
+from d2ft_peft.schedule import Budget, policy_names
+from d2ft_peft.scores.contribution import GRADIENT_SCORES
 
 
 AUTO = {"device_capacities": "auto", "policy": "fewer_samples"}
 DEFAULTS = {
     "r": None,
     "train_boundary": False,
+    "keep_base": True,
     "heads_per_subnet": 1,
     "num_micro_batches": 5,
     "compute_budget": None,
@@ -28,7 +30,7 @@ DEFAULTS = {
     "interval": 10,
     "tie_break": "aligned",
     "backward_score": "weight_magnitude",
-    "forward_score": "fisher",
+    "forward_score": "weight_magnitude",
     "score_fraction": 1.0,
     "shortcut": "zero",
     "forward_only_cost": None,
@@ -41,6 +43,9 @@ BAD = [
     ({"r": True}, "r=True must be an integer"),
     ({"train_boundary": 1}, "train_boundary=1 must be True or False"),
     ({"r": 4, "train_boundary": True}, "train_boundary=True is for full fine-tuning; name modules_to_save"),
+    ({"keep_base": 0}, "keep_base=0 must be True or False"),
+    ({"r": 4, "keep_base": False}, "keep_base=False is for full fine-tuning; LoRA leaves the base as it is"),
+    ({"head_parallel": True, "keep_base": False}, "keep_base=False trains the base itself"),
     ({"heads_per_subnet": 0}, "heads_per_subnet=0 must be an integer of at least 1"),
     ({"heads_per_subnet": "2"}, "heads_per_subnet='2' must be an integer"),
     ({"num_micro_batches": 0}, "num_micro_batches=0 must be an integer of at least 1"),
@@ -81,7 +86,6 @@ BAD = [
     ({"policy": "importance", "num_full": 1, "num_forward_only": 1}, "num_forward_only=1 counts micro-batches"),
     ({"tie_break": "even"}, "tie_break='even' must be one of aligned, spread"),
     ({"backward_score": "l2"}, "backward_score='l2' must be one of weight_magnitude, fisher"),
-    ({"forward_score": None}, "forward_score=None must be one of weight_magnitude, fisher"),
     ({"score_fraction": 0}, r"score_fraction=0 must be a number in \(0, 1\]"),
     ({"score_fraction": 1.5}, r"score_fraction=1.5 must be a number in \(0, 1\]"),
     ({"score_fraction": "all"}, r"score_fraction='all' must be a number in \(0, 1\]"),
@@ -115,6 +119,13 @@ def test_defaults():
     assert own | {"r"} == DEFAULTS.keys()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
     assert config.budget == Budget(compute=0.6)
+
+
+@pytest.mark.parametrize("policy", policy_names())
+def test_no_policy_asks_for_a_pass_over_the_data_by_default(policy):
+    config = D2FTConfig(policy=policy)
+    assert not {config.forward_score, config.backward_score} & set(GRADIENT_SCORES)
+    assert D2FTConfig(policy=policy, forward_score="fisher").forward_score == "fisher"
 
 
 def test_a_policy_brings_its_rows_and_its_score():
@@ -168,3 +179,44 @@ def test_the_rank_decides_the_variant():
     assert (D2FTConfig().peft_type, D2FTConfig().is_lora) == ("D2FT", False)
     assert (D2FTConfig(r=8).peft_type, D2FTConfig(r=8).is_lora) == ("D2FT_LORA", True)
     assert "r" not in D2FTConfig().to_dict() and D2FTConfig(r=8).to_dict()["r"] == 8
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", r"d2ft_config.json holds \[\]; it must be a JSON object"),
+        ("null", "d2ft_config.json holds None; it must be a JSON object"),
+        ('{"policy": ', "d2ft_config.json is damaged, it holds no JSON"),
+        ("\xff", "d2ft_config.json is damaged, it holds no JSON"),
+        ('{"num_micro_batches": "5"}', "d2ft_config.json: num_micro_batches='5' must be an integer"),
+        ('{"policy": "nope"}', "d2ft_config.json: policy='nope' is unknown"),
+        ('{"policy": {}}', "d2ft_config.json: policy={} must be the name of a policy"),
+        ('{"num_full": 1e400}', "d2ft_config.json: num_full=inf must be a whole number"),
+        ('{"device_capacities": {"a": 1}, "num_devices": 1}', "d2ft_config.json: device_capacities={'a': 1} must be"),
+        ('{"rows": ["samples"]}', r"d2ft_config.json: rows=\['samples'\] must be one of"),
+    ],
+)
+def test_a_damaged_file_is_named(content, message, tmp_path):
+    D2FTConfig(r=4).save_pretrained(tmp_path)
+    (tmp_path / "d2ft_config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        D2FTConfig.from_pretrained(tmp_path)
+
+
+def test_own_fields_can_be_put_beside_adapter_files_that_were_copied(tmp_path):
+    config = D2FTConfig(r=4, compute_budget=0.5)
+    config.save_pretrained(tmp_path / "saved")
+    copied = tmp_path / "pushed"
+    copied.mkdir()
+    (copied / "adapter_config.json").write_text((tmp_path / "saved" / "adapter_config.json").read_text())
+    config.save_own_fields(copied)
+    assert D2FTConfig.from_pretrained(copied).compute_budget == 0.5
+    D2FTConfig().save_own_fields(tmp_path)
+    assert not (tmp_path / "d2ft_config.json").exists()
+
+
+def test_a_project_readme_stays_as_it_is(tmp_path):
+    text = "# My project\n\nNot a model card.\n"
+    (tmp_path / "README.md").write_text(text)
+    D2FTConfig(r=4).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == text

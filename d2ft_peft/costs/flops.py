@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from ..partition import Branch, Partition, Projection, base_model
 from ..schedule import CostModel
 from ..tuners.layer import D2FTLayer
-from .probe import Probe
+from .probe import Entry, Probe
 
 
 # Backward FLOPs of the attention products per forward FLOP: fused kernels compute the scores a second time.
@@ -52,13 +54,23 @@ def cost_model(
         shared_forward=tokens * shared["forward"],
         shared_backward=tokens * shared["backward"],
         shared_entry_gradient=tokens * shared["entry"],
-        below_forward=sum(flops for flops, _ in probe.below),
-        below_backward=sum(flops for flops, trains in probe.below if trains),
-        above_forward=sum(flops for flops, _ in probe.above),
-        above_weight_gradient=sum(flops for flops, trains in probe.above if trains),
-        above_input_gradient=sum(flops for flops, _ in probe.above),
+        below_forward=sum(entry.flops for entry in probe.below),
+        below_backward=sum(entry.flops for entry in probe.below if entry.trains),
+        inside_forward=_of_blocks(probe, shape, lambda entry: True),
+        inside_weight_gradient=_of_blocks(probe, shape, lambda entry: entry.trains),
+        above_forward=sum(entry.flops for entry in probe.above),
+        above_weight_gradient=sum(entry.flops for entry in probe.above if entry.trains),
+        above_input_gradient=sum(entry.flops for entry in probe.above),
         below_trains=below_trains,
         forward_only_cost=forward_only_cost,
+    )
+
+
+def _of_blocks(probe: Probe, num_blocks: int, counts: Callable[[Entry], bool]) -> np.ndarray:
+    """FLOPs, by block, of the entries that count, [B]."""
+    return np.array(
+        [sum(entry.flops for entry in probe.inside.get(block, ()) if counts(entry)) for block in range(num_blocks)],
+        dtype=float,
     )
 
 

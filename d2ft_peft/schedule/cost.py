@@ -26,6 +26,9 @@ class CostModel:
         shared_entry_gradient: The part of `shared_backward` for the block's input, [B].
         below_forward: Embeddings.
         below_backward: Their backward pass; 0 where they do not train.
+        inside_forward: What each block runs whole besides its subnets (experts, router), [B]; None for nothing.
+        inside_weight_gradient: Gradient of its weights, [B]; 0 where they do not train. That of its input costs as much
+            as `inside_forward`, where anything below trains.
         above_forward: Task head.
         above_weight_gradient: Gradient of its weights; 0 where it does not train.
         above_input_gradient: Gradient of its input.
@@ -43,6 +46,8 @@ class CostModel:
     shared_entry_gradient: np.ndarray
     below_forward: float = 0.0
     below_backward: float = 0.0
+    inside_forward: np.ndarray | None = None
+    inside_weight_gradient: np.ndarray | None = None
     above_forward: float = 0.0
     above_weight_gradient: float = 0.0
     above_input_gradient: float = 0.0
@@ -97,12 +102,23 @@ class CostModel:
         runs, trains = active.any(axis=1), full.any(axis=1)
         in_block = (self.blocks[:, None] == np.arange(len(self.shared_forward))).astype(float)
         has_full, has_forward_only = full @ in_block > 0, (active & ~full) @ in_block > 0
+        num_blocks = len(self.shared_forward)
+        inside, weight_gradients = (
+            np.zeros(num_blocks) if given is None else given
+            for given in (self.inside_forward, self.inside_weight_gradient)
+        )
         flops = self.below_forward + self.above_forward + self.above_weight_gradient + self.below_backward
-        flops = flops + active @ self.forward + full @ self.backward
+        flops = flops + active @ self.forward + full @ self.backward + inside.sum() + weight_gradients.sum()
         flops += has_full @ (self.shared_forward + self.shared_backward) + has_forward_only @ self.shared_forward
-        flops += self.above_input_gradient * (trains | self.below_trains)
+        # Inputs need gradients from the head down to the lowest block in which, or below which, something trains.
+        lowest_full = np.where(trains, has_full.argmax(axis=1), num_blocks)
+        lowest_inside = next(iter(np.flatnonzero(weight_gradients)), num_blocks)
+        lowest = np.minimum(lowest_full, lowest_inside) * (not self.below_trains)
+        inside_above = np.append(np.cumsum(inside[::-1])[::-1], 0.0)
+        flops += inside_above[lowest] + self.above_input_gradient * (lowest < num_blocks)
         if not self.below_trains:
-            lowest = has_full.argmax(axis=1)
-            entry = full & (self.blocks == lowest[:, None])
-            flops -= entry @ self.entry_gradient + self.shared_entry_gradient[lowest] * trains
+            spared = trains & (lowest_full <= lowest_inside)
+            entry = full & (self.blocks == lowest_full[:, None])
+            shared_entry = np.append(self.shared_entry_gradient, 0.0)[lowest_full]
+            flops -= (entry @ self.entry_gradient + shared_entry) * spared
         return np.where(runs, flops, 0.0)

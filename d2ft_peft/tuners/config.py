@@ -8,32 +8,21 @@ import json
 import os
 import warnings
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 
-from ..schedule import Budget, policy_facts
+from ..schedule import Budget
+from .config_checks import LIVE_SCORES as LIVE_SCORES
+from .config_checks import SHARED_FIELDS, check_full, check_lora, check_own_fields
 from .peft_type import D2FTType
 
 
 D2FT_CONFIG_NAME = "d2ft_config.json"
-LIVE_SCORES = ("loss", "el2n")
-SCORES = ("weight_magnitude", "fisher", "gradient_magnitude", "taylor", *LIVE_SCORES)
 DEFAULT_COMPUTE_BUDGET = 0.6
-
-# What a LoraConfig can ask for and the head-wise execution of LoRA does not do.
-_UNSUPPORTED_LORA = (
-    "use_dora", "use_qalora", "use_bdlora", "megatron_config", "layer_replication", "target_parameters",
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
-)  # fmt: skip
-# LoraConfig fields that mean the same for full fine-tuning.
-_SHARED = {f.name for f in dataclasses.fields(PeftConfig)} | {
-    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "runtime_config",
-}  # fmt: skip
 
 
 @dataclass
@@ -45,6 +34,9 @@ class D2FTConfig(LoraConfig):
 
     Args:
         r: Rank of LoRA, or None for full fine-tuning.
+        keep_base: Full fine-tuning: whether the original weights are kept beside the trained ones. With False the
+            model's own weights are trained in place, in the memory of plain fine-tuning. The adapter is saved as ever
+            and loads into a fresh base, but it cannot be disabled or unloaded, nor have a second one beside it.
         train_boundary: Full fine-tuning: also train and save what lies outside the subnets (embeddings, norms, head).
         heads_per_subnet: Heads that one subnet groups (key/value heads under grouped-query attention).
         num_micro_batches: Micro-batches that are scheduled together where the Trainer accumulates no gradients;
@@ -69,7 +61,9 @@ class D2FTConfig(LoraConfig):
         tie_break: ``"aligned"`` breaks ties towards the same micro-batches on every device, ``"spread"`` against it.
         backward_score: Contribution score by which FULL is given; None is the one that the policy is meant for.
             ``"loss"`` and ``"el2n"`` follow training, the others but ``"weight_magnitude"`` take a pass before it.
-        forward_score: Contribution score by which FORWARD_ONLY is given.
+        forward_score: Contribution score by which FORWARD_ONLY is given; None is ``"weight_magnitude"``, which costs no
+            pass over the data. ``"fisher"`` is the paper's: before the first step it takes a forward and a backward
+            pass over ``score_fraction`` of the training samples, about as much as that share of an epoch.
         score_fraction: Share of the training samples that are scored before training, in (0, 1].
         shortcut: What stands in for skipped heads: ``"zero"`` (the paper), their running ``"mean"``, or
             ``"rescale"``, which scales up the heads that run.
@@ -80,6 +74,7 @@ class D2FTConfig(LoraConfig):
 
     r: int | None = field(default=None, metadata={"help": "LoRA rank, or None for full fine-tuning"})
     train_boundary: bool = False
+    keep_base: bool = True
     heads_per_subnet: int = 1
     num_micro_batches: int = 5
     compute_budget: float | None = None
@@ -94,7 +89,7 @@ class D2FTConfig(LoraConfig):
     interval: int = 10
     tie_break: Literal["aligned", "spread"] = "aligned"
     backward_score: str | None = None
-    forward_score: str = "fisher"
+    forward_score: str | None = None
     score_fraction: float = 1.0
     shortcut: Literal["zero", "mean", "rescale"] = "zero"
     forward_only_cost: float | None = None
@@ -105,13 +100,13 @@ class D2FTConfig(LoraConfig):
             value = getattr(self, f.name)
             if isinstance(value, np.generic):  # JSON knows Python's numbers only
                 setattr(self, f.name, value.item())
-        self._check_own_fields()
+        check_own_fields(self)
         if self.r is None:
-            self._check_full()
+            check_full(self)
             super().__post_init__()
             self.peft_type = D2FTType.D2FT
         else:
-            self._check_lora()
+            check_lora(self)
             super().__post_init__()
             self.peft_type = D2FTType.D2FT_LORA
 
@@ -136,103 +131,11 @@ class D2FTConfig(LoraConfig):
             return Budget(compute=tuple(self.device_capacities))
         return Budget(compute=DEFAULT_COMPUTE_BUDGET if self.compute_budget is None else self.compute_budget)
 
-    def _check_own_fields(self) -> None:
-        for name in ("heads_per_subnet", "num_micro_batches", "interval"):
-            _check_integer(name, getattr(self, name), 1)
-        if self.num_devices is not None:
-            _check_integer("num_devices", self.num_devices, 1, " or None")
-        _check_integer("seed", self.seed, 0)
-        _check(isinstance(self.train_boundary, bool), "train_boundary", self.train_boundary, "must be True or False")
-        fraction, cost = self.score_fraction, self.forward_only_cost
-        _check(_is_number(fraction) and 0 < fraction <= 1, "score_fraction", fraction, "must be a number in (0, 1]")
-        _check(
-            cost is None or (_is_number(cost) and 0 < cost < 1),
-            "forward_only_cost", cost, "must be a number in (0, 1), or None",
-        )  # fmt: skip
-        _check(isinstance(self.policy, str), "policy", self.policy, "must be the name of a policy")
-        facts = policy_facts(self.policy)
-        self.rows = self.rows or facts.rows
-        self.backward_score = self.backward_score or facts.backward_score
-        for name, allowed in (
-            ("backward_score", SCORES), ("forward_score", SCORES), ("rows", ("micro_batches", "samples")),
-            ("tie_break", ("aligned", "spread")), ("shortcut", ("zero", "mean", "rescale")),
-        ):  # fmt: skip
-            _check(getattr(self, name) in allowed, name, getattr(self, name), f"must be one of {', '.join(allowed)}")
-        given = [n for n in ("compute_budget", "communication_budget", "num_full", "device_capacities")
-                 if getattr(self, n) is not None and not (n == "device_capacities" and self.is_auto)]  # fmt: skip
-        _check(len(given) <= 1, " and ".join(given), [getattr(self, n) for n in given], "are both given; keep one")
-        _check(
-            self.num_forward_only is None or self.num_full is not None,
-            "num_forward_only", self.num_forward_only, "needs num_full beside it",
-        )  # fmt: skip
-        _check(
-            self.rows != "samples" or not self.num_forward_only,
-            "num_forward_only", self.num_forward_only, "counts micro-batches; with rows='samples' give compute_budget",
-        )  # fmt: skip
-        capacities = self.device_capacities
-        if self.is_auto:
-            self._check_auto()
-        elif capacities is not None:
-            fits = isinstance(capacities, (list, tuple))
-            _check(fits, "device_capacities", capacities, "must be a list of numbers, or 'auto'")
-            _check(
-                self.num_devices == len(capacities) or (self.head_parallel and self.num_devices is None),
-                "device_capacities", capacities, f"needs num_devices={len(capacities)}, not {self.num_devices}",
-            )  # fmt: skip
-        self.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
-        _check(isinstance(self.head_parallel, bool), "head_parallel", self.head_parallel, "must be True or False")
-        if self.head_parallel:
-            self._check_head_parallel()
-
-    def _check_auto(self) -> None:
-        def check(condition: bool, name: str, constraint: str) -> None:
-            _check(condition, name, getattr(self, name), f"{constraint} with device_capacities='auto'")
-
-        check(not self.head_parallel, "head_parallel", "takes numbers, one per process, and is not possible")
-        check(
-            self.rows == "samples", "policy",
-            f"with rows={self.rows!r} schedules the same micro-batches in all processes; choose 'fewer_samples', "
-            "'importance' or 'selective_backprop'",
-        )  # fmt: skip
-        for name in ("communication_budget", "num_full", "num_devices"):
-            check(getattr(self, name) is None, name, "is not possible; give compute_budget, the mean over processes,")
-        check(
-            self.compute_budget != 1, "compute_budget",
-            "leaves every process all of its samples and nothing to share out; give a smaller mean over processes "
-            "(at most 0.75 if one of two is half as fast), and larger batches instead,",
-        )  # fmt: skip
-
-    def _check_head_parallel(self) -> None:
-        for name, refused, why in (
-            ("shortcut", ("mean",), "needs the features of all heads on one process; use 'zero' or 'rescale'"),
-            (
-                "rows",
-                ("samples",),
-                "skips whole samples, as plain data parallelism can; choose a policy over micro-batches",
-            ),
-            ("backward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'weight_magnitude'"),
-            ("forward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'fisher'"),
-            ("lora_bias", (True,), "is not available under head_parallel=True; leave it out"),
-        ):
-            _check(getattr(self, name) not in refused, name, getattr(self, name), why)
-
-    def _check_full(self) -> None:
-        for f in dataclasses.fields(LoraConfig):
-            if f.name in _SHARED or f.name == "r":
-                continue
-            _check(getattr(self, f.name) == _default(f), f.name, getattr(self, f.name), "is for LoRA; set r as well")
-
-    def _check_lora(self) -> None:
-        _check_integer("r", self.r, 1, " (LoRA) or None (full fine-tuning)")
-        _check(not self.train_boundary, "train_boundary", True, "is for full fine-tuning; name modules_to_save")
-        for name in _UNSUPPORTED_LORA:
-            _check(not getattr(self, name), name, getattr(self, name), "is not available under D2FT; leave it out")
-
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary, without the fields of LoRA where there is none."""
         values = super().to_dict()
         if not self.is_lora:
-            lora_only = {f.name for f in dataclasses.fields(LoraConfig)} - _SHARED
+            lora_only = {f.name for f in dataclasses.fields(LoraConfig)} - SHARED_FIELDS
             values = {name: value for name, value in values.items() if name not in lora_only}
         return values
 
@@ -250,19 +153,28 @@ class D2FTConfig(LoraConfig):
         else:
             plain = LoraConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LoraConfig)})
             plain.save_pretrained(save_directory, **kwargs)
-            own = {f.name: getattr(self, f.name) for f in _own_fields()}
-            with open(os.path.join(save_directory, D2FT_CONFIG_NAME), "w") as file:
-                json.dump(own, file, indent=2, sort_keys=True)
+            self.save_own_fields(save_directory)
         from .model_card import mark_model_card
 
         mark_model_card(save_directory, is_lora=self.is_lora)
+
+    def save_own_fields(self, save_directory: str | os.PathLike) -> None:
+        """Write ``d2ft_config.json``, which belongs beside a LoRA adapter; the full variant needs none.
+
+        For whoever copies adapter files that PEFT names, as the Trainer does when it pushes checkpoints to the Hub.
+        """
+        if not self.is_lora:
+            return
+        own = {f.name: getattr(self, f.name) for f in _own_fields()}
+        with open(os.path.join(save_directory, D2FT_CONFIG_NAME), "w", encoding="utf-8") as file:
+            json.dump(own, file, indent=2, sort_keys=True)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
         """Read the configuration of either variant back, from a folder or the Hub.
 
         Raises:
-            ValueError: If the adapter there was not trained by D2FT.
+            ValueError: If the adapter there was not trained by D2FT, or the file that says how is damaged.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, cls):
@@ -279,31 +191,25 @@ class D2FTConfig(LoraConfig):
                 f"{pretrained_model_name_or_path!r} holds a {config.peft_type.value} adapter and no "
                 f"{D2FT_CONFIG_NAME}: it was not trained by D2FT. Give its LoRA fields to D2FTConfig by hand."
             )
-        with open(path) as file:
-            own = json.load(file)
         lora = {f.name: getattr(config, f.name) for f in dataclasses.fields(LoraConfig)}
-        known = {f.name for f in _own_fields()}
-        return cls(**lora, **{name: value for name, value in own.items() if name in known})
+        own = _read_own_fields(path)
+        try:
+            return cls(**lora, **own)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _read_own_fields(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            own = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it holds no JSON ({error}); save the adapter again.") from error
+    if not isinstance(own, dict):
+        raise ValueError(f"{path} holds {own!r}; it must be a JSON object with the fields of D2FTConfig.")
+    return {f.name: own[f.name] for f in _own_fields() if f.name in own}
 
 
 def _own_fields() -> list[dataclasses.Field]:
     theirs = {f.name for f in dataclasses.fields(LoraConfig)}
     return [f for f in dataclasses.fields(D2FTConfig) if f.name not in theirs]
-
-
-def _default(f: dataclasses.Field) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _check_integer(name: str, value: Any, minimum: int, otherwise: str = "") -> None:
-    fits = isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum
-    _check(fits, name, value, f"must be an integer of at least {minimum}{otherwise}")
-
-
-def _check(condition: bool, name: str, value: Any, constraint: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r} {constraint}.")

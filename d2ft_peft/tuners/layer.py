@@ -19,14 +19,27 @@ class D2FTLayer(nn.Module, BaseTunerLayer):
         inference_mode: Whether the copy starts frozen.
         copies: Parameters that were already copied for this adapter, by the id of the original (`copy.deepcopy`'s
             memo): tied weights stay tied.
+        keep_base: Whether the original stays beside the copy. Otherwise the adapter's layer is the original itself.
     """
 
     adapter_layer_names = ("d2ft_layers",)
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, inference_mode: bool, copies: dict[int, Any]):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        inference_mode: bool,
+        copies: dict[int, Any],
+        keep_base: bool = True,
+    ):
         super().__init__()
+        self.keep_base = keep_base
+        if not keep_base:
+            # Registered first: the one parameter that both names have is then listed under the adapter's.
+            self.d2ft_layers = nn.ModuleDict({adapter_name: base_layer})
         self.base_layer = base_layer
-        self.d2ft_layers = nn.ModuleDict({})
+        if keep_base:
+            self.d2ft_layers = nn.ModuleDict({})
         self._active_adapter = adapter_name
         self.merged_adapters = []
         self.update_layer(adapter_name, inference_mode, copies)
@@ -38,7 +51,8 @@ class D2FTLayer(nn.Module, BaseTunerLayer):
                 f"adapter {adapter_name!r} cannot be added while {self.merged_adapters} is merged; "
                 "call unmerge_adapter()."
             )
-        self.d2ft_layers[adapter_name] = copy.deepcopy(self.base_layer, copies)
+        if self.keep_base:
+            self.d2ft_layers[adapter_name] = copy.deepcopy(self.base_layer, copies)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def active_layer(self) -> nn.Module:

@@ -14,6 +14,7 @@ from ..engine.region import RegionForward
 from ..engine.runtime import FeatureMean, Runtime, unbind_checkpointing
 from ..engine.touch_loss import TouchLoss
 from ..partition import Partition, partition_model
+from .adapter_checks import check_beside_others, check_loads_in_peft, check_weights
 from .config import D2FTConfig
 from .layer import D2FTLayer
 
@@ -39,8 +40,13 @@ class SubnetTuner(BaseTuner):
             ValueError: If the model cannot be cut, or PEFT refuses the config; adapters already there still work.
         """
         self.runtime = find_runtime(model) or Runtime()
-        partitions = self.runtime.partitions
-        partitions[adapter_name] = partition_model(model, self.peft_config[adapter_name].heads_per_subnet)
+        partitions, config = self.runtime.partitions, self.peft_config[adapter_name]
+        others = {name: self.peft_config[name] for name in partitions if name != adapter_name}
+        if others:
+            check_beside_others(config, adapter_name, others, partitions[next(iter(others))])
+        partition = partition_model(model, config.heads_per_subnet)
+        check_weights(model, partition, config)
+        partitions[adapter_name] = partition
         self._remove_interceptions()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -184,10 +190,38 @@ class D2FTModel(SubnetTuner):
         if isinstance(target, D2FTLayer):
             target.update_layer(adapter_name, peft_config.inference_mode, self._copies)
             return
-        layer = D2FTLayer(target, adapter_name, peft_config.inference_mode, self._copies)
+        layer = D2FTLayer(target, adapter_name, peft_config.inference_mode, self._copies, peft_config.keep_base)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def disable_adapter_layers(self) -> None:
+        """Let the original weights compute.
+
+        Raises:
+            ValueError: If they were trained in place (``keep_base=False``).
+        """
+        self._check_base_is_kept("disabled")
+        super().disable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; refused where its weights are the model's own (``keep_base=False``)."""
+        self._check_base_is_kept("deleted")
+        super().delete_adapter(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """Give the original model back; refused where it was trained in place (``keep_base=False``)."""
+        self._check_base_is_kept("unloaded")
+        return super().unload()
+
+    def _check_base_is_kept(self, verb: str) -> None:
+        trained_in_place = [name for name, config in self.peft_config.items() if not config.keep_base]
+        if trained_in_place:
+            raise ValueError(
+                f"adapter {trained_in_place[0]!r} cannot be {verb}: keep_base=False trained the model's own weights in "
+                "place, the original ones are gone; merge_and_unload() gives the trained model, loading "
+                "it afresh the original."
+            )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # A copy is complete and lies where its original does; a container has no weight that PEFT could look at.
@@ -237,6 +271,7 @@ class D2FTLoraModel(SubnetTuner, LoraModel):
 
     def _prepare_adapter_config(self, peft_config: D2FTConfig, model_config: dict) -> D2FTConfig:
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        check_loads_in_peft(self.model, self._partition_of(peft_config), peft_config)
         projections = self._partition_of(peft_config).projections.values()
         peft_config.fan_in_fan_out = all(projection.transposed for projection in projections)
         return peft_config

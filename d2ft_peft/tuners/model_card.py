@@ -24,7 +24,8 @@ _LORA_NOTE = """<!-- d2ft -->
 
 
 def mark_model_card(directory: str | os.PathLike, is_lora: bool) -> None:
-    """Tag the card in `directory` with ``d2ft`` and say on top how to load the adapter. Without a card, do nothing.
+    """Tag the card in `directory` with ``d2ft`` and say on top how to load the adapter. A file without
+    a card's metadata, such as a project's README, stays as it is.
 
     Args:
         directory: Folder of the saved adapter.
@@ -34,6 +35,8 @@ def mark_model_card(directory: str | os.PathLike, is_lora: bool) -> None:
     if not os.path.isfile(path):
         return
     card = ModelCard.load(path, ignore_metadata_errors=True)
+    if not card.data.to_dict():
+        return
     tags = list(card.data.tags or [])
     # PEFT tags the adapters of its own type LORA, which this one becomes on disk.
     card.data.tags = sorted({*tags, "d2ft", *(["lora"] if is_lora else [])})

@@ -349,6 +349,13 @@ class TestModelCard:
         model.save_pretrained(tmp_path)
         assert (tmp_path / "README.md").read_text() == first
 
+    @each_mode
+    def test_a_readme_without_metadata_keeps_its_text(self, mode, tmp_path):
+        """PEFT makes a card of it; D2FT adds its note and takes nothing away."""
+        (tmp_path / "README.md").write_text("# My project\n\nNot a model card.\n")
+        shared("vit", mode).save_pretrained(tmp_path)
+        assert "# My project\n\nNot a model card." in ModelCard.load(tmp_path / "README.md").text
+
     def test_a_card_that_the_user_wrote_stays(self, tmp_path):
         (tmp_path / "README.md").write_text("---\ntags:\n- mine\n---\n# My model\n")
         config_for("full").save_pretrained(tmp_path)

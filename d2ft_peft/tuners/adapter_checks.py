@@ -1,0 +1,120 @@
+"""What keeps an adapter from being made: the model's weights, its other adapters, what PEFT could not load again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..partition import Partition, unwrap
+from .config import D2FTConfig
+
+
+def check_beside_others(
+    config: D2FTConfig, adapter_name: str, others: Mapping[str, D2FTConfig], partition: Partition
+) -> None:
+    """Refuse an adapter that cannot stand beside those of the model.
+
+    Args:
+        config: Configuration of the new adapter.
+        adapter_name: Its name.
+        others: Configurations of the adapters that the model has, by name; at least one.
+        partition: The subnets.
+
+    Raises:
+        ValueError: If one of them trains the base in place, or replaces modules that hold projections as a whole.
+    """
+    for name, candidate in {adapter_name: config, **others}.items():
+        if not candidate.keep_base:
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot stand beside {sorted(others)}: keep_base=False of {name!r} trains "
+                "the base itself, which the others build on; use keep_base=True for all of them."
+            )
+        replaced = _replaced_containers(candidate, partition)
+        if replaced:
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot stand beside {sorted(others)}: modules_to_save={replaced} of "
+                f"{name!r} replaces modules that hold projections of subnets, and the adapters would then differ in "
+                "where the heads are; name the projections in target_modules, or give each adapter a model of its own."
+            )
+
+
+def _replaced_containers(config: D2FTConfig, partition: Partition) -> list[str]:
+    """Entries of ``modules_to_save`` that name a projection of a subnet, or a module around one."""
+    return [
+        saved
+        for saved in config.modules_to_save or ()
+        if any(f".{saved}." in f".{projection}." for projection in partition.projections)
+    ]
+
+
+def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) -> None:
+    """Refuse to train where the weights of projections cannot be cut into heads.
+
+    Such are quantized tensors that stand in an ordinary ``nn.Linear`` (torchao). Whole projections of them run, so LoRA
+    works where every subnet of a block runs FULL or not at all.
+
+    Raises:
+        ValueError: If full fine-tuning, or a policy that cuts projections, meets such a weight.
+    """
+    if config.inference_mode or (config.is_lora and _runs_whole_projections(config)):
+        return
+    for name in partition.projections:
+        weight = unwrap(model.get_submodule(name)).weight
+        if not is_dense(weight):
+            raise ValueError(
+                f"the weight of {name} is a {type(weight.data).__name__} of {weight.dtype}, which cannot be "
+                + (
+                    f"cut into heads as policy={config.policy!r} does; choose policy='all_full', 'fewer_samples', "
+                    "'importance' or 'selective_backprop', which run whole projections, or load the model without "
+                    "quantization."
+                    if config.is_lora
+                    else "fine-tuned; set r (LoRA) with a policy that runs whole projections, such as "
+                    "'fewer_samples', or load the model without quantization."
+                )
+            )
+
+
+def is_dense(weight: torch.Tensor) -> bool:
+    """Whether a weight is a dense floating tensor, whole or sharded (`DTensor`): what can be sliced by heads."""
+    plain = type(weight.data) in (torch.Tensor, nn.Parameter, DTensor)
+    return plain and weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.layout == torch.strided
+
+
+def _runs_whole_projections(config: D2FTConfig) -> bool:
+    return config.rows == "samples" or config.policy == "all_full"
+
+
+def check_loads_in_peft(model: nn.Module, partition: Partition, config: D2FTConfig) -> None:
+    """Refuse LoRA on projections that PEFT, when it loads the adapter, would take for others.
+
+    For some mixtures of experts PEFT reads ``gate_proj``, ``up_proj`` and ``down_proj`` as names of the experts,
+    whether or not the model has dense layers of these names as well.
+
+    Raises:
+        ValueError: If a projection that `config` targets is renamed so.
+    """
+    targeted = {name for name in partition.projections if check_target_module_exists(config, name) is True}
+    kept = {name for name in targeted if _keeps_target(model, name)}
+    if kept != targeted:
+        leaves = sorted({name.rpartition(".")[2] for name in kept})
+        raise ValueError(
+            f"target_modules names {min(targeted - kept)}, which PEFT takes for an expert of "
+            f"model_type={model.config.model_type!r} when it loads the adapter: it would not be what was trained; "
+            f"set target_modules={leaves}."
+        )
+
+
+def _keeps_target(model: nn.Module, name: str) -> bool:
+    """Whether PEFT's conversion of LoRA configurations leaves this target alone."""
+    stock = LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(stock, model, conversions=None)
+    except ValueError:  # targets that it wants to fuse with others are targets that it renames
+        return False
+    return stock.target_modules == {name}

@@ -1,0 +1,149 @@
+"""What the fields of a `D2FTConfig` may be: a ValueError names field, value and constraint."""
+
+from __future__ import annotations
+
+import dataclasses
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig, PeftConfig
+
+from ..schedule import policy_facts
+
+
+if TYPE_CHECKING:
+    from .config import D2FTConfig
+
+LIVE_SCORES = ("loss", "el2n")
+SCORES = ("weight_magnitude", "fisher", "gradient_magnitude", "taylor", *LIVE_SCORES)
+
+# What a LoraConfig can ask for and the head-wise execution of LoRA does not do.
+_UNSUPPORTED_LORA = (
+    "use_dora", "use_qalora", "use_bdlora", "megatron_config", "layer_replication", "target_parameters",
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "velora_config",
+)  # fmt: skip
+# LoraConfig fields that mean the same for full fine-tuning.
+SHARED_FIELDS = {f.name for f in dataclasses.fields(PeftConfig)} | {
+    "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "runtime_config",
+}  # fmt: skip
+
+
+def check_own_fields(config: D2FTConfig) -> None:
+    """Check what D2FT adds to PEFT's fields, and put in what the policy decides where a field was left open."""
+    for name in ("heads_per_subnet", "num_micro_batches", "interval"):
+        check_integer(name, getattr(config, name), 1)
+    if config.num_devices is not None:
+        check_integer("num_devices", config.num_devices, 1, " or None")
+    check_integer("seed", config.seed, 0)
+    for name in ("train_boundary", "keep_base", "head_parallel"):
+        check(isinstance(getattr(config, name), bool), name, getattr(config, name), "must be True or False")
+    fraction, cost = config.score_fraction, config.forward_only_cost
+    check(_is_number(fraction) and 0 < fraction <= 1, "score_fraction", fraction, "must be a number in (0, 1]")
+    check(
+        cost is None or (_is_number(cost) and 0 < cost < 1),
+        "forward_only_cost", cost, "must be a number in (0, 1), or None",
+    )  # fmt: skip
+    check(isinstance(config.policy, str), "policy", config.policy, "must be the name of a policy")
+    facts = policy_facts(config.policy)
+    config.rows = config.rows or facts.rows
+    config.backward_score = config.backward_score or facts.backward_score
+    config.forward_score = config.forward_score or "weight_magnitude"
+    for name, allowed in (
+        ("backward_score", SCORES), ("forward_score", SCORES), ("rows", ("micro_batches", "samples")),
+        ("tie_break", ("aligned", "spread")), ("shortcut", ("zero", "mean", "rescale")),
+    ):  # fmt: skip
+        check(getattr(config, name) in allowed, name, getattr(config, name), f"must be one of {', '.join(allowed)}")
+    given = [n for n in ("compute_budget", "communication_budget", "num_full", "device_capacities")
+             if getattr(config, n) is not None and not (n == "device_capacities" and config.is_auto)]  # fmt: skip
+    check(len(given) <= 1, " and ".join(given), [getattr(config, n) for n in given], "are both given; keep one")
+    check(
+        config.num_forward_only is None or config.num_full is not None,
+        "num_forward_only", config.num_forward_only, "needs num_full beside it",
+    )  # fmt: skip
+    check(
+        config.rows != "samples" or not config.num_forward_only,
+        "num_forward_only", config.num_forward_only, "counts micro-batches; with rows='samples' give compute_budget",
+    )  # fmt: skip
+    capacities = config.device_capacities
+    if config.is_auto:
+        _check_auto(config)
+    elif capacities is not None:
+        fits = isinstance(capacities, (list, tuple))
+        check(fits, "device_capacities", capacities, "must be a list of numbers, or 'auto'")
+        check(
+            config.num_devices == len(capacities) or (config.head_parallel and config.num_devices is None),
+            "device_capacities", capacities, f"needs num_devices={len(capacities)}, not {config.num_devices}",
+        )  # fmt: skip
+    config.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
+    if config.head_parallel:
+        _check_head_parallel(config)
+
+
+def _check_auto(config: D2FTConfig) -> None:
+    def require(condition: bool, name: str, constraint: str) -> None:
+        check(condition, name, getattr(config, name), f"{constraint} with device_capacities='auto'")
+
+    require(not config.head_parallel, "head_parallel", "takes numbers, one per process, and is not possible")
+    require(
+        config.rows == "samples", "policy",
+        f"with rows={config.rows!r} schedules the same micro-batches in all processes; choose 'fewer_samples', "
+        "'importance' or 'selective_backprop'",
+    )  # fmt: skip
+    for name in ("communication_budget", "num_full", "num_devices"):
+        require(getattr(config, name) is None, name, "is not possible; give compute_budget, the mean over processes,")
+    require(
+        config.compute_budget != 1, "compute_budget",
+        "leaves every process all of its samples and nothing to share out; give a smaller mean over processes "
+        "(at most 0.75 if one of two is half as fast), and larger batches instead,",
+    )  # fmt: skip
+
+
+def _check_head_parallel(config: D2FTConfig) -> None:
+    for name, refused, why in (
+        ("shortcut", ("mean",), "needs the features of all heads on one process; use 'zero' or 'rescale'"),
+        (
+            "rows",
+            ("samples",),
+            "skips whole samples, as plain data parallelism can; choose a policy over micro-batches",
+        ),
+        ("backward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'weight_magnitude'"),
+        ("forward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'weight_magnitude' or 'fisher'"),
+        ("keep_base", (False,), "trains the base itself, which head_parallel=True cuts up; leave it True"),
+        ("lora_bias", (True,), "is not available under head_parallel=True; leave it out"),
+    ):
+        check(getattr(config, name) not in refused, name, getattr(config, name), why)
+
+
+def check_full(config: D2FTConfig) -> None:
+    """Check that full fine-tuning was given no field of LoRA."""
+    for f in dataclasses.fields(LoraConfig):
+        if f.name in SHARED_FIELDS or f.name == "r":
+            continue
+        check(getattr(config, f.name) == _default(f), f.name, getattr(config, f.name), "is for LoRA; set r as well")
+
+
+def check_lora(config: D2FTConfig) -> None:
+    """Check what LoRA needs, and what it cannot do under D2FT."""
+    check_integer("r", config.r, 1, " (LoRA) or None (full fine-tuning)")
+    check(not config.train_boundary, "train_boundary", True, "is for full fine-tuning; name modules_to_save")
+    check(config.keep_base, "keep_base", False, "is for full fine-tuning; LoRA leaves the base as it is")
+    for name in _UNSUPPORTED_LORA:
+        check(not getattr(config, name), name, getattr(config, name), "is not available under D2FT; leave it out")
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: Any, minimum: int, otherwise: str = "") -> None:
+    fits = isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum
+    check(fits, name, value, f"must be an integer of at least {minimum}{otherwise}")
+
+
+def check(condition: bool, name: str, value: Any, constraint: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r} {constraint}.")

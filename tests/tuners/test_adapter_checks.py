@@ -1,0 +1,91 @@
+"""Adapters that are refused when they are made: what could not train, stand beside others, or be loaded again."""
+
+import pytest
+import torch
+import transformers as tf
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from d2ft_peft import D2FTConfig
+from d2ft_peft.engine import compile_plan, get_runtime
+from d2ft_peft.tuners.adapter_checks import is_dense
+from tests.models import TINY
+from tests.tuners.cases import adapted, config_for, fresh, logits, same, train_briefly
+
+
+class Quantized(torch.Tensor):
+    """A stand-in for torchao's int8 weights: a tensor class of its own in an ordinary nn.Linear."""
+
+
+def quantized(kind):
+    model = fresh("llama")
+    linear = model.model.layers[1].mlp.up_proj
+    if kind == "subclass":
+        linear.weight = nn.Parameter(linear.weight.data.as_subclass(Quantized), requires_grad=False)
+    else:
+        linear.weight = nn.Parameter(linear.weight.data.to(kind), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["subclass", torch.int8, torch.float8_e4m3fn])
+def test_weights_that_cannot_be_cut_are_refused(kind):
+    where = "the weight of model.layers.1.mlp.up_proj is a .*, which cannot be "
+    with pytest.raises(ValueError, match=where + "cut into heads as policy='bilevel' does; choose policy='all_full'"):
+        get_peft_model(quantized(kind), D2FTConfig(r=4))
+    with pytest.raises(ValueError, match=where + "fine-tuned; set r"):
+        get_peft_model(quantized(kind), D2FTConfig(policy="all_full"))
+
+
+@pytest.mark.parametrize("policy", ["all_full", "fewer_samples", "importance", "selective_backprop"])
+def test_whole_projections_of_such_weights_train_under_lora(policy):
+    model = get_peft_model(quantized("subclass"), D2FTConfig(r=4, policy=policy)).train()
+    runtime = get_runtime(model)
+    with runtime.use(compile_plan(runtime.partitions["default"], [2] * runtime.partitions["default"].num_scheduled)):
+        model(**TINY["llama"].batch()).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_such_weights_are_no_hindrance_to_inference():
+    get_peft_model(quantized("subclass"), D2FTConfig(r=4, inference_mode=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_plain_weights_are_dense(dtype):
+    assert is_dense(nn.Linear(2, 2, dtype=dtype).weight)
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("where", ["mlp", "self_attn", "up_proj"])
+def test_an_adapter_that_replaces_projections_stands_alone(mode, where):
+    targets = ["q_proj"] if where != "self_attn" else ["up_proj"]
+    alone = config_for(mode, target_modules=targets, modules_to_save=[where])
+    model = adapted("llama", mode, target_modules=targets)
+    expected = logits(model, "llama")
+    with pytest.raises(ValueError, match=rf"'other' cannot stand beside .*modules_to_save=\['{where}'\] of 'other'"):
+        model.add_adapter("other", alone)
+    same(logits(model, "llama"), expected)
+    train_briefly(model, "llama")
+    model = get_peft_model(fresh("llama"), alone)
+    with pytest.raises(ValueError, match=rf"'other' cannot stand beside .*modules_to_save=\['{where}'\] of 'default'"):
+        model.add_adapter("other", config_for(mode, target_modules=targets))
+
+
+def glm4_moe():
+    torch.manual_seed(0)
+    return tf.Glm4MoeForCausalLM(tf.Glm4MoeConfig(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
+        moe_intermediate_size=16, num_hidden_layers=2, vocab_size=64, n_routed_experts=4, num_experts_per_tok=2,
+        n_shared_experts=1, first_k_dense_replace=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ))  # fmt: skip
+
+
+def test_targets_that_peft_takes_for_experts_are_refused(tmp_path):
+    """With the targets that the message names the adapter loads in stock PEFT with the same logits."""
+    attention = ["k_proj", "o_proj", "q_proj", "v_proj"]
+    with pytest.raises(ValueError, match=r"an expert of model_type='glm4_moe'.*set target_modules=\['k_proj', "):
+        get_peft_model(glm4_moe(), D2FTConfig(r=4))
+    model = get_peft_model(glm4_moe(), D2FTConfig(r=4, target_modules=attention))
+    train_briefly(model, "llama")
+    model.save_pretrained(tmp_path)
+    same(logits(PeftModel.from_pretrained(glm4_moe(), tmp_path), "llama"), logits(model, "llama"))
+    get_peft_model(glm4_moe(), D2FTConfig())
