@@ -200,6 +200,12 @@ class PlannedCheckpoint:
         self.checkpoint, self.runtime = checkpoint, runtime
 
     def __call__(self, function, *args):
+        reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant")
+        if reentrant and self.runtime.touch_gradients and self.runtime.plan is not None:
+            raise ValueError(
+                "use_reentrant=True runs a backward pass of its own for each block, and DistributedDataParallel would "
+                "meet the block's parameters twice; set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
         return self.checkpoint(_UnderPlan(self.runtime, function), *args)
 
 

@@ -15,7 +15,7 @@ from d2ft_peft.engine.touch_loss import touch
 from d2ft_peft.partition import FeatureLayout
 from tests.distributed.launch import run
 from tests.models import TINY
-from tests.tuners.test_equality import d2ft_model
+from tests.tuners.test_equality import d2ft_model, enable_checkpointing
 from tests.tuners.test_execution import build
 
 
@@ -168,3 +168,12 @@ def test_data_parallel_processes_equal_one(tmp_path):
     for weights in run(__name__, "train_data_parallel", tmp_path):
         for weight, reference in zip(weights, 2 * expected, strict=True):
             torch.testing.assert_close(weight, reference)
+
+
+def test_reentrant_checkpointing_is_refused_where_every_parameter_is_met():
+    model, _, _, partition, batch = build("llama")
+    enable_checkpointing(model, "reentrant")
+    runtime = get_runtime(model)
+    runtime.touch_gradients = True
+    with runtime.use(plan_of(partition, 2, 1)), pytest.raises(ValueError, match="use_reentrant=True runs a backward"):
+        model(**batch)
