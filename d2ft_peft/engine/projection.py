@@ -73,7 +73,7 @@ class ProjectionForward(Intercept):
 
     def _observe(self, x: Tensor, run: Run | None) -> None:
         mean: FeatureMean | None = self.runtime.means.get(self.index) if self.projection.kind == "row" else None
-        if mean is not None and self.module.training and self.runtime.plan is not None:
+        if mean is not None and self.module.training and self.runtime.plan is not None and self.runtime.trains:
             heads = Heads(tuple(range(self.projection.layout.heads))) if run is None else run.heads
             if heads:
                 mean.observe(heads, x)

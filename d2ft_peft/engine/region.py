@@ -12,7 +12,7 @@ from ..partition import Branch
 from .intercept import Intercept
 from .plan import Cell, Heads
 from .projection import ProjectionForward
-from .runtime import Follow, Run, Runtime
+from .runtime import Follow, Run, Runtime, in_backward
 
 
 class RegionForward(Intercept):
@@ -26,12 +26,55 @@ class RegionForward(Intercept):
         super().__init__(module, runtime)
         self.branch, self.index = branch, index
         self.row: ProjectionForward | None = None
+        self._followed_plan = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cell = self.runtime.cell(self.index) if self.module.training else None
-        if cell is None:
-            return self.original(*args, **kwargs)
-        args, kwargs = _without_cache(args, kwargs)
+        self.runtime.follow.pop(self.index, None)  # of a pass that broke off before its row-parallel projection
+        planned = self._is_planned()
+        if planned:
+            args, kwargs = self._without_cache(args, kwargs)
+            cell = self._record(args, kwargs)
+            if cell is not None:
+                return self._run(cell, args, kwargs)
+        return self.original(*args, **kwargs)
+
+    def _is_planned(self) -> bool:
+        """Whether this pass follows the plan; says so where one that is to be trained has none.
+
+        Raises:
+            RuntimeError: If a pass is recomputed in backward otherwise than it ran.
+        """
+        runtime = self.runtime
+        if not runtime.trains:
+            if not in_backward():
+                self._followed_plan = False
+            return False
+        planned = runtime.plan is not None
+        bound = runtime.grad_at_entry is not None
+        if in_backward() and not bound and planned != self._followed_plan:
+            raise RuntimeError(
+                "a D2FT block is recomputed in backward otherwise than it ran: call backward inside the micro-batch's "
+                "context, and switch checkpointing on with model.gradient_checkpointing_enable(), or use "
+                "use_reentrant=False."
+            )
+        if not planned and self.module.training:
+            runtime.warn_unplanned()
+        if not in_backward():
+            self._followed_plan = planned
+        return planned
+
+    def _record(self, args: tuple, kwargs: dict) -> Cell | None:
+        """What the branch is to do, noted where this is no recomputation; None if every head is FULL."""
+        runtime = self.runtime
+        cell = runtime.plan.cells[self.index] if self.module.training else None
+        if not in_backward():
+            runtime.executed[self.index] = cell
+            if self.index == 0:
+                samples, tokens = _first_tensor(args, kwargs).shape[:2]
+                runtime.passes.append((samples, tokens))
+        return cell
+
+    def _run(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
         full = forward_only = None
         # FULL first: under autocast the second pass may reuse casts of weights, and those must carry gradients.
         if cell.full:
@@ -55,10 +98,10 @@ class RegionForward(Intercept):
 
     def _pass(self, run: Run, args: tuple, kwargs: dict) -> Any:
         dense = {name: getattr(self.module, name) for name in self.branch.scaled_attributes}
-        for name, value in dense.items():
-            setattr(self.module, name, value // self.branch.heads * len(run.heads))
-        self.runtime.run = run
         try:
+            for name, value in dense.items():
+                setattr(self.module, name, value // self.branch.heads * len(run.heads))
+            self.runtime.run = run
             return self.original(*args, **kwargs)
         finally:
             self.runtime.run = None
@@ -75,12 +118,30 @@ class RegionForward(Intercept):
 
     def _nothing(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
         """Output of a region in which no head runs."""
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        x = _first_tensor(args, kwargs)
         if self.branch.row_inside:
             out = self.row.constant(x, self._run_of(cell, Heads()))
         else:
             out = x.new_zeros(*x.shape[:-1], 0)
         return (out, None) if self.branch.name == "attention" else out
+
+    def _without_cache(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Training forwards fill a key/value cache that nobody reads; with some of the heads it would break.
+
+        Raises:
+            ValueError: If the cache already holds keys and values, which this pass would have to attend to.
+        """
+        caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+        for cache in caches:
+            if cache.get_seq_length(getattr(self.module, "layer_idx", None) or 0):
+                raise ValueError(
+                    "past_key_values holds keys and values, and a forward pass that follows a plan cannot read them: "
+                    "generate under torch.no_grad(), which runs the whole model, or pass the whole sequence."
+                )
+        if not caches:
+            return args, kwargs
+        kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+        return tuple(None if isinstance(value, Cache) else value for value in args), kwargs
 
 
 def _add(full: Any, forward_only: Any) -> Any:
@@ -90,7 +151,5 @@ def _add(full: Any, forward_only: Any) -> Any:
     return full + forward_only
 
 
-def _without_cache(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Training forwards fill a key/value cache that nobody reads; with some of the heads it would break."""
-    kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-    return tuple(None if isinstance(value, Cache) else value for value in args), kwargs
+def _first_tensor(args: tuple, kwargs: dict) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

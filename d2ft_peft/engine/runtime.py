@@ -86,9 +86,18 @@ class FeatureMean:
             self.value[index] += (mean - self.value[index]) / self.count[index, None]
         self._seen.clear()
 
+    def discard(self) -> None:
+        """Forget what was observed since the last commit."""
+        self._seen.clear()
+
 
 class Runtime:
     """What the D2FT modules of one model share while they run.
+
+    A plan applies to forward passes that are to be trained: in train mode, with gradients enabled where the model, or
+    the checkpointing of a block, is entered. Every other forward pass within a micro-batch (generation, evaluation, the
+    reference pass of a preference loss) runs the whole model, with its cache, and leaves no trace here. A region that
+    is itself in eval mode while its model trains runs whole, and is reported as FULL.
 
     Attributes:
         partitions: Partition of each adapter, by adapter name.
@@ -96,7 +105,13 @@ class Runtime:
         plan: The current micro-batch's plan, or None outside of a micro-batch.
         run: The pass of the region that is running, or None outside of one.
         follow: What row-parallel projections outside of their regions have yet to do, by branch.
-        executed: What each branch did in the last training forward, by branch; None for all FULL.
+        executed: What each branch did in the planned forward passes of the last micro-batch, by branch; None for all
+            FULL.
+        passes: Samples and tokens per sample at the first region, one entry for each planned forward pass of the
+            micro-batch; recomputation is no pass of its own.
+        model: The model whose train mode says whether a forward pass is to be trained.
+        grad_at_entry: Whether gradients were enabled where the checkpointing of the running block was entered, or None
+            outside of one: reentrant checkpointing runs the block itself without.
         driven: Whether a D2FT trainer drives the model, so that a forward without a plan is an error.
         touch_gradients: Whether every trainable parameter must receive a gradient (DistributedDataParallel).
         after_backward: Called when this process is through with the backward pass of a micro-batch, before it waits
@@ -110,6 +125,9 @@ class Runtime:
         self.run: Run | None = None
         self.follow: dict[int, Follow] = {}
         self.executed: dict[int, Cell | None] = {}
+        self.passes: list[tuple[int, int]] = []
+        self.model: nn.Module | None = None
+        self.grad_at_entry: bool | None = None
         self.driven = False
         self.touch_gradients = False
         self.after_backward: Callable[[], None] | None = None
@@ -124,32 +142,34 @@ class Runtime:
         for mean in self.means.values():
             mean.commit()
         self.executed.clear()
+        self.passes.clear()
         self.follow.clear()
         self.plan = plan
         for block in self.blocks:
             _bind_checkpointing(block, self)
         try:
             yield
+        except BaseException:
+            # What a broken pass showed is no mean of a micro-batch.
+            for mean in self.means.values():
+                mean.discard()
+            raise
         finally:
             self.plan = previous
+            self.follow.clear()
 
-    def cell(self, branch: int) -> Cell | None:
-        """The current plan's operations for a branch of a model in training; None if every head is FULL."""
-        if self.plan is None:
-            self._speak()
-            cell = None
-        else:
-            cell = self.plan.cells[branch]
-        self.executed[branch] = cell
-        return cell
+    @property
+    def trains(self) -> bool:
+        """Whether the running forward pass is to be trained, and so follows the plan."""
+        grad = torch.is_grad_enabled() if self.grad_at_entry is None else self.grad_at_entry
+        return grad and (self.model is None or self.model.training)
 
-    def _speak(self) -> None:
-        """A training forward without a plan must not pass in silence: D2FT would silently do nothing."""
-        if _in_backward():
-            raise RuntimeError(
-                "gradient checkpointing recomputes a D2FT block outside of its micro-batch: call backward inside the "
-                "micro-batch's context."
-            )
+    def warn_unplanned(self) -> None:
+        """A training forward without a plan must not pass in silence: D2FT would silently do nothing.
+
+        Raises:
+            RuntimeError: If a D2FT trainer drives the model.
+        """
         if self.driven:
             raise RuntimeError(
                 "a D2FT model ran a training forward without a plan although a D2FT trainer drives it: run it under "
@@ -164,7 +184,8 @@ class Runtime:
             )
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass: a forward pass is then a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -179,20 +200,28 @@ class PlannedCheckpoint:
         self.checkpoint, self.runtime = checkpoint, runtime
 
     def __call__(self, function, *args):
+        reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant")
+        if reentrant and self.runtime.touch_gradients and self.runtime.plan is not None:
+            raise ValueError(
+                "use_reentrant=True runs a backward pass of its own for each block, and DistributedDataParallel would "
+                "meet the block's parameters twice; set gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
         return self.checkpoint(_UnderPlan(self.runtime, function), *args)
 
 
 class _UnderPlan:
     def __init__(self, runtime: Runtime, function):
         self.runtime, self.function = runtime, function
-        self.plan = runtime.plan
+        self.plan, self.grad_at_entry = runtime.plan, torch.is_grad_enabled()
 
     def __call__(self, *args):
-        current, self.runtime.plan = self.runtime.plan, self.plan
+        runtime = self.runtime
+        current = runtime.plan, runtime.grad_at_entry
+        runtime.plan, runtime.grad_at_entry = self.plan, self.grad_at_entry
         try:
             return self.function(*args)
         finally:
-            self.runtime.plan = current
+            runtime.plan, runtime.grad_at_entry = current
 
 
 def _bind_checkpointing(block: nn.Module, runtime: Runtime) -> None:

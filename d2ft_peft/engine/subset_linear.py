@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..partition import FeatureLayout
 from .plan import Heads
@@ -124,7 +123,16 @@ def subset_linears(x: Tensor, layers: Sequence[SubsetLayer], heads: Heads) -> tu
 
     Returns:
         For each layer [..., A] (column) or [..., O] (row).
+
+    Raises:
+        ValueError: If a weight is a tensor subclass that packs its values, as quantized ones are.
     """
+    for layer in layers:
+        if hasattr(type(layer.weight), "__tensor_flatten__"):
+            raise ValueError(
+                f"weight is a {type(layer.weight).__name__}, whose features cannot be taken head by head; D2FT needs "
+                "plain tensors: load the model without this quantization or sharding."
+            )
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     selections = [select(layer.head_axis.layout, heads) for layer in layers]
@@ -159,8 +167,12 @@ class _SubsetLinears(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "create_graph=True asks for second derivatives, which a D2FT plan does not have: take them outside of "
+                "a micro-batch, where every head is FULL."
+            )
         n, needs = len(grads), ctx.needs_input_grad
         x, *weights = ctx.saved_tensors
         x_MI = None if x is None else x.reshape(-1, x.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,52 +12,70 @@ from torch.autograd import Variable
 from .runtime import Runtime
 
 
-class TouchLoss:
-    """Forward hook of the whole model: under a plan its loss always has a backward pass.
+def touch(loss: Tensor, parameters: Iterable[nn.Parameter], after_backward: Callable[[], None] | None = None) -> Tensor:
+    """The loss, with an edge of the graph to each trainable parameter; along it no gradient flows.
 
-    In a micro-batch in which nothing is FULL no parameter may reach the loss. Under DistributedDataParallel every
-    trainable parameter receives a gradient, zero where it was skipped: all ranks reduce the same buckets, and there is
-    no need to look for unused parameters.
+    In backward every trainable parameter is met, also those that the plan trains nothing of. DistributedDataParallel
+    then counts each as ready, with zeros where there is no gradient, so that all ranks reduce the same buckets and
+    there is no need to look for unused parameters. Nothing is allocated, and gradients that are None stay None but for
+    what DistributedDataParallel makes of them.
+
+    Args:
+        loss: Any floating-point tensor that the loss is computed from, or the loss itself.
+        parameters: The parameters to reach; those that are not trainable are passed over. If none is trainable the loss
+            is returned as it is.
+        after_backward: Called when this process is through with the backward pass.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    return _Touch.apply(loss, after_backward, *trainable) if trainable else loss
+
+
+class TouchLoss:
+    """Forward hook of the whole model: under a plan, whatever a loss is made of has a backward pass.
+
+    Args:
+        model: The whole model.
+        runtime: Its state.
     """
 
     def __init__(self, model: nn.Module, runtime: Runtime):
         self.model, self.runtime = model, runtime
+        runtime.model = model
 
     def __call__(self, module: nn.Module, args: tuple, outputs: Any) -> Any:
-        if not module.training or self.runtime.plan is None or not torch.is_grad_enabled():
+        if self.runtime.plan is None or not self.runtime.trains:
             return outputs
-        # The loss where the model computes it, else what the caller computes it from.
-        is_tensor = isinstance(outputs, Tensor)
-        named = {None: outputs} if is_tensor else dict(enumerate(outputs)) if type(outputs) is tuple else outputs
-        name, value = next((n, v) for n, v in named.items() if isinstance(v, Tensor) and v.is_floating_point())
-        if self.runtime.touch_gradients:
-            value = _Touch.apply(value, *(p for p in self.model.parameters() if p.requires_grad))
-        elif not value.requires_grad:
-            # Not a leaf itself: the Trainer scales losses in place.
-            value = value.requires_grad_().clone()
-        if self.runtime.after_backward is not None:
-            value.register_hook(self._when_backward_begins)
-        if is_tensor:
-            return value
+        if isinstance(outputs, Tensor):
+            return self._touched(outputs)
         if type(outputs) is tuple:
-            return (*outputs[:name], value, *outputs[name + 1 :])
-        outputs[name] = value
+            return tuple(map(self._touched, outputs))
+        for name, value in outputs.items():
+            if isinstance(value, Tensor):
+                outputs[name] = self._touched(value)
         return outputs
 
-    def _when_backward_begins(self, grad: Tensor) -> None:
-        # The engine runs these callbacks in their order: this one before that of DistributedDataParallel, which waits
-        # for the other processes and is queued when the last gradients are complete.
-        Variable._execution_engine.queue_callback(self.runtime.after_backward)
+    def _touched(self, value: Any) -> Any:
+        runtime = self.runtime
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if value.requires_grad and not runtime.touch_gradients and runtime.after_backward is None:
+            return value
+        return touch(value, self.model.parameters(), runtime.after_backward)
 
 
 class _Touch(torch.autograd.Function):
-    """Identity that hands every parameter a zero gradient."""
+    """Identity with edges to parameters."""
 
     @staticmethod
-    def forward(ctx, value, *parameters):
-        ctx.save_for_backward(*parameters)
-        return value.clone()  # no view: the Trainer scales losses in place
+    def forward(ctx, value, after_backward, *parameters):
+        ctx.num_parameters, ctx.after_backward = len(parameters), after_backward
+        # A loss is copied, since the Trainer scales losses in place; logits are too large for it.
+        return value.clone() if value.ndim == 0 else value.view_as(value)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+        if ctx.after_backward is not None:
+            # The engine runs these callbacks in their order: this one before that of DistributedDataParallel, which
+            # waits for the other processes and is queued when the last gradients are complete.
+            Variable._execution_engine.queue_callback(ctx.after_backward)
+        return grad, None, *[None] * ctx.num_parameters
