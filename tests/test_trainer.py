@@ -208,7 +208,7 @@ def test_scores_of_samples_find_their_way_into_the_schedule(tmp_path, score):
 
 def test_scoring_changes_no_random_stream_and_a_fraction_is_enough(tmp_path):
     data = doubles(samples())
-    kwargs = {"policy": "bilevel", "num_full": 2, "num_forward_only": 1, "backward_score": "weight_magnitude"}
+    kwargs = {"policy": "bilevel", "num_full": 2, "num_forward_only": 1, "forward_score": "fisher"}
     model = adapt(score_fraction=0.25, **kwargs)
     torch.manual_seed(11)
     trainer = D2FTTrainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=data)
@@ -271,5 +271,5 @@ def test_a_callback_that_comes_too_late_speaks(tmp_path):
 @pytest.mark.parametrize("num_forward_only, needed", [(0, ()), (1, ("fisher",)), (2, ())])
 def test_scores_without_a_say_are_not_computed(num_forward_only, needed):
     """Where two FULL and two FORWARD_ONLY fill a step of four, the forward score decides nothing."""
-    model = adapt(num_full=2, num_forward_only=num_forward_only)
+    model = adapt(num_full=2, num_forward_only=num_forward_only, forward_score="fisher")
     assert D2FTPlanner(model, num_micro_batches=4).source.before_training == needed

@@ -21,6 +21,10 @@ from .counter import flop_counter
 _PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
+class ProjectionsBypassed(ValueError):
+    """A forward pass computes what projections do without calling them, so that no head can be left out."""
+
+
 class Entry(NamedTuple):
     """What one module outside of the subnets computes for one sample.
 
@@ -63,6 +67,21 @@ class Probe:
         inside = {block: scaled(entries) for block, entries in self.inside.items()}
         return replace(self, sequence_length=tokens, below=scaled(self.below), inside=inside, above=scaled(self.above))
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds; JSON-friendly."""
+        inside = [[block, entries] for block, entries in self.inside.items()]
+        return {"sequence_length": self.sequence_length, "below": self.below, "inside": inside, "above": self.above}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Probe:
+        """Read `state` back."""
+
+        def entries(values: list) -> list[Entry]:
+            return [Entry(*value) for value in values]
+
+        inside = {block: entries(values) for block, values in state["inside"]}
+        return cls(state["sequence_length"], entries(state["below"]), inside, entries(state["above"]))
+
 
 def probe_model(model: nn.Module, partition: Partition, batch: dict[str, Any]) -> Probe:
     """Run the model on the first sample of `batch`, without labels, and note lengths and FLOPs outside of the subnets.
@@ -70,14 +89,14 @@ def probe_model(model: nn.Module, partition: Partition, batch: dict[str, Any]) -
     The model is left as it was: weights, training flags, hooks and random state.
 
     Raises:
-        ValueError: If the forward pass goes past projections of the subnets.
+        ProjectionsBypassed: If the forward pass goes past projections of the subnets.
     """
     sample = _one_sample(base_model(model), batch)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices), torch.no_grad(), inference(model), watch(model, partition) as probe:
         model(**sample)
     if probe.unreached:
-        raise ValueError(
+        raise ProjectionsBypassed(
             f"the forward pass of {type(base_model(model)).__name__} goes past {len(probe.unreached)} projections of "
             f"the subnets (e.g. {probe.unreached[0]}), so that D2FT cannot leave out their heads: a fused kernel reads "
             "their weights itself; switch it off (e.g. use_liger_kernel=False, or its swiglu and geglu)."

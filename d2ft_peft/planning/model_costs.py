@@ -10,7 +10,7 @@ import numpy as np
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from ..costs import Probe, cost_model, probe_model, watch
+from ..costs import Probe, ProjectionsBypassed, cost_model, probe_model, watch
 from ..partition import Partition
 from ..schedule import CostModel, Operation
 from .facts import token_length
@@ -71,12 +71,14 @@ class ModelCosts:
             sum_over_processes: Adds numbers up over the processes that have different data.
 
         Raises:
-            ValueError: If the batch shows no length at all.
+            ValueError: If the batch shows no length at all, or fused kernels go past the subnets' projections.
         """
         device = next(self.model.parameters()).device
         sample = {name: v[:1] if isinstance(v, Tensor) and v.ndim else v for name, v in batch.items()}
         try:
             self.probe = probe_model(self.model, self.partition, send_to_device(sample, device))
+        except ProjectionsBypassed:
+            raise
         except Exception as error:
             length = token_length(batch)
             if length is None:

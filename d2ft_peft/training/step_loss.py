@@ -71,7 +71,9 @@ class StepLoss:
             result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=items, **kwargs)
         loss, *outputs = result if return_outputs else (result,)
         loss = self._weight(loss, items, micro_batch, facts)
-        loss = touch(loss, self._parameters, exchanges=self.processes > 1 and micro_batch.last)
+        runtime = self.planner.runtime
+        if runtime.touch_gradients or runtime.after_backward is not None or not loss.requires_grad:
+            loss = touch(loss, self._parameters, runtime.after_backward)
         return (loss, *outputs) if return_outputs else loss
 
     def _weight(self, loss: Tensor, items: WatchedItems | None, micro_batch: MicroBatch, facts: BatchFacts) -> Tensor:

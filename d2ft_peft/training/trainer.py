@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +13,6 @@ from transformers import Trainer
 from ..head_parallel import HeadParallel
 from ..planning import D2FTPlanner
 from ..planning.state import load_state, save_state
-from ..tuners.config import D2FT_CONFIG_NAME
 from .head_parallel_engine import HeadParallelEngine, is_head_parallel
 from .local_engine import LocalEngine
 from .session import TrainingSession
@@ -154,9 +151,8 @@ class D2FTTrainerMixin:
             save_state(session.planner, output_dir, session=state)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        path = os.path.join(checkpoint_folder, D2FT_CONFIG_NAME)
-        if self.is_world_process_zero() and os.path.isfile(path):  # the Trainer copies the files that it knows
-            shutil.copy(path, os.path.join(self.args.output_dir, D2FT_CONFIG_NAME))
+        if self.is_world_process_zero():  # the Trainer copies the files that it knows
+            self.planner.config.save_own_fields(self.args.output_dir)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
