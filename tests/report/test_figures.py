@@ -227,7 +227,7 @@ def test_reports_load_neither_torch_nor_pyplot():
     # A bare package in place of d2ft_peft, whose own __init__ needs torch.
     code = (
         "import sys, types; package = types.ModuleType('d2ft_peft'); package.__path__ = ['d2ft_peft'];"
-        "sys.modules['d2ft_peft'] = package; import d2ft_peft.report;"
+        "sys.modules['d2ft_peft'] = package; import d2ft_peft.report; d2ft_peft.report.plot_schedule;"
         "sys.exit(str([name for name in ('torch', 'matplotlib.pyplot') if name in sys.modules] or ''))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,181 @@
+"""What the package relies on in transformers, PEFT, Accelerate and torch beyond their documented interfaces.
+
+A name that is gone, or takes other arguments, is to be seen here by its name, not as a crash somewhere in training.
+"""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from accelerate.state import GradientState
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
+from torch.autograd import Variable
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+import d2ft_peft
+from d2ft_peft import D2FTConfig, D2FTLoraModel, D2FTModel, D2FTTrainerMixin
+from d2ft_peft.head_parallel.storage.loading import _LoadsParts
+from d2ft_peft.training.head_parallel_engine import _HeadParallelism
+from d2ft_peft.tuners.layer import D2FTLayer
+
+
+OVERRIDES = {
+    D2FTTrainerMixin: (Trainer, {
+        "_build_accelerator_args", "_inner_training_loop", "_get_dataloader", "_prepare_for_training",
+        "get_batch_samples", "_get_num_items_in_batch", "training_step", "floating_point_ops",
+        "_track_num_input_tokens", "_clip_grad_norm", "_get_grad_norm", "log", "evaluation_loop", "_save",
+        "_save_optimizer_and_scheduler", "_save_rng_state", "_push_from_checkpoint", "_load_rng_state",
+        "_load_from_checkpoint", "_load_best_model", "_load_optimizer_and_scheduler",
+    }),
+    D2FTModel: (BaseTuner, {
+        "inject_adapter", "set_adapter", "delete_adapter", "unload", "disable_adapter_layers",
+        "_prepare_adapter_config", "_unload_and_optionally_merge", "_check_target_module_exists",
+        "_check_merge_allowed", "_create_and_replace", "_replace_module", "_cast_adapter_dtype",
+        "_remove_adapter_name_from_key", "_remap_adapter_state_dict_for_load",
+    }),
+    D2FTLoraModel: (LoraModel, {"inject_adapter", "_prepare_adapter_config", "_unload_and_optionally_merge"}),
+    D2FTLayer: (BaseTunerLayer, {"merge", "unmerge"}),
+    D2FTConfig: (PeftConfig, {"to_dict", "save_pretrained", "from_pretrained"}),
+    _HeadParallelism: (ParallelismConfig, {"_validate_accelerator"}),
+    _LoadsParts: (PreTrainedModel, {"_load_pretrained_model"}),
+}  # fmt: skip
+"""What ours puts before theirs, by class: (theirs, names)."""
+
+CALLS = [
+    (Trainer._remove_unused_columns, "self dataset", "description"),
+    (Trainer._get_collator_with_removed_columns, "self collator", "description"),
+    (Trainer._save_rng_state, "self folder", ""),
+    (Trainer._load_rng_state, "self checkpoint", ""),
+    (Trainer._load_best_model, "self", ""),
+    (Trainer._clip_grad_norm, "self model", ""),
+    (Trainer._get_grad_norm, "self model known", ""),
+    (Trainer._get_num_items_in_batch, "self batches device", ""),
+    (Trainer.training_step, "self model inputs items", ""),
+    (Trainer.compute_loss, "self model inputs", "return_outputs num_items_in_batch"),
+    (Trainer._save, "self folder state_dict", ""),
+    (Trainer._save_optimizer_and_scheduler, "self folder", ""),
+    (Trainer._load_optimizer_and_scheduler, "self checkpoint", ""),
+    (Trainer._load_from_checkpoint, "self checkpoint model", ""),
+    (Trainer._push_from_checkpoint, "self folder", ""),
+    (Trainer._track_num_input_tokens, "self inputs", ""),
+    (Trainer.log, "self logs start_time", ""),
+    (GradientState._set_sync_gradients, "self flag", ""),
+    (check_adapters_to_merge, "module names", ""),
+    (check_target_module_exists, "config key", ""),
+    (PeftModel.save_pretrained, "self folder", ""),
+    (BaseTuner._cast_adapter_dtype, "self name", "autocast_adapter_dtype"),
+    (BaseTuner._remap_adapter_state_dict_for_load.__func__, "cls model config name state_dict", ""),
+    (Variable._execution_engine.queue_callback, "callback", ""),
+]
+"""What we call: (function, names of the arguments that are given by position, names of those given by name)."""
+
+ARGUMENTS = [
+    (Trainer, ["loss_is_scaled_for_ga", "model_accepts_loss_kwargs", "compute_loss_func",
+               "current_gradient_accumulation_steps", "current_flos"]),
+    (TrainingArguments, ["average_tokens_across_devices", "accelerator_config", "ddp_find_unused_parameters",
+                         "ddp_broadcast_buffers", "ddp_timeout", "auto_find_batch_size"]),
+    (LoraConfig, ["fan_in_fan_out", "layers_to_transform", "layers_pattern", "exclude_modules"]),
+]  # fmt: skip
+"""Names that are read from a class's instances, and must be set by its code."""
+
+
+def parameters(function) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
+
+
+def names(text: str) -> list[str]:
+    return text.split()
+
+
+@pytest.mark.parametrize("module", sorted(m.name for m in pkgutil.walk_packages(d2ft_peft.__path__, "d2ft_peft.")))
+def test_every_module_finds_what_it_imports(module):
+    importlib.import_module(module)
+
+
+@pytest.mark.parametrize("ours", OVERRIDES)
+def test_what_we_override_exists(ours):
+    theirs, listed = OVERRIDES[ours]
+    assert not [name for name in listed if not callable(getattr(theirs, name, None))]
+    assert not [name for name in listed if not any(name in vars(cls) for cls in ours.__mro__ if _is_ours(cls))]
+
+
+@pytest.mark.parametrize("ours", OVERRIDES)
+def test_all_that_we_override_is_listed(ours):
+    theirs, listed = OVERRIDES[ours]
+    own = {name for cls in ours.__mro__ if _is_ours(cls) for name, value in vars(cls).items() if _is_method(value)}
+    shared = {name for name in own if hasattr(theirs, name) and not name.startswith("__")}
+    assert shared - listed - _NOT_CALLED_BY_THEM == set()
+
+
+@pytest.mark.parametrize("ours", OVERRIDES)
+def test_what_we_override_takes_the_arguments_of_theirs(ours):
+    theirs, listed = OVERRIDES[ours]
+    for name in sorted(listed):
+        signature = inspect.signature(getattr(ours, name))
+        given = parameters(getattr(theirs, name))
+        by_position = [p.name for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        optional = [p.name for p in given if p.kind == p.KEYWORD_ONLY or p.default is not p.empty]
+        assert _binds(signature, by_position, []), f"{theirs.__name__}.{name}{inspect.signature(getattr(theirs, name))}"
+        required = [n for n in by_position if n not in optional]
+        assert _binds(signature, required, optional), f"{theirs.__name__}.{name} by keyword"
+
+
+@pytest.mark.parametrize(("function", "by_position", "by_name"), CALLS, ids=lambda value: getattr(value, "__name__", ""))
+def test_what_we_call_takes_our_arguments(function, by_position, by_name):
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return  # of C++, which is called in the lifecycle
+    assert _binds(signature, names(by_position), names(by_name)), f"{function.__qualname__}{signature}"
+
+
+@pytest.mark.parametrize(("cls", "attributes"), ARGUMENTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_what_we_read_is_set(cls, attributes):
+    source = inspect.getsource(inspect.getmodule(cls))
+    assert not [name for name in attributes if name not in source]
+
+
+def test_peft_looks_methods_up_where_we_register():
+    for kind, tuner in ((d2ft_peft.tuners.peft_type.D2FTType.D2FT, D2FTModel), ("D2FT_LORA", D2FTLoraModel)):
+        assert PEFT_TYPE_TO_CONFIG_MAPPING[kind] is D2FTConfig
+        assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is tuner
+        assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == tuner.prefix
+
+
+def test_a_trainer_that_lacks_a_name_is_refused(monkeypatch):
+    monkeypatch.delattr(Trainer, "_track_num_input_tokens")
+    with pytest.raises(TypeError, match="has no Trainer._track_num_input_tokens, which D2FT builds on"):
+        type("Mine", (D2FTTrainerMixin, Trainer), {})
+
+
+def test_torch_says_whether_a_backward_pass_runs():
+    seen = []
+    x = torch.ones((), requires_grad=True)
+    x.register_hook(lambda grad: seen.append(torch._C._current_graph_task_id()))
+    (x * 1).backward()
+    assert torch._C._current_graph_task_id() == -1 and seen[0] != -1
+
+
+_NOT_CALLED_BY_THEM = {"planner", "weight", "bias", "forward"}
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("d2ft_peft.")
+
+
+def _is_method(value) -> bool:
+    return callable(value) or isinstance(value, classmethod)
+
+
+def _binds(signature: inspect.Signature, by_position: list[str], by_name: list[str]) -> bool:
+    try:
+        signature.bind(*by_position, **dict.fromkeys(by_name))
+    except TypeError:
+        return False
+    return True
