@@ -61,7 +61,9 @@ def get_runtime(model: nn.Module) -> Runtime:
 
 def find_runtime(model: nn.Module) -> Runtime | None:
     for module in model.modules():
-        forward = module.__dict__.get("forward")
+        forward, own = module.__dict__.get("forward"), module.__dict__.get("runtime")
         if isinstance(forward, Intercept):
             return forward.runtime
+        if isinstance(own, Runtime):  # the tuner's, whose interceptions may be put aside (head-parallel execution)
+            return own
     return None

@@ -31,8 +31,9 @@ def workload_of_model(model: nn.Module, batch: dict[str, Any], **kwargs: Any) ->
     workload = Workload(
         partition,
         tokens=probe.sequence_length,
-        below=sum(flops for flops, _ in probe.below),
-        above=sum(flops for flops, _ in probe.above),
+        below=sum(entry.flops for entry in probe.below),
+        # Experts run where a sample lives, as the head does.
+        above=sum(entry.flops for entries in (probe.above, *probe.inside.values()) for entry in entries),
         **kwargs,
     )
     boundary = sum(p.numel() for p in model.parameters()) - workload.head_parameters

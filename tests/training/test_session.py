@@ -54,7 +54,7 @@ def test_a_batch_size_that_does_not_fit_is_tried_again_from_the_start(tmp_path, 
     for cls, model in pair():
         args = arguments(
             tmp_path, gradient_accumulation_steps=accumulation, auto_find_batch_size=True,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=8,
         )  # fmt: skip
         trainer = cls(model=model, args=args, train_dataset=samples("llama", 48), callbacks=[Full()])
         trainer.train()
