@@ -58,8 +58,10 @@ def test_steps_are_trained_and_logged(run):
     assert trainer.state.global_step == 2
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     # One micro-batch of three FULL, one FORWARD_ONLY: a third of the work in full fine-tuning, half of it under LoRA.
-    assert [entry["compute_ratio"] for entry in steps] == pytest.approx([4 / 9 if kind == "full" else 1 / 2] * 2, abs=0.1)
-    assert 0 < trainer.state.total_flos and trainer.evaluate()["eval_loss"] > 0
+    assert [entry["compute_ratio"] for entry in steps] == pytest.approx(
+        [4 / 9 if kind == "full" else 1 / 2] * 2, abs=0.1
+    )
+    assert trainer.state.total_flos > 0 and trainer.evaluate()["eval_loss"] > 0
     assert not torch.equal(logits(trainer.model), logits(adapted(kind)))
 
 
@@ -76,7 +78,9 @@ def test_what_is_saved_loads_and_merges(run, tmp_path):
     expected = logits(trainer.model)
     trainer.model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(TINY["vit"].build(seed=0), tmp_path / "adapter")
-    stock = type(loaded.base_model) is LoraModel and PeftConfig.from_pretrained(tmp_path / "adapter").peft_type == "LORA"
+    stock = (
+        type(loaded.base_model) is LoraModel and PeftConfig.from_pretrained(tmp_path / "adapter").peft_type == "LORA"
+    )
     assert stock == (kind == "LoRA"), "a LoRA adapter is PEFT's own"
     torch.testing.assert_close(logits(loaded), expected)
     merged = copy.deepcopy(loaded).merge_and_unload()
@@ -86,14 +90,16 @@ def test_what_is_saved_loads_and_merges(run, tmp_path):
     torch.testing.assert_close(logits(AutoModelForImageClassification.from_pretrained(tmp_path / "merged")), expected)
 
 
-def test_transformers_loads_the_lora_adapter_by_itself(run, tmp_path):
-    kind, trainer, _ = run
-    if kind != "LoRA":
-        pytest.skip("PEFT's model is what loads the other variant")
+@pytest.mark.parametrize("run", ["LoRA"], indirect=True)
+def test_transformers_loads_the_adapter_by_itself(run, tmp_path):
+    _, trainer, _ = run
     trainer.model.save_pretrained(tmp_path)
     model = TINY["vit"].build(seed=0)
     model.load_adapter(str(tmp_path))
+    assert model.active_adapters() == ["default"]
     torch.testing.assert_close(logits(model), logits(trainer.model))
+    model.disable_adapters()
+    torch.testing.assert_close(logits(model), logits(TINY["vit"].build(seed=0)))
 
 
 def test_a_callback_does_in_a_plain_trainer_what_the_trainer_does(run, tmp_path):

@@ -5,7 +5,7 @@ A name that is gone, or takes other arguments, is to be seen here by its name, n
 
 import importlib
 import inspect
-import pkgutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from d2ft_peft.training.head_parallel_engine import _HeadParallelism
 from d2ft_peft.tuners.layer import D2FTLayer
 
 
+PACKAGE = Path(d2ft_peft.__file__).parent
 OVERRIDES = {
     D2FTTrainerMixin: (Trainer, {
         "_build_accelerator_args", "_inner_training_loop", "_get_dataloader", "_prepare_for_training",
@@ -39,7 +40,9 @@ OVERRIDES = {
         "_check_merge_allowed", "_create_and_replace", "_replace_module", "_cast_adapter_dtype",
         "_remove_adapter_name_from_key", "_remap_adapter_state_dict_for_load",
     }),
-    D2FTLoraModel: (LoraModel, {"inject_adapter", "_prepare_adapter_config", "_unload_and_optionally_merge"}),
+    D2FTLoraModel: (LoraModel, {
+        "inject_adapter", "set_adapter", "delete_adapter", "_prepare_adapter_config", "_unload_and_optionally_merge",
+    }),
     D2FTLayer: (BaseTunerLayer, {"merge", "unmerge"}),
     D2FTConfig: (PeftConfig, {"to_dict", "save_pretrained", "from_pretrained"}),
     _HeadParallelism: (ParallelismConfig, {"_validate_accelerator"}),
@@ -85,54 +88,77 @@ ARGUMENTS = [
 """Names that are read from a class's instances, and must be set by its code."""
 
 
-def parameters(function) -> list[inspect.Parameter]:
-    return list(inspect.signature(function).parameters.values())
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_NOT_CALLED_BY_THEM = {"planner", "weight", "bias", "forward"}
 
 
-def names(text: str) -> list[str]:
-    return text.split()
+def called(cls: type, name: str) -> inspect.Signature:
+    """The signature of a method as its callers see it, without ``self``."""
+    method = inspect.getattr_static(cls, name)
+    signature = inspect.signature(getattr(cls, name))
+    if isinstance(method, (classmethod, staticmethod)):
+        return signature
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-@pytest.mark.parametrize("module", sorted(m.name for m in pkgutil.walk_packages(d2ft_peft.__path__, "d2ft_peft.")))
-def test_every_module_finds_what_it_imports(module):
-    importlib.import_module(module)
+def binds(signature: inspect.Signature, by_position: list[str], by_name: list[str]) -> bool:
+    try:
+        signature.bind(*by_position, **dict.fromkeys(by_name))
+    except TypeError:
+        return False
+    return True
+
+
+def is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("d2ft_peft.")
+
+
+def methods(cls: type) -> set[str]:
+    """What a class of ours defines itself, in all of its bases that are ours."""
+    own = [vars(base).items() for base in cls.__mro__ if is_ours(base)]
+    return {name for items in own for name, value in items if callable(value) or isinstance(value, classmethod)}
+
+
+def test_every_module_finds_what_it_imports():
+    files = [path.relative_to(PACKAGE.parent).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    assert files
+    for file in sorted(files):
+        importlib.import_module(".".join(file.parts).removesuffix(".__init__"))
 
 
 @pytest.mark.parametrize("ours", OVERRIDES)
 def test_what_we_override_exists(ours):
     theirs, listed = OVERRIDES[ours]
-    assert not [name for name in listed if not callable(getattr(theirs, name, None))]
-    assert not [name for name in listed if not any(name in vars(cls) for cls in ours.__mro__ if _is_ours(cls))]
+    assert not [name for name in sorted(listed) if not callable(getattr(theirs, name, None))]
+    assert not listed - methods(ours)
 
 
 @pytest.mark.parametrize("ours", OVERRIDES)
 def test_all_that_we_override_is_listed(ours):
     theirs, listed = OVERRIDES[ours]
-    own = {name for cls in ours.__mro__ if _is_ours(cls) for name, value in vars(cls).items() if _is_method(value)}
-    shared = {name for name in own if hasattr(theirs, name) and not name.startswith("__")}
-    assert shared - listed - _NOT_CALLED_BY_THEM == set()
+    shared = {name for name in methods(ours) if hasattr(theirs, name) and not name.startswith("__")}
+    assert not shared - listed - _NOT_CALLED_BY_THEM
 
 
 @pytest.mark.parametrize("ours", OVERRIDES)
 def test_what_we_override_takes_the_arguments_of_theirs(ours):
     theirs, listed = OVERRIDES[ours]
     for name in sorted(listed):
-        signature = inspect.signature(getattr(ours, name))
-        given = parameters(getattr(theirs, name))
-        by_position = [p.name for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        optional = [p.name for p in given if p.kind == p.KEYWORD_ONLY or p.default is not p.empty]
-        assert _binds(signature, by_position, []), f"{theirs.__name__}.{name}{inspect.signature(getattr(theirs, name))}"
-        required = [n for n in by_position if n not in optional]
-        assert _binds(signature, required, optional), f"{theirs.__name__}.{name} by keyword"
+        expected = called(theirs, name)
+        by_position = [p.name for p in expected.parameters.values() if p.kind in _POSITIONAL]
+        by_name = [p.name for p in expected.parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        assert binds(called(ours, name), by_position, by_name), f"{theirs.__name__}.{name}{expected}"
 
 
-@pytest.mark.parametrize(("function", "by_position", "by_name"), CALLS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    ("function", "by_position", "by_name"), CALLS, ids=lambda value: getattr(value, "__name__", "")
+)
 def test_what_we_call_takes_our_arguments(function, by_position, by_name):
     try:
         signature = inspect.signature(function)
     except ValueError:
         return  # of C++, which is called in the lifecycle
-    assert _binds(signature, names(by_position), names(by_name)), f"{function.__qualname__}{signature}"
+    assert binds(signature, by_position.split(), by_name.split()), f"{function.__qualname__}{signature}"
 
 
 @pytest.mark.parametrize(("cls", "attributes"), ARGUMENTS, ids=lambda value: getattr(value, "__name__", ""))
@@ -142,7 +168,7 @@ def test_what_we_read_is_set(cls, attributes):
 
 
 def test_peft_looks_methods_up_where_we_register():
-    for kind, tuner in ((d2ft_peft.tuners.peft_type.D2FTType.D2FT, D2FTModel), ("D2FT_LORA", D2FTLoraModel)):
+    for kind, tuner in (("D2FT", D2FTModel), ("D2FT_LORA", D2FTLoraModel)):
         assert PEFT_TYPE_TO_CONFIG_MAPPING[kind] is D2FTConfig
         assert PEFT_TYPE_TO_TUNER_MAPPING[kind] is tuner
         assert PEFT_TYPE_TO_PREFIX_MAPPING[kind] == tuner.prefix
@@ -160,22 +186,3 @@ def test_torch_says_whether_a_backward_pass_runs():
     x.register_hook(lambda grad: seen.append(torch._C._current_graph_task_id()))
     (x * 1).backward()
     assert torch._C._current_graph_task_id() == -1 and seen[0] != -1
-
-
-_NOT_CALLED_BY_THEM = {"planner", "weight", "bias", "forward"}
-
-
-def _is_ours(cls: type) -> bool:
-    return cls.__module__.startswith("d2ft_peft.")
-
-
-def _is_method(value) -> bool:
-    return callable(value) or isinstance(value, classmethod)
-
-
-def _binds(signature: inspect.Signature, by_position: list[str], by_name: list[str]) -> bool:
-    try:
-        signature.bind(*by_position, **dict.fromkeys(by_name))
-    except TypeError:
-        return False
-    return True
