@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -108,6 +109,19 @@ def check_loads_in_peft(model: nn.Module, partition: Partition, config: D2FTConf
             f"model_type={model.config.model_type!r} when it loads the adapter: it would not be what was trained; "
             f"set target_modules={leaves}."
         )
+
+
+def leave_out_what_peft_renames(model: nn.Module, config: D2FTConfig) -> None:
+    """Target every projection but those that `check_loads_in_peft` would refuse, and say which are left out."""
+    kept = {name for name in config.target_modules if _keeps_target(model, name)}
+    left = {name.rpartition(".")[2] for name in config.target_modules - kept}
+    if left and kept:
+        warnings.warn(
+            f"LoRA leaves {', '.join(sorted(left))} of model_type={model.config.model_type!r} alone: PEFT would take "
+            "them for experts when it loads the adapter. Their heads are skipped and run like those of the others.",
+            stacklevel=2,
+        )
+        config.target_modules = kept
 
 
 def _keeps_target(model: nn.Module, name: str) -> bool:

@@ -14,7 +14,7 @@ from ..engine.region import RegionForward
 from ..engine.runtime import FeatureMean, Runtime, unbind_checkpointing
 from ..engine.touch_loss import TouchLoss
 from ..partition import Partition, partition_model
-from .adapter_checks import check_beside_others, check_loads_in_peft, check_weights
+from .adapter_checks import check_beside_others, check_loads_in_peft, check_weights, leave_out_what_peft_renames
 from .config import D2FTConfig
 from .layer import D2FTLayer
 
@@ -270,7 +270,10 @@ class D2FTLoraModel(SubnetTuner, LoraModel):
     """
 
     def _prepare_adapter_config(self, peft_config: D2FTConfig, model_config: dict) -> D2FTConfig:
+        every_projection = peft_config.target_modules is None
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if every_projection:
+            leave_out_what_peft_renames(self.model, peft_config)
         check_loads_in_peft(self.model, self._partition_of(peft_config), peft_config)
         projections = self._partition_of(peft_config).projections.values()
         peft_config.fan_in_fan_out = all(projection.transposed for projection in projections)

@@ -80,11 +80,13 @@ def glm4_moe():
 
 
 def test_targets_that_peft_takes_for_experts_are_refused(tmp_path):
-    """With the targets that the message names the adapter loads in stock PEFT with the same logits."""
+    """By default they are left alone, and the adapter loads in stock PEFT with the same logits."""
     attention = ["k_proj", "o_proj", "q_proj", "v_proj"]
     with pytest.raises(ValueError, match=r"an expert of model_type='glm4_moe'.*set target_modules=\['k_proj', "):
-        get_peft_model(glm4_moe(), D2FTConfig(r=4))
-    model = get_peft_model(glm4_moe(), D2FTConfig(r=4, target_modules=attention))
+        get_peft_model(glm4_moe(), D2FTConfig(r=4, target_modules=[*attention, "down_proj"]))
+    with pytest.warns(UserWarning, match="LoRA leaves down_proj, gate_proj, up_proj of model_type='glm4_moe' alone"):
+        model = get_peft_model(glm4_moe(), D2FTConfig(r=4))
+    assert {name.rpartition(".")[2] for name in model.peft_config["default"].target_modules} == set(attention)
     train_briefly(model, "llama")
     model.save_pretrained(tmp_path)
     same(logits(PeftModel.from_pretrained(glm4_moe(), tmp_path), "llama"), logits(model, "llama"))
