@@ -9,8 +9,8 @@ pins. (Its floor in setup.cfg, 2.11, is on PyPI as a CUDA build only, of several
 admits are those of the whole suite, whose environment is made afresh.
 
 What fails the gate: the oldest versions always; the newest where setup.cfg admits them. A newer release that it does
-not admit is no fault of this commit, and no user gets it: it is a warning that cannot be overlooked, so that the package
-is ready before the range is widened.
+not admit is no fault of this commit, and no user gets it: it is a warning that cannot be overlooked, so that the
+package is ready before the range is widened.
 """
 
 import configparser
