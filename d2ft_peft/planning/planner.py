@@ -23,7 +23,7 @@ Where the policy schedules samples (``rows="samples"``), it composes the micro-b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,21 +31,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..engine import get_runtime
 from ..engine.plan import executed_operations
 from ..partition import base_model
 from ..processes import all_reduce, world_size
-from ..schedule import Budget, CostModel, Operation, Problem, Schedule, compose, get_policy, policy_facts
-from ..scores import ScoreSource, ScoreTable, shifts_labels
+from ..schedule import Schedule, compose
 from ..unequal import Shares
 from .counting import ExecutionCounts
 from .facts import BatchFacts, shares_of_items, take_facts
 from .micro_batch import MicroBatch
-from .model_costs import ModelCosts
 from .planned_step import PlannedStep, check_same_schedule
+from .schedule_maker import ScheduleMaker
 
 
-class D2FTPlanner:
+class D2FTPlanner(ScheduleMaker):
     """Makes the schedule of every optimizer step, and counts what was executed.
 
     Args:
@@ -55,41 +53,16 @@ class D2FTPlanner:
         progress: Whether scoring passes show a progress bar.
 
     Attributes:
-        config: The `D2FTConfig`.
-        adapter: Name of the adapter that it belongs to.
-        partition: The subnets.
-        costs: What the model costs, once `prepare` has looked at a batch.
         counts: What was executed.
-        source: Where scores of samples come from.
         shares: How samples are shared out over unequal processes, or None if all run equally many.
-        step: Number of schedules made so far.
-        shifts_labels: Whether the model's own loss predicts the next token.
         table_files: Where score tables were written, by their fingerprint: they are written once a run.
     """
 
-    is_head_parallel = False
-    """Whether all processes get the same micro-batches, and share out the heads."""
-
     def __init__(self, model: nn.Module, num_micro_batches: int | None = None, progress: bool = True):
-        self.model, self.num_micro_batches, self.progress = model, num_micro_batches, progress
-        self.runtime = get_runtime(model)
-        self.adapter = active_adapter(model)
-        self.config, self.partition = model.peft_config[self.adapter], self.runtime.partitions[self.adapter]
-        if self.config.head_parallel and not self.is_head_parallel:
-            raise ValueError(
-                "head_parallel=True: the processes share out the heads of the model, which a planner on its own does "
-                "not drive; train with D2FTTrainer or d2ft_peft.head_parallel.HeadParallel, or set "
-                "model.peft_config['default'].head_parallel = False."
-            )
-        self.policy = get_policy(self.config.policy)
-        self.rng = np.random.default_rng(self.config.seed)
-        self.step = 0
-        self.costs = ModelCosts(model, self.partition, self.config.forward_only_cost)
+        super().__init__(model, num_micro_batches)
+        self.progress = progress
         self.counts = ExecutionCounts()
-        names = tuple(dict.fromkeys(self._score_name(kind) for kind in self._kinds_read))
-        self.source = ScoreSource(model, self.partition, names, self.config.interval)
         base = base_model(model)
-        self.shifts_labels = shifts_labels(model)
         projections = [base.get_submodule(name) for name in self.partition.projections]
         self._subnet_parameters = [p for module in projections for p in module.parameters()]
         self.table_files: dict[str, str] = {}
@@ -119,33 +92,6 @@ class D2FTPlanner:
     def num_planned(self) -> int:
         """Rows of the current step's schedule; 0 before the first."""
         return 0 if self._planned is None else self.schedule.num_micro_batches
-
-    @property
-    def cost_model(self) -> CostModel | None:
-        """What a sample of the agreed length costs, or None before `prepare`."""
-        return self.costs.at(self.costs.probe.sequence_length) if self.costs.known else None
-
-    @property
-    def scores(self) -> dict[str, ScoreTable]:
-        """Tables of the scores that were made before training, by name."""
-        return self.source.tables
-
-    @property
-    def schedules_samples(self) -> bool:
-        """Whether the rows of a schedule are samples, so that micro-batches are composed."""
-        return self.config.rows == "samples"
-
-    def _score_name(self, kind: str) -> str:
-        return getattr(self.config, f"{kind}_score") or "weight_magnitude"
-
-    @property
-    def _kinds_read(self) -> tuple[str, ...]:
-        """Which of the backward and forward score the policy looks at, given the budget."""
-        reads = policy_facts(self.config.policy).reads
-        n = self.num_micro_batches or self.config.num_micro_batches
-        if self.config.policy == "bilevel" and not self.config.budget.leaves_forward_only_a_choice(n):
-            reads = ("backward",)
-        return reads
 
     def plan(self, batches: Sequence[dict[str, Any]]) -> Schedule:
         """Schedule the micro-batches of one optimizer step; every process of a distributed run makes the same.
@@ -182,7 +128,7 @@ class D2FTPlanner:
             return self._sum_over_replicas(np.add.reduceat(values, starts)) / global_sizes[:, None]
 
         checks = self.step % self.config.interval == 0
-        self.use(self.policy(self._problem(samples, mean, self._budget(len(facts)), global_sizes)), sizes)
+        self.use(self._make(samples, mean, self._budget(len(facts)), global_sizes), sizes)
         if checks and not self.is_head_parallel:
             check_same_schedule(self.schedule)
         self._planned.weigh(items, global_items)
@@ -192,10 +138,6 @@ class D2FTPlanner:
     def _refuse_samples(self) -> None:
         if self.schedules_samples:
             raise ValueError(f"policy={self.config.policy!r} schedules samples; call compose(indices, size), not plan.")
-
-    def _sum_over_replicas(self, values: np.ndarray) -> np.ndarray:
-        """Sum over the processes that have different data."""
-        return all_reduce(values)
 
     def compose(self, indices: Sequence[int], size: int) -> list[np.ndarray]:
         """Schedule the samples of one optimizer step, and compose micro-batches of those that run.
@@ -225,7 +167,7 @@ class D2FTPlanner:
         else:
             usual = self.num_micro_batches or self.config.num_micro_batches
             budget = self.config.budget.of_samples(len(indices), usual)
-        samples = self.policy(self._problem(indices, np.asarray, budget, np.ones(len(indices))))
+        samples = self._make(indices, np.asarray, budget, np.ones(len(indices)))
         composition = compose(samples, size)
         ran = sum(map(len, composition.micro_batches))
         ran = ran * world_size() if self.shares is None else self.shares.total(ran)
@@ -271,42 +213,6 @@ class D2FTPlanner:
                 shifted already; see `ScoreSource.observe`.
         """
         self.source.observe(np.asarray(indices), logits.detach(), labels, self.step, **layout)
-
-    def _problem(
-        self,
-        samples: np.ndarray | None,
-        to_rows: Callable[[np.ndarray], np.ndarray],
-        budget: Budget,
-        weights: np.ndarray,
-    ) -> Problem:
-        """The next step's problem; `to_rows` makes scores of rows [N, K] of those of samples [n, K]."""
-        shape = (len(weights), self.partition.num_scheduled)
-
-        def scores(kind: str) -> np.ndarray:
-            if kind not in self._kinds_read:
-                return np.ones(shape)
-            values = self.source.of(self._score_name(kind), samples, self.step)
-            return np.broadcast_to(values, shape) if values.ndim == 1 else to_rows(values)
-
-        problem = Problem(
-            scores("forward"),
-            scores("backward"),
-            budget=budget,
-            weights=weights,
-            **self._facts,
-            tie_break=self.config.tie_break,
-            rng=self.rng,
-            seed=self.config.seed,
-            step=self.step,
-            interval=self.config.interval,
-        )
-        self.step += 1
-        return problem
-
-    @property
-    def _facts(self) -> dict[str, np.ndarray | None]:
-        """What problems and schedules have to know of the subnets."""
-        return {"costs": self.costs.relative, "devices": self._devices(), "blocks": self.partition.subnet_blocks}
 
     def use(self, schedule: Schedule, sizes: np.ndarray | None = None) -> None:
         """Take a schedule made elsewhere as the current step's.
@@ -405,35 +311,3 @@ class D2FTPlanner:
     def last_flops(self) -> float:
         """FLOPs of the last micro-batch in this process, as executed."""
         return self._last_flops
-
-    def prepare(self, batch: dict[str, Any]) -> None:
-        """Learn what the model costs, from one look at a batch; all processes take the mean of their lengths."""
-        if not self.costs.known:
-            self.costs.learn(batch, self._sum_over_replicas)
-
-    def _devices(self) -> np.ndarray | None:
-        """Device of each subnet: contiguous, equally many each."""
-        if self.config.num_devices is None:
-            return None
-        subnets = self.partition.num_scheduled
-        if self.config.num_devices > subnets:
-            raise ValueError(
-                f"num_devices={self.config.num_devices} exceeds the {subnets} subnets of the model; "
-                f"use at most {subnets}, or lower heads_per_subnet."
-            )
-        return np.arange(subnets) * self.config.num_devices // subnets
-
-    def _budget(self, num_micro_batches: int) -> Budget:
-        """The configured budget, or that of the shorter rest of an epoch."""
-        if self.num_micro_batches is None:
-            self.num_micro_batches = num_micro_batches
-        if num_micro_batches >= self.num_micro_batches:
-            return self.config.budget
-        costs = self.costs.relative.sum(axis=0)
-        ratio = costs[Operation.FORWARD_ONLY] / costs[Operation.FULL]
-        return self.config.budget.of_rest(num_micro_batches, self.num_micro_batches, ratio)
-
-
-def active_adapter(model: nn.Module) -> str:
-    """Name of the first active adapter of a PEFT model."""
-    return model.active_adapter if isinstance(model.active_adapter, str) else model.active_adapters()[0]

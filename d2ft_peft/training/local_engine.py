@@ -14,7 +14,7 @@ from transformers.trainer import SCHEDULER_NAME
 
 from ..head_parallel.storage.optimizer_state import OPTIMIZER_FILE, load_optimizer
 from ..planning import D2FTPlanner
-from ..planning.planner import active_adapter
+from ..planning.schedule_maker import active_adapter
 from ..scores import IGNORED
 from ..tuners import check_intercepted, check_trains
 from .step_loss import StepLoss

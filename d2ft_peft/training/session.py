@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from ..planning import D2FTPlanner
 from ..planning.facts import FACTS_KEY, BatchFacts, take_facts
-from ..planning.planner import active_adapter
+from ..planning.schedule_maker import active_adapter
 from ..processes import gather_lists
 from .data import TrainingData
 from .local_engine import LocalEngine

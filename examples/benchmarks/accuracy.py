@@ -27,7 +27,8 @@ from peft import get_peft_model
 from tasks import Task, draw_labels, load_task
 from transformers import TrainingArguments, set_seed
 
-from d2ft_peft import D2FTConfig, D2FTTrainer
+from d2ft_peft import D2FTConfig, D2FTPlanner, D2FTTrainer
+from d2ft_peft.training.data import TrainingData
 
 
 def parse(row: str) -> tuple[str, dict]:
@@ -65,12 +66,20 @@ def learning_rate(row: str, mode: str, task: Task, default: float | None) -> flo
 
 
 class Stopwatch:
-    """Processor seconds within some methods of an object, the time of one within another counted once."""
+    """Processor seconds within some methods of a class while it is entered, the time of one within another once."""
 
-    def __init__(self, owner: object, *methods: str):
-        self.seconds, self._running = 0.0, False
-        for name in methods:
-            setattr(owner, name, self._timed(getattr(owner, name)))
+    def __init__(self, owner: type, *methods: str):
+        self.seconds, self._running, self._owner = 0.0, False, owner
+        self._methods = {name: getattr(owner, name) for name in methods}
+
+    def __enter__(self) -> Stopwatch:
+        for name, method in self._methods.items():
+            setattr(self._owner, name, self._timed(method))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, method in self._methods.items():
+            setattr(self._owner, name, method)
 
     def _timed(self, method: Callable) -> Callable:
         def timed(*args, **kwargs):
@@ -123,11 +132,11 @@ def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespa
         if task.metric == "accuracy":
             trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
             trainer.compute_metrics = lambda p: {"accuracy": 100 * float(np.mean(p.predictions == p.label_ids))}
-        scoring = Stopwatch(trainer, "_score_once")
-        planning = Stopwatch(trainer._start(), "prepare", "plan", "compose", "observe")
-        started, cpu = time.perf_counter(), time.process_time()
-        trainer.train()
-        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
+        methods = ("prepare", "plan_facts", "compose", "observe")
+        with Stopwatch(TrainingData, "score_once") as scoring, Stopwatch(D2FTPlanner, *methods) as planning:
+            started, cpu = time.perf_counter(), time.process_time()
+            trainer.train()
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
         result = trainer.evaluate()[f"eval_{task.metric}"]
     log = next(entry for entry in reversed(trainer.state.log_history) if "compute_ratio" in entry)
     return {

@@ -83,6 +83,10 @@ def test_rests_of_epochs(tmp_path, size):
     assert_resumes(tmp_path, {"policy": "random", "compute_budget": 0.5}, data=samples(n=size))
 
 
+def test_weights_that_are_trained_in_place(tmp_path):
+    assert_resumes(tmp_path, {"policy": "random", "compute_budget": 0.5, "keep_base": False})
+
+
 def test_means_of_features(tmp_path):
     assert_resumes(tmp_path, {"policy": "random", "compute_budget": 0.5, "shortcut": "mean"})
 
