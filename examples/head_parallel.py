@@ -12,16 +12,15 @@ logit is rounded the other way once, which shows as 1e-8.)
 
 from __future__ import annotations
 
-import argparse
 import os
 import pydoc_data.topics
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from common import command_line, ignore_deprecations
 from peft import get_peft_model
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
@@ -116,12 +115,12 @@ def train_alone(folder: Path, steps: int) -> None:
 
 def main(argv: list[str] | None = None) -> list[float]:
     """Run both parts; returns for each the largest difference of a weight, on the first process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each part")
     parser.add_argument("--folder", type=Path, default=Path("out/head_parallel"), help="where adapters are saved")
     parser.add_argument("--alone", action="store_true", help="train on one process, and compare nothing")
     args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT reads it.
+    ignore_deprecations()
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
     how = "alone" if args.alone else "together"

@@ -18,26 +18,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset
-from peft import LoraConfig, get_peft_model
+from common import MethodArguments, adapt, fine_tune, load_splits, parse
+from datasets import ClassLabel, Dataset, Image
 from PIL import ImageOps
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    EvalPrediction,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, Trainer, TrainingArguments
 
-from d2ft_peft import D2FTConfig, D2FTTrainer, partition_model
+from d2ft_peft import D2FTTrainer
 
 
 @dataclass
@@ -58,53 +50,13 @@ class DataArguments:
 
 
 @dataclass
-class MethodArguments:
+class ImageMethodArguments(MethodArguments):
     """How it is trained. What is left out has `D2FTConfig`'s default."""
 
-    method: Literal["d2ft", "plain"] = "d2ft"
-    baseline_fewer_samples: float | None = field(
-        default=None, metadata={"help": "train plainly on this share of the steps"}
-    )
-    r: int | None = field(default=None, metadata={"help": "rank of LoRA; full fine-tuning without it"})
-    lora_alpha: int | None = None
     train_boundary: bool = field(
         default=True, metadata={"help": "full fine-tuning: train embeddings and norms too, not the classifier alone"}
     )
     head: str = field(default="classifier", metadata={"help": "name of the module that is new and always trained"})
-    compute_budget: float | None = None
-    num_full: int | None = None
-    num_forward_only: int | None = None
-    policy: str | None = None
-    backward_score: str | None = None
-    forward_score: str | None = None
-    score_fraction: float | None = None
-    heads_per_subnet: int | None = None
-    shortcut: str | None = None
-
-    def d2ft_config(self, seed: int) -> D2FTConfig:
-        """The D2FT configuration that these arguments ask for."""
-        other = ("method", "baseline_fewer_samples", "train_boundary", "head")
-        given = {name: value for name, value in asdict(self).items() if value is not None and name not in other}
-        boundary = self.r is None and self.train_boundary
-        # The boundary includes the head.
-        return D2FTConfig(
-            **given, train_boundary=boundary, modules_to_save=None if boundary else [self.head], seed=seed
-        )
-
-
-def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
-    """The training and the validation (else test, else held-out) images."""
-    if args.dataset_name is not None:
-        splits = load_dataset(args.dataset_name, cache_dir=args.cache_dir)
-    else:
-        files = {"train": args.train_file, "validation": args.validation_file}
-        files = {split: file for split, file in files.items() if file is not None}
-        splits = load_dataset("parquet", data_files=files, cache_dir=args.cache_dir)
-    name = next((name for name in ("validation", "test") if name in splits), None)
-    if name is None:
-        halves = splits["train"].train_test_split(args.validation_share, seed=seed)
-        splits, name = DatasetDict(train=halves["train"], test=halves["test"]), "test"
-    return take(splits["train"], args.max_train_samples, seed), take(splits[name], args.max_eval_samples, seed)
 
 
 def take(dataset: Dataset, count: int | None, seed: int) -> Dataset:
@@ -139,35 +91,11 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(prediction.predictions == prediction.label_ids))}
 
 
-def adapt(model: torch.nn.Module, args: MethodArguments, seed: int) -> torch.nn.Module:
-    """The model with its trainable parameters: the same ones for D2FT and for plain fine-tuning."""
-    if args.method == "d2ft":
-        return get_peft_model(model, args.d2ft_config(seed))
-    projections = partition_model(model).projections
-    if args.r is not None:
-        alpha = {} if args.lora_alpha is None else {"lora_alpha": args.lora_alpha}
-        config = LoraConfig(r=args.r, target_modules=list(projections), modules_to_save=[args.head], **alpha)
-        return get_peft_model(model, config)
-    if not args.train_boundary:
-        for name, parameter in model.named_parameters():
-            module = name.rpartition(".")[0]
-            parameter.requires_grad_(module in projections or f"{module}.".startswith(f"{args.head}."))
-    return model
-
-
-def train_on_fewer_samples(training: TrainingArguments, args: MethodArguments) -> None:
-    """Shorten the run: plain fine-tuning at the compute that D2FT would spend."""
-    if args.method != "plain":
-        raise ValueError(f"baseline_fewer_samples={args.baseline_fewer_samples} needs method='plain'.")
-    if training.max_steps > 0:
-        training.max_steps = max(1, round(training.max_steps * args.baseline_fewer_samples))
-    else:
-        training.num_train_epochs *= args.baseline_fewer_samples
-
-
 def make_trainer(data: DataArguments, args: MethodArguments, training: TrainingArguments) -> Trainer:
     """Model, data and Trainer."""
-    train, validation = load_splits(data, training.seed)
+    train, validation = load_splits(data, (data.dataset_name,), "parquet", {"seed": training.seed})
+    train = take(train, data.max_train_samples, training.seed)
+    validation = take(validation, data.max_eval_samples, training.seed)
     image, label = column_of(train, Image), column_of(train, ClassLabel)
     names = train.features[label].names
     model = AutoModelForImageClassification.from_pretrained(
@@ -193,24 +121,12 @@ def make_trainer(data: DataArguments, args: MethodArguments, training: TrainingA
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Train, evaluate, save; returns what the last line shows."""
-    parser = HfArgumentParser((DataArguments, MethodArguments, TrainingArguments))
-    data, args, training = parser.parse_args_into_dataclasses(args=argv)
-    set_seed(training.seed)
-    if args.baseline_fewer_samples is not None:
-        train_on_fewer_samples(training, args)
+    data, args, training = parse(DataArguments, ImageMethodArguments, argv)
     trainer = make_trainer(data, args, training)
-    seconds = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint).metrics["train_runtime"]
-    trainer.save_model()
-    result = {"accuracy": trainer.evaluate()["eval_accuracy"], "seconds": seconds}
-    ratios = [entry["compute_ratio"] for entry in trainer.state.log_history if "compute_ratio" in entry]
-    result["compute_ratio"] = float(np.mean(ratios)) if ratios else args.baseline_fewer_samples or 1.0
-    trainer.log_metrics("all", result)
-    trainer.save_metrics("all", result)
-    if training.push_to_hub:
-        trainer.push_to_hub()
+    result = fine_tune(trainer, args, lambda metrics: {"accuracy": metrics["eval_accuracy"]})
     print(
-        f"{args.method}, {'full' if args.r is None else f'LoRA r={args.r}'}: accuracy {result['accuracy']:.1%}, "
-        f"{seconds:.0f} s, compute ratio {result['compute_ratio']:.2f}"
+        f"{args}: accuracy {result['accuracy']:.1%}, {result['seconds']:.0f} s, "
+        f"compute ratio {result['compute_ratio']:.2f}"
     )
     return result
 

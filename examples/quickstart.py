@@ -10,19 +10,18 @@ at the same compute is the judge: whoever skips work has to beat the simplest wa
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
 import math
 import os
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import command_line, ignore_deprecations
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
@@ -252,14 +251,14 @@ CAVEATS = """\
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Run all ways and return the rows of the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each way")
     parser.add_argument("--quick", action="store_true", help="a toy model, 2 steps: a check that everything runs")
     parser.add_argument("--output", type=Path, default=Path("out/quickstart"), help="folder of all files")
     args = parser.parse_args(argv)
     args.output.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # The profiler announces its starts and stops otherwise.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT reads it.
+    ignore_deprecations()
     width, blocks, steps, num_train = (16, 2, 2, 160) if args.quick else (128, 6, args.steps, 480)
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": blocks}
     sizes |= {"num_attention_heads": 4, "image_size": 24, "patch_size": 6, "num_channels": 1, "num_labels": 5}

@@ -11,7 +11,7 @@ from PIL import Image as Picture
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from examples.image_classification import MethodArguments, adapt, collate, main, transform
+from examples.image_classification import ImageMethodArguments, adapt, collate, main, transform
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:the adapter's base model is the local path")
@@ -93,7 +93,7 @@ def test_d2ft_and_plain_train_the_same_parameters(assets, given):
     trained = []
     for method in ("d2ft", "plain"):
         model = AutoModelForImageClassification.from_pretrained(assets / "model")
-        model = adapt(model, MethodArguments(method=method, **given), seed=0)
+        model = adapt(model, ImageMethodArguments(method=method, **given), seed=0)
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         trained.append({name.removeprefix("base_model.model.").replace("d2ft_layers.default.", "")
                            .replace("modules_to_save.default.", "") for name in names})  # fmt: skip
