@@ -134,7 +134,7 @@ class StepLoss:
             raise ValueError(
                 f"score {list(self.planner.source.live)} is read from the logits and labels of one forward pass, and "
                 f"this step ran {len(seen)} of them with logits {[getattr(x, 'shape', None) for x in seen]} and "
-                f"labels {type(labels).__name__}; choose policy='fewer_samples', or 'bilevel' with "
-                "backward_score='weight_magnitude'."
+                f"labels {type(labels).__name__} (TRL's SFTTrainer, for one, has its loss without logits); choose "
+                "policy='fewer_samples', or 'bilevel' with backward_score='weight_magnitude'."
             )
         self.planner.observe(facts.indices, seen[0], labels, **layout)
