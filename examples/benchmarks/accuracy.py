@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import os
 import tempfile
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import get_peft_model
+from rows import append_rows, command_line, read_rows
 from tasks import Task, draw_labels, load_task
 from transformers import TrainingArguments, set_seed
 
@@ -150,7 +150,7 @@ def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespa
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--assets", required=True, help="folder with models/ and data/")
     parser.add_argument("--task", required=True)
     parser.add_argument("--mode", choices=["full", "lora"], default="full")
@@ -179,7 +179,7 @@ def main() -> None:
     if args.label_noise:
         draw_labels(task, args.label_noise)
     path = Path(args.json)
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = list(read_rows(path))
     keys = ("task", "mode", "row", "budget", "seed", "steps", "lr", "train_samples", "size", "label_noise")
     known = {tuple(run.get(key, 0.0) for key in keys) for run in done}
     for seed in args.seeds:
@@ -190,8 +190,7 @@ def main() -> None:
                 if (*setting, args.label_noise) in known:
                     continue
                 run = train(task, row, budget, seed, args)
-                with path.open("a") as file:  # one write: several processes may share a file
-                    file.write(json.dumps(run) + "\n")
+                append_rows(path, [run])
                 print(
                     f"{args.task} {args.mode} {row:40} {run['budget']:.2f} seed {seed} lr {lr:g}: "
                     f"{run['value']:.3f} ({run['seconds']:.0f} s, ran {run['compute_ratio']:.3f})",

@@ -10,12 +10,10 @@ Where a row ran at several learning rates, the one with the best mean counts, th
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
+from rows import publish, pyplot, read_rows, save
 from scipy import stats
 
 
@@ -33,11 +31,9 @@ different speed were used, also within a table, so CPU seconds tell the order of
 def load(paths: list[str]) -> dict[tuple, dict[tuple, dict[int, dict]]]:
     """Runs by setting (task, mode, metric, steps, samples, size), then by (row, budget), then by seed."""
     by_rate: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for path in paths:
-        for line in Path(path).read_text().splitlines():
-            run = json.loads(line)
-            setting = tuple(run[k] for k in ("task", "mode", "metric", "steps", "train_samples", "size"))
-            by_rate[setting][run["row"], run["budget"]][run["lr"]][run["seed"]] = run
+    for run in read_rows(*paths):
+        setting = tuple(run[k] for k in ("task", "mode", "metric", "steps", "train_samples", "size"))
+        by_rate[setting][run["row"], run["budget"]][run["lr"]][run["seed"]] = run
     return {setting: {row: at_best_rate(rates) for row, rates in rows.items()} for setting, rows in by_rate.items()}
 
 
@@ -107,10 +103,7 @@ def plot(settings: dict, path: str) -> None:
 
     Accuracies far below the judge's have a panel of their own, or nothing could be seen of the others.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     bars: dict[str, list] = {"accuracy": [], "far below": [], "loss": []}
     for (task, mode, metric, steps, samples, size), rows in settings.items():
@@ -140,23 +133,15 @@ def plot(settings: dict, path: str) -> None:
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+")
-    parser.add_argument("--page", default=None, help="Markdown file that gets the tables, instead of the terminal")
-    parser.add_argument("--png", default=None)
-    args = parser.parse_args()
-    settings = load(args.files)
-    tables = "\n\n".join(table(setting, rows) for setting, rows in settings.items())
-    if args.page:
-        Path(args.page).write_text(f"{PREFACE}\n\n{tables}\n")
-    else:
-        print(tables)
-    if args.png:
-        plot(settings, args.png)
+def tables(settings: dict) -> str:
+    return "\n\n".join(table(setting, rows) for setting, rows in settings.items())
+
+
+def main(argv: list[str] | None = None) -> None:
+    publish(__doc__, argv, load, tables, plot, PREFACE)
 
 
 if __name__ == "__main__":

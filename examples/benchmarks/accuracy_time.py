@@ -11,12 +11,10 @@ over the logarithm of time.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
+from rows import publish, pyplot, read_rows, save
 
 
 Curve = dict[int, tuple[float, float]]
@@ -26,11 +24,9 @@ Curve = dict[int, tuple[float, float]]
 def load(paths: list[str]) -> dict[int, dict[tuple[str, float], Curve]]:
     """Curves by number of training samples, then by (row, budget)."""
     runs: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for path in paths:
-        for line in Path(path).read_text().splitlines():
-            run = json.loads(line)
-            found = runs[run["train_samples"]][run["row"], run["budget"]][run["steps"]]
-            found.append((run["cpu_seconds"], run["value"]))
+    for run in read_rows(*paths):
+        found = runs[run["train_samples"]][run["row"], run["budget"]][run["steps"]]
+        found.append((run["cpu_seconds"], run["value"]))
     return {
         samples: {
             row: {steps: tuple(np.mean(found, axis=0)) for steps, found in sorted(lengths.items())}
@@ -77,10 +73,7 @@ def table(curves: dict[int, dict[tuple[str, float], Curve]]) -> str:
 
 
 def plot(curves: dict[int, dict[tuple[str, float], Curve]], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(1, len(curves), figsize=(4 * len(curves), 3.6), sharey=True, squeeze=False)
@@ -100,19 +93,11 @@ def plot(curves: dict[int, dict[tuple[str, float], Curve]], path: str) -> None:
     axes[0, 0].set_ylabel("accuracy in per cent", fontsize=8)
     axes[0, -1].legend(fontsize=8, loc="lower right")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+")
-    parser.add_argument("--png", default=None)
-    args = parser.parse_args(argv)
-    curves = load(args.files)
-    print(table(curves))
-    if args.png:
-        plot(curves, args.png)
+    publish(__doc__, argv, load, table, plot)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 import transformers as tf
 from accelerate import PartialState
 from peft import get_peft_model
+from rows import command_line
 
 from d2ft_peft import D2FTConfig
 from d2ft_peft.head_parallel import HeadParallel, load_head_parallel
@@ -96,7 +97,7 @@ def start(folder: str, processes: int, how: str) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--heads", type=int, default=16)

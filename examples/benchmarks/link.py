@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from rows import command_line, pyplot, save
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 
 from d2ft_peft import D2FTConfig, Schedule
@@ -195,10 +196,7 @@ def table(rows: list[dict]) -> str:
 
 def plot(timelines: dict, path: str, rate: float) -> None:
     """What both ranks do, and when, without and with overlap."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(2, 1, figsize=(11, 5), sharex=True)
     for axis, (overlap, ranks) in zip(axes, timelines.items(), strict=True):
@@ -223,12 +221,11 @@ def plot(timelines: dict, path: str, rate: float) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.legend(handles, list(COLORS), loc="lower center", ncols=len(COLORS), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--rates", type=float, nargs="+", default=[1000.0, 500.0, 0.0], help="Mbit/s, 0: no limit")
     parser.add_argument("--mode", choices=("full", "lora"), default="full")
     parser.add_argument("--hidden", type=int, default=384)

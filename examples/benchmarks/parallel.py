@@ -36,6 +36,7 @@ from parallel_micro import micro_measurements
 from parallel_peers import data_parallel, fully_sharded, tensor_parallel, transformers_tensor_parallel
 from parallel_table import merge, table
 from peft import get_peft_model
+from rows import add_shape, command_line
 from step_time import build_model, make_batch, peak_memory
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -242,19 +243,9 @@ def work(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--model", choices=["vit", "llama"], default="vit")
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--kv-heads", type=int, default=None)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--intermediate", type=int, default=None, help="width of the FFN, 4 x hidden by default")
-    parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--micro-batches", type=int, default=5)
-    parser.add_argument("--micro-batch-size", type=int, default=8)
+    add_shape(parser, ["vit", "llama"], image_size=112, vocabulary=2048)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-slow", action="store_true", help="leave out the part with a busy neighbour")
     parser.add_argument("--json", default=None, help="file for everything that was measured")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rows import command_line
 from simulate_plot import draw
 from step_time import build_model, make_batch
 
@@ -105,7 +106,7 @@ def validate(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--measured", nargs="*", default=[], help="results of parallel.py to compare with")
     parser.add_argument("--png", default=None, help="file for the picture of 8 to 1024 devices")
     args = parser.parse_args(argv)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import transformers as tf
-from matplotlib import pyplot as plt
+from rows import pyplot, save
 
 from d2ft_peft.head_parallel import balanced_capacities, place_subnets
 from d2ft_peft.head_parallel.rank_planner import by_rank
@@ -119,7 +119,7 @@ def predictions(case: Case, mixed: bool, within: Link = WITHIN) -> dict[str, lis
 
 def draw(path: str) -> str:
     """Write the picture; returns the table of 64 devices."""
-    every = list(cases())
+    plt, every = pyplot(), list(cases())
     figure, axes = plt.subplots(len(every), 2, figsize=(10, 3.6 * len(every)), squeeze=False)
     lines = ["| samples per second and device, 64 devices | " + " | ".join(STYLES) + " |"]
     lines.append("|---" * (len(STYLES) + 1) + "|")
@@ -135,8 +135,7 @@ def draw(path: str) -> str:
     marks = [plt.Line2D([], [], color=color, linestyle=line, label=name) for name, (color, line) in STYLES.items()]
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.legend(handles=marks, loc="lower center", ncols=5, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
     return "\n".join(lines)
 
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import warnings
 from pathlib import Path
@@ -33,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peers import PEERS, Tuned, d2ft, plain
+from rows import append_rows, command_line, read_rows
 from speed_table import CELL_KEYS
 from step_time import Variant, build_model, efficiency, flops_and_memory, make_batch, seconds, step_seconds
 
@@ -187,7 +187,7 @@ def counts(variant: Variant) -> dict:
 def run_cell(cell: str, args: argparse.Namespace, path: Path) -> None:
     """Measure what the result file lacks, beside the plain steps, and add it."""
     identity, given = setting(cell, args)
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = list(read_rows(path))
     known = {tuple(run[key] for key in ROW_KEYS) for run in done if all(run[k] == v for k, v in identity.items())}
     missing = [row for row in wanted(args) if row not in known]
     modes = {row[0] for row in missing}
@@ -195,10 +195,7 @@ def run_cell(cell: str, args: argparse.Namespace, path: Path) -> None:
     if not missing:
         return
     results = measure(rows, given, args.repeats)
-    with path.open("a") as file:
-        for row, result in zip(rows, results, strict=True):
-            if row in missing:
-                file.write(json.dumps(identity | result) + "\n")
+    append_rows(path, [identity | result for row, result in zip(rows, results, strict=True) if row in missing])
     print(f"{cell} {identity['dtype']}")
     for result in results:
         label = f"{result['schedule'] or result['variant']} {result['budget']:.1f}"
@@ -208,7 +205,7 @@ def run_cell(cell: str, args: argparse.Namespace, path: Path) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--preset", choices=list(PRESETS), default="quick")
     parser.add_argument("--cells", nargs="+", default=None, help="SHAPE:MICRO_BATCH_SIZE:BLOCKS, instead of a preset's")
     parser.add_argument("--modes", default="full,lora")

@@ -11,10 +11,9 @@ Efficiency is the share of time saved over the share of FLOPs saved.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import defaultdict
-from pathlib import Path
+
+from rows import publish, pyplot, read_rows, save
 
 
 CELL_KEYS = ("shape", "blocks", "micro_batch_size", "num_micro_batches", "dtype", "threads", "device", "rank")
@@ -34,10 +33,8 @@ were measured on machines of different speed."""
 def load(paths: list[str]) -> dict[tuple, list[dict]]:
     """Rows by cell."""
     cells: dict = defaultdict(list)
-    for path in paths:
-        for line in Path(path).read_text().splitlines():
-            row = json.loads(line)
-            cells[tuple(row[key] for key in CELL_KEYS)].append(row)
+    for row in read_rows(*paths):
+        cells[tuple(row[key] for key in CELL_KEYS)].append(row)
     return {cell: sorted(rows, key=place) for cell, rows in cells.items()}
 
 
@@ -97,10 +94,7 @@ def summary(cells: dict[tuple, list[dict]]) -> str:
 
 def plot(cells: dict[tuple, list[dict]], path: str) -> None:
     """Time over FLOPs, one panel a cell and mode: on the diagonal every saved FLOP is saved time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     panels = [
         (cell, mode, [row for row in rows if row["mode"] == mode])
@@ -128,24 +122,15 @@ def plot(cells: dict[tuple, list[dict]], path: str) -> None:
     marks = [plt.Line2D([], [], marker=m, color=c, linestyle="", label=name) for name, (m, c) in MARKERS.items()]
     figure.tight_layout(rect=(0, 0.3 / (3.1 * lines + 0.4), 1, 1))
     figure.legend(handles=marks, loc="lower center", ncols=min(len(marks), 2 * columns), fontsize=7, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
+
+
+def tables(cells: dict[tuple, list[dict]]) -> str:
+    return "\n\n".join([summary(cells), *(table(cell, rows) for cell, rows in cells.items())])
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+")
-    parser.add_argument("--page", default=None, help="Markdown file that gets the tables, instead of the terminal")
-    parser.add_argument("--png", default=None)
-    args = parser.parse_args(argv)
-    cells = load(args.files)
-    tables = "\n\n".join([summary(cells), *(table(cell, rows) for cell, rows in cells.items())])
-    if args.page:
-        Path(args.page).write_text(f"{PREFACE}\n\n{tables}\n")
-    else:
-        print(tables)
-    if args.png:
-        plot(cells, args.png)
+    publish(__doc__, argv, load, tables, plot, PREFACE)
 
 
 if __name__ == "__main__":

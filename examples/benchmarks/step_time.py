@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
+from rows import add_shape, command_line
 from torch.profiler import ProfilerActivity, profile
 
 from d2ft_peft import D2FTConfig, partition_model
@@ -240,18 +241,8 @@ def measure(args: argparse.Namespace, mode: str) -> list[dict]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=["vit", "bert", "llama"], default="vit")
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--kv-heads", type=int, default=None)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--intermediate", type=int, default=None, help="width of the FFN, 4 x hidden by default")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--micro-batches", type=int, default=5)
-    parser.add_argument("--micro-batch-size", type=int, default=8)
+    parser = command_line(__doc__)
+    add_shape(parser, ["vit", "bert", "llama"], image_size=224, vocabulary=32000)
     parser.add_argument("--heads-per-subnet", type=int, default=1)
     parser.add_argument("--modes", default="full,lora")
     parser.add_argument("--rank", type=int, default=16)

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
+from rows import command_line
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 from transformers import ViTConfig, ViTForImageClassification
@@ -205,7 +206,7 @@ def table(variants: dict[str, dict]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--layers", type=int, default=12)
