@@ -23,7 +23,7 @@ Where the policy schedules samples (``rows="samples"``), it composes the micro-b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -106,8 +106,8 @@ class D2FTPlanner(ScheduleMaker):
         Raises:
             ValueError: If there is no batch, the policy schedules samples, or processes made different schedules.
         """
-        if not batches:
-            raise ValueError("batches is empty; plan the micro-batches of one optimizer step.")
+        if not batches or isinstance(batches, Mapping):
+            raise ValueError(f"batches={type(batches).__name__} of {len(batches)}: give a list of the micro-batches.")
         self._refuse_samples()
         facts = [take_facts(batch, self.shifts_labels) for batch in batches]
         self.prepare(batches[0])
@@ -135,6 +135,13 @@ class D2FTPlanner(ScheduleMaker):
         self._planned.lengths = [one.length for one in facts]
         return self.schedule
 
+    @property
+    def _step(self) -> PlannedStep:
+        """The planned step. Raises ValueError before the first."""
+        if self._planned is None:
+            raise ValueError("no micro-batch is planned; call plan(batches) or compose(indices, size) first.")
+        return self._planned
+
     def _refuse_samples(self) -> None:
         if self.schedules_samples:
             raise ValueError(f"policy={self.config.policy!r} schedules samples; call compose(indices, size), not plan.")
@@ -159,6 +166,10 @@ class D2FTPlanner(ScheduleMaker):
         if not self.costs.known:
             raise ValueError("compose needs the model's costs; call prepare(batch) once, with any collated batch.")
         indices = np.asarray(indices)
+        if not self.schedules_samples:
+            raise ValueError(f"policy={self.config.policy!r} schedules micro-batches; call plan(batches), not compose.")
+        if not len(indices):
+            raise ValueError("indices is empty; give the candidates of one optimizer step.")
         if self.shares is not None:
             self.shares.begin_step(self.model)
         self._share_at_interval()
@@ -183,7 +194,7 @@ class D2FTPlanner(ScheduleMaker):
         Args:
             facts: Of each micro-batch of `compose`, in their order.
         """
-        items = np.zeros(len(self._planned.sizes))
+        items = np.zeros(len(self._step.sizes))
         items[: len(facts)] = shares_of_items(facts)
         self._planned.weigh(items, all_reduce(items))
 
@@ -222,26 +233,37 @@ class D2FTPlanner(ScheduleMaker):
             sizes: Sizes in this process, [N]; the schedule's weights by default.
         """
         sizes = np.asarray(schedule.weights if sizes is None else sizes)
+        self.counts.close(self.schedule)  # a former step may have been left unfinished
         self.counts.begin()
         self._planned = PlannedStep(self.partition, schedule, sizes, self.each_is_a_step)
 
-    def resume(self, operations: np.ndarray, facts: Sequence[BatchFacts], skipped: float = 0.0) -> None:
+    def resume(
+        self,
+        operations: np.ndarray,
+        facts: Sequence[BatchFacts],
+        skipped: float = 0.0,
+        devices: np.ndarray | None = None,
+    ) -> None:
         """Take what is left of a schedule that a checkpoint interrupted.
 
         Args:
             operations: Of the micro-batches that are left, int [N, K].
             facts: Of each of them.
             skipped: Samples of all processes that do not run besides.
+            devices: Device of each subnet, [K], which a policy may have chosen itself.
         """
         sizes, items = np.array([float(one.size) for one in facts]), shares_of_items(facts)
         global_sizes, global_items = self._sum_over_replicas(np.stack([sizes, items]))
+        lengths = [one.length for one in facts]
         if skipped:
             operations = np.concatenate([operations, np.zeros((1, self.partition.num_scheduled), dtype=np.int8)])
             sizes, items, global_items = (np.append(values, 0.0) for values in (sizes, items, global_items))
-            global_sizes = np.append(global_sizes, skipped)
+            global_sizes, lengths = np.append(global_sizes, skipped), [*lengths, None]
         if len(operations):
-            self.use(Schedule(operations, global_sizes, **self._facts), sizes)
+            known = self._facts if devices is None else {**self._facts, "devices": devices}
+            self.use(Schedule(operations, global_sizes, **known), sizes)
             self._planned.weigh(items, global_items)
+            self._planned.lengths = lengths
 
     def pass_over(self) -> list[int]:
         """Note that the micro-batches which are skipped as a whole do not run; returns the indices of the others."""
@@ -260,7 +282,7 @@ class D2FTPlanner(ScheduleMaker):
     @contextmanager
     def micro_batch(self, index: int) -> Iterator[MicroBatch]:
         """Run forward and backward of one micro-batch under its row of the schedule."""
-        micro_batch = self._planned.micro_batches[index]
+        micro_batch = self.peek(index)
         with self.costs.learning(), self.runtime.use(micro_batch.plan):
             yield micro_batch
             row = executed_operations(self.partition, self.runtime.executed)
@@ -288,7 +310,10 @@ class D2FTPlanner(ScheduleMaker):
 
     def peek(self, index: int) -> MicroBatch:
         """The micro-batch, without running it."""
-        return self._planned.micro_batches[index]
+        micro_batches = self._step.micro_batches
+        if not 0 <= index < len(micro_batches):
+            raise ValueError(f"index={index} is none of the {len(micro_batches)} micro-batches that are planned.")
+        return micro_batches[index]
 
     def _zero_missing_gradients(self) -> None:
         """A projection that was FULL nowhere in a step has a gradient of zero, like the heads that were not FULL in one

@@ -65,6 +65,7 @@ class HeadParallelEngine(LocalEngine):
     def __init__(self, trainer: Trainer):
         super().__init__(trainer)
         self.parallel: HeadParallel | None = None
+        self._scored: Any = None
 
     def accelerator_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """All processes are one group that gets the same batches."""
@@ -92,9 +93,17 @@ class HeadParallelEngine(LocalEngine):
         """A planner of the cut model; scores that take a pass are made while it is still whole."""
         check_trains(session.model)
         if self.parallel is None:
-            return self.cut(session.score_whole_model).planner
+            planner = self.cut(session.score_whole_model).planner
+            self._scored = self.trainer.train_dataset
+            return planner
         scores = self.parallel.planner.scores
         planner = self.parallel.renew_planner(session.accumulation)
+        if scores and self._scored is not self.trainer.train_dataset:
+            raise ValueError(
+                "the data set changed, and samples cannot be scored on a model that is cut over processes; make the "
+                "model and the Trainer anew, or choose scores that take no pass (backward_score='weight_magnitude')."
+            )
+        self._scored = self.trainer.train_dataset
         planner.scores.update(scores)
         return planner
 

@@ -18,7 +18,11 @@ from torch import Tensor
 _PASSING_ON = {
     Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.detach, Tensor.clone, Tensor.contiguous, Tensor.dim, Tensor.size,
     Tensor.numel, Tensor.is_floating_point, Tensor.ndimension, Tensor.__repr__, Tensor.__format__, torch.is_tensor,
+    Tensor.gt, Tensor.ge, Tensor.lt, Tensor.le, Tensor.eq, Tensor.ne, Tensor.__gt__, Tensor.__ge__, Tensor.__lt__,
+    Tensor.__le__, Tensor.__eq__, Tensor.__ne__, Tensor.__bool__,
 }  # fmt: skip
+# What gives the number away to code that cannot be watched.
+_GIVING_AWAY = {"item", "tolist", "numpy", "__float__", "__int__", "__index__", "__array__"}
 
 
 class WatchedItems(Tensor):
@@ -43,6 +47,11 @@ class WatchedItems(Tensor):
     def used(self) -> bool:
         """Whether anybody computed with it."""
         return bool(self.uses)
+
+    @property
+    def given_away(self) -> bool:
+        """Whether it was only read as a number, of which nobody knows what became."""
+        return self.used and set(self.uses) <= _GIVING_AWAY
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

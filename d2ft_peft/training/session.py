@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,13 +13,13 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..planning import D2FTPlanner
-from ..planning.facts import FACTS_KEY, BatchFacts, take_facts
+from ..planning.facts import BatchFacts, take_facts
 from ..planning.schedule_maker import active_adapter
 from ..processes import gather_lists
 from .data import TrainingData
 from .local_engine import LocalEngine
 from .step_log import StepLog
-from .window import Task, Window
+from .window import StepBatches, Task, Window
 
 
 class TrainingSession:
@@ -39,6 +38,8 @@ class TrainingSession:
         data: Makes the data loaders.
         window: Steps that are scheduled together where no gradients are accumulated.
         current: The micro-batch that the Trainer is at.
+        is_last: Whether it is the last of its optimizer step.
+        ran: Whether the Trainer ran it, or passed over it.
         step_tasks: The micro-batches of the current optimizer step, in the order of their schedule.
         step_runs: Whether anything of the current optimizer step runs.
         grad_norm: Of the last optimizer step that ran.
@@ -58,7 +59,8 @@ class TrainingSession:
         self.step_tasks: list[Task] = []
         self.step_runs = False
         self.grad_norm: Tensor | float = 0.0
-        self._upcoming: deque[Task | None] = deque()
+        self.is_last, self.ran = True, False
+        self._batches = StepBatches(self, [])
         self._rest: dict[str, Any] | None = None
         self.steps = StepLog()
         engine.begin(self)
@@ -87,21 +89,23 @@ class TrainingSession:
         """
         self._check_unchanged()
         if self.accumulation == 1:
-            tasks = self.step_tasks = self._next_of_window(iterator)
-            idle = 0
+            self.step_tasks = self._next_of_window(iterator)
+            tasks = self.step_tasks
         else:
             candidates = list(itertools.islice(iterator, num_batches))
             self.step_tasks = self._schedule(candidates) if candidates else []
-            tasks = [task for task in self.step_tasks if task.runs]
-            idle = len(candidates) - len(tasks)
-        if not tasks and not idle:
-            return [], []
-        # The Trainer counts micro-batches. Any batch may stand for one that does not run: it is not looked at.
-        stand_in = tasks[0].batch if tasks else candidates[0]
+            running = [task for task in self.step_tasks if task.runs]
+            # The Trainer counts micro-batches; those that do not run were counted when they were scheduled.
+            stand_in = running[0].batch if running else candidates and candidates[0]
+            passed = Task(None, stand_in, BatchFacts(0), runs=False)
+            tasks = [*[passed] * (len(candidates) - len(running)), *running]
         self.step_runs = any(task.runs for task in tasks)
-        self._upcoming = deque([*[None] * idle, *tasks])
-        batches = [dict(batch) for batch in (*[stand_in] * idle, *(task.batch for task in tasks))]
-        return batches, [batch for batch, task in zip(batches[idle:], tasks, strict=True) if task.runs]
+        if tasks:
+            self.steps.count(self.step_runs)
+            if self.accumulation == 1:
+                self.planner.counts.end_step()
+        self._batches = StepBatches(self, tasks)
+        return self._batches, [self._batches[i] for i, task in enumerate(tasks) if task.runs]
 
     def _schedule(self, candidates: list[dict]) -> list[Task]:
         """Schedule batches. Where samples are scheduled, micro-batches are composed of them."""
@@ -147,7 +151,7 @@ class TrainingSession:
             tasks = self._schedule(candidates) if rest is None else self._resume_window(rest, candidates)
             # Composed micro-batches may be fewer; what the schedule says of all others is one row.
             rows, known = range(len(tasks), len(candidates)), self.planner.num_planned
-            stand_in, facts = candidates[0], BatchFacts(0)
+            stand_in, facts = tasks[0].batch if tasks else candidates[0], BatchFacts(0)
             idle = [Task(i if i < known else None, stand_in, facts, runs=False) for i in rows]
             if known > len(tasks) and not idle:
                 self.planner.pass_by(len(tasks))
@@ -168,7 +172,8 @@ class TrainingSession:
             own = [np.array(group) for group in rest["samples"][self.trainer.args.process_index]]
             collated = [self.data.collate(group, [None] * len(group)) for group in own]
             batches, facts = [batch for batch, _ in collated], [facts for _, facts in collated]
-        planner.resume(rows[: len(facts)], facts, rest["skipped"])
+        devices = None if rest["devices"] is None else np.array(rest["devices"])
+        planner.resume(rows[: len(facts)], facts, rest["skipped"], devices)
         running = set(planner.pass_over())
         return [Task(i, batches[i], facts[i], i in running) for i in range(len(facts))]
 
@@ -181,30 +186,25 @@ class TrainingSession:
             default: The Trainer's own step.
             model, inputs, items: Its arguments.
         """
-        self.current = self._upcoming.popleft()
-        inputs.pop(FACTS_KEY, None)
-        if self.is_last:
-            self.steps.count(self.step_runs)
-            if self.accumulation == 1:
-                self.planner.counts.end_step()
+        self._batches.come_to(inputs)
+        self.ran = True
         return self.engine.training_step(self, default, model, inputs, items)
+
+    def arrive(self, task: Task, is_last: bool) -> None:
+        """The Trainer comes to a micro-batch; whether it runs it, or leaves it out, is its own affair."""
+        self.current, self.is_last, self.ran = task, is_last, False
 
     @property
     def idle(self) -> bool:
-        """Whether the current micro-batch is one that does not run."""
-        return self.current is None or not self.current.runs
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the current micro-batch is the last of its optimizer step."""
-        return not self._upcoming
+        """Whether the current micro-batch is one that does not run, or was left out by the Trainer."""
+        return self.current is None or not self.current.runs or not self.ran
 
     def pass_over(self) -> Tensor:
         """What stands for the micro-batch that does not run; if nothing of a step runs, the optimizer does not step."""
         trainer = self.trainer
-        if self.current is not None and self.current.index is not None:
+        if self.current.index is not None:
             self.planner.pass_by(self.current.index)
-        if self.is_last and not self.step_runs:
+        if not self.step_runs:
             trainer.accelerator.gradient_state._set_sync_gradients(False)
             if callable(getattr(trainer.optimizer, "train", None)):
                 trainer.optimizer.train()  # optimizers that have a mode of their own, and were evaluated in the other
@@ -225,15 +225,36 @@ class TrainingSession:
             planner, samples, skipped = self.planner, None, 0.0
             nothing = [0] * planner.partition.num_scheduled
             rows = [list(planner.peek(t.index).plan.operations) if t.runs else nothing for t in tasks]
+            devices = planner.schedule.devices.tolist() if planner.num_planned else None
             if planner.schedules_samples:  # every process has chosen its own
                 samples = gather_lists([t.facts.indices.tolist() for t in tasks if t.runs])
                 skipped = sum(planner.schedule.weights[t.index] for t in tasks if not t.runs and t.index is not None)
-            rest = {"operations": rows, "samples": samples, "skipped": float(skipped)}
-        return {"rest_of_window": rest}
+            rest = {"operations": rows, "samples": samples, "skipped": float(skipped), "devices": devices}
+        return {"rest_of_window": rest, "accumulation": self.accumulation, "samples": self._num_samples()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint was made."""
-        self.window, self._rest = Window(), state["rest_of_window"]
+    def load_state_dict(self, state: dict[str, Any], usual: int) -> None:
+        """Go on where a checkpoint was made.
+
+        Args:
+            state: What `state_dict` returned.
+            usual: Micro-batches of a usual step as the arguments are now.
+
+        Raises:
+            ValueError: If samples have scores, and the data set has another number of them.
+        """
+        known = self.planner.source.by_sample or self.planner.schedules_samples
+        if known and state["samples"] != self._num_samples():
+            raise ValueError(
+                f"the checkpoint was made on a data set of {state['samples']} samples, whose scores it holds, and this "
+                f"one has {self._num_samples()}; resume on the same data set, or start anew from the adapter."
+            )
+        self.window, self.planner.num_micro_batches = Window(), usual
+        # Another number of accumulation steps makes other steps: what was left of a window is none of them.
+        self._rest = state["rest_of_window"] if state["accumulation"] == self.accumulation else None
+
+    def _num_samples(self) -> int | None:
+        data = self.trainer.train_dataset
+        return len(data) if hasattr(data, "__len__") else None
 
     def _check_unchanged(self) -> None:
         """A session serves what it was made for, and refuses what it would only follow half."""

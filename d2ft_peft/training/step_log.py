@@ -26,7 +26,7 @@ class StepLog:
 
     def correct(self, logs: dict[str, float]) -> None:
         """Make the Trainer's means over all steps means over those that ran; where none ran there is no loss."""
-        if "loss" in logs:
+        if {"loss", "learning_rate"} <= logs.keys():  # the Trainer's own entry
             steps, ran = self.steps - self.logged_steps, self.ran - self.logged_ran
             self.logged_steps, self.logged_ran = self.steps, self.ran
             _mean_over(logs, "loss", steps, ran)

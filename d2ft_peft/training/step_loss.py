@@ -6,12 +6,14 @@ subclass, TRL.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from transformers import Trainer
 
 from ..engine.touch_loss import touch
@@ -33,6 +35,9 @@ class StepLoss:
     def __init__(self, trainer: Trainer, planner: D2FTPlanner, processes: int):
         self.trainer, self.planner, self.processes = trainer, planner, processes
         self._parameters = [p for p in planner.model.parameters() if p.requires_grad]
+        self._is_compiled: bool | None = None
+        self._used: list[str] | None = None
+        self._warned = False
 
     @contextmanager
     def around(self, micro_batch: MicroBatch, facts: BatchFacts) -> Iterator[None]:
@@ -60,28 +65,57 @@ class StepLoss:
         facts: BatchFacts,
         model: nn.Module,
         inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
-        items = None
-        if num_items_in_batch is not None:
-            items = WatchedItems.watch(num_items_in_batch, self.trainer.args.device)
-        with self._observing(inputs, facts), self._unscaled_by_processes():
-            result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=items, **kwargs)
-        loss, *outputs = result if return_outputs else (result,)
+        given = args[1] if len(args) > 1 else kwargs.get("num_items_in_batch")
+        items = None if given is None else WatchedItems.watch(given, self.trainer.args.device)
+        with self._observing(inputs, facts), self._unscaled_by_processes(), self._watching(model, items) as shown:
+            if len(args) > 1:  # handed on as they came: a loss of one's own may not know all of the Trainer's names
+                args = (args[0], shown, *args[2:])
+            elif items is not None:
+                kwargs["num_items_in_batch"] = shown
+            result = original(model, inputs, *args, **kwargs)
+        loss, *outputs = result if isinstance(result, tuple) else (result,)
         loss = self._weight(loss, items, micro_batch, facts)
         runtime = self.planner.runtime
         if runtime.touch_gradients or runtime.after_backward is not None or not loss.requires_grad:
             loss = touch(loss, self._parameters, runtime.after_backward)
-        return (loss, *outputs) if return_outputs else loss
+        return (loss, *outputs) if outputs else loss
+
+    @contextmanager
+    def _watching(self, model: nn.Module, items: WatchedItems | None) -> Iterator[Tensor | None]:
+        """The number of items as the loss is to see it. Dynamo cannot trace what watches it: of a compiled model the
+        first micro-batch runs uncompiled, and what it showed holds for the others."""
+        if self._is_compiled is None:
+            self._is_compiled = any(
+                isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+                for module in model.modules()
+            )
+        if items is None or not self._is_compiled:
+            yield items
+        elif self._used is None:
+            with torch.compiler.set_stance("force_eager"):
+                yield items
+            self._used = list(items.uses)
+        else:
+            items.uses.extend(self._used)
+            yield items.as_subclass(Tensor)
 
     def _weight(self, loss: Tensor, items: WatchedItems | None, micro_batch: MicroBatch, facts: BatchFacts) -> Tensor:
-        used = items is not None and items.used
         declared = self.trainer.loss_is_scaled_for_ga
-        if used if declared is None else declared:
-            averages = used and self.trainer.args.average_tokens_across_devices
-            factor = self.processes if averages else 1
+        used = items is not None and items.used
+        if declared is None and used and items.given_away and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the loss reads num_items_in_batch as a number, and is taken for one that is divided by it; set "
+                "loss_is_scaled_for_ga on the Trainer to say whether it is (True) or is the mean of its batch (False).",
+                stacklevel=2,
+            )
+        if declared:
+            factor = 1
+        elif used and declared is None:
+            factor = self.processes if self.trainer.args.average_tokens_across_devices else 1
         elif facts.items == 0:
             # Its mean is over nothing, not a number; nothing is what it adds to the step.
             return loss.new_zeros(()).requires_grad_().clone()

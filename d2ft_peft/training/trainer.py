@@ -80,7 +80,7 @@ class D2FTTrainerMixin:
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
         """Training batches carry what planning has to know of them."""
         session = self._d2ft_session
-        if session is None or not kwargs.get("is_training"):
+        if session is None or not session.trains or not kwargs.get("is_training"):
             return super()._get_dataloader(dataset, description, *args, **kwargs)
         return session.data.loader(dataset, description, *args, **kwargs)
 
@@ -91,22 +91,21 @@ class D2FTTrainerMixin:
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
         """Fetch and schedule the micro-batches of an optimizer step."""
-        batches, running = self._d2ft_session.next_step(epoch_iterator, num_batches)
-        if not running:
-            return batches, None
-        return batches, self._get_num_items_in_batch(running, device)
-
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        session, default = self._d2ft_session, super()._get_num_items_in_batch
-        if session is None:
-            return default(batch_samples, device)
-        return self._d2ft_engine.count_items(session, default, batch_samples, device)
+        session = self._d2ft_session
+        if session is None or not session.trains:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, running = session.next_step(epoch_iterator, num_batches)
+        items = self._d2ft_engine.count_items(session, self._get_num_items_in_batch, running, device)
+        return batches, items if running else None
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run one micro-batch under its plan; the loss of one that is not run is zero."""
-        return self._d2ft_session.training_step(super().training_step, model, inputs, num_items_in_batch)
+        session = self._d2ft_session
+        if session is None or not session.trains:  # somebody takes a step of his own
+            return super().training_step(model, inputs, num_items_in_batch)
+        return session.training_step(super().training_step, model, inputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """FLOPs of the last micro-batch, as executed."""
@@ -167,7 +166,8 @@ class D2FTTrainerMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             session = self._d2ft_session
-            session.load_state_dict(load_state(session.planner, checkpoint)["session"])
+            usual = session.planner.num_micro_batches
+            session.load_state_dict(load_state(session.planner, checkpoint)["session"], usual)
         self._d2ft_engine.load_optimizer(super()._load_optimizer_and_scheduler, checkpoint)
 
 

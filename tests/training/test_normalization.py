@@ -227,3 +227,22 @@ class TestWatchedItems:
 
     def test_it_is_at_least_one(self):
         assert float(WatchedItems.watch(0, torch.device("cpu"))) == 1
+
+    @pytest.mark.parametrize("look", [lambda items: items > 0, lambda items: bool(items == 6), lambda items: not items])
+    def test_comparing_it_is_no_use(self, look):
+        items = self.items()
+        look(items)
+        assert not items.used
+
+
+def test_a_loss_that_reads_the_number_is_asked_to_say_what_it_is(tmp_path):
+    class Reads(D2FTTrainer):
+        def compute_loss(self, model, inputs, num_items_in_batch=None):
+            self.seen = num_items_in_batch.item()
+            return model(**inputs).loss
+
+    with pytest.warns(UserWarning, match="reads num_items_in_batch as a number"):
+        gradient_of(Reads, "bert", DATA["bert"], tmp_path)
+    Reads.loss_is_scaled_for_ga = False
+    ours, _ = gradient_of(Reads, "bert", DATA["bert"], tmp_path)
+    assert_same(ours, mean_over_what_ran("bert", DATA["bert"]))
