@@ -9,9 +9,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..partition import Projection
+from .feature_mean import FeatureMean
 from .intercept import Intercept
 from .plan import Heads
-from .runtime import FeatureMean, Follow, Run, Runtime
+from .runtime import Follow, Run, Runtime
 from .subset_linear import HeadAxis, SubsetLayer, subset_linears
 
 
