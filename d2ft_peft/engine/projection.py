@@ -139,14 +139,15 @@ def _add_low_rank(
 
 
 def _hidden(low_rank: list[tuple[ProjectionForward, LoraLayer, str]], x: Tensor) -> list[Tensor]:
-    """Scaled products of x with the factors A; in one product where all see the same x."""
+    """Scaled products of x with the factors A; in one product where all see the same x and are scaled alike."""
     factors = [layer.lora_A[name].weight for _, layer, name in low_rank]
-    scaled = [A * layer.scaling[name] for A, (_, layer, name) in zip(factors, low_rank, strict=True)]
+    scalings = [layer.scaling[name] for _, layer, name in low_rank]
     inputs = [_lora_input(layer, name, x) for _, layer, name in low_rank]
-    if all(given is inputs[0] for given in inputs) and len({A.dtype for A in factors}) == 1:
-        together = nn.functional.linear(inputs[0], torch.cat(scaled))
+    alike = all(given is inputs[0] for given in inputs) and len({A.dtype for A in factors}) == len(set(scalings)) == 1
+    if alike:
+        together = nn.functional.linear(inputs[0], torch.cat(factors) * scalings[0])
         return list(together.split([len(A) for A in factors], -1))
-    return [nn.functional.linear(given, A) for given, A in zip(inputs, scaled, strict=True)]
+    return [nn.functional.linear(given, A * s) for given, A, s in zip(inputs, factors, scalings, strict=True)]
 
 
 def _lora_input(layer: LoraLayer, name: str, x: Tensor) -> Tensor:
