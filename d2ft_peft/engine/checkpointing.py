@@ -22,6 +22,7 @@ class PlannedCheckpoint:
     def __init__(self, checkpoint, runtime: Runtime):
         self.checkpoint, self.runtime = checkpoint, runtime
 
+    @torch.compiler.disable
     def __call__(self, function, *args):
         reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant")
         if reentrant and self.runtime.touch_gradients and self.runtime.plan is not None:

@@ -42,14 +42,20 @@ class ProjectionForward(Intercept):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.inside:
-            follow = self.runtime.follow.pop(self.index, None)
-            if follow is not None:
-                return self._after_region(x, follow)
-        run = self.runtime.run if self.inside else None
+            return self._outside(x, *args, **kwargs)
+        run = self.runtime.run
         if run is None:
-            self._observe(x, None)
-            return self.original(x, *args, **kwargs)
+            return self._whole(x, *args, **kwargs)
         return self._column(x, run) if self.projection.kind == "column" else self._row(x, run)
+
+    @torch.compiler.disable
+    def _outside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        follow = self.runtime.follow.pop(self.index, None)
+        return self._whole(x, *args, **kwargs) if follow is None else self._after_region(x, follow)
+
+    def _whole(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._observe(x, None)
+        return self.original(x, *args, **kwargs)
 
     def _row(self, x: Tensor, run: Run) -> Tensor:
         self._observe(x, run)

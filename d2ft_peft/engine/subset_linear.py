@@ -20,6 +20,10 @@ from ..partition import FeatureLayout
 from .plan import Heads
 
 
+# Up to this many runs of neighbours are summed product by product, without a copy: no more kernels than product and sum.
+_FEW_RUNS = 2
+
+
 @dataclass(frozen=True)
 class HeadAxis:
     """The axis of a weight that belongs to heads.
@@ -88,11 +92,15 @@ class Selection:
 
     def add_product(self, left: Tensor, right: Tensor, tensor: Tensor, axis: int) -> None:
         """Add ``left @ right`` to the features in `tensor`, [O, I] or [I, O]."""
-        if left.dtype != tensor.dtype or len(self.runs) > 1:
+        if left.dtype != tensor.dtype or len(self.runs) > _FEW_RUNS:
             self.add(_cast(left @ right, tensor.dtype), tensor, axis)
             return
-        of_heads = tensor.narrow(axis, *self.runs[0])
-        torch.addmm(of_heads, left, right, out=of_heads)  # FlopCounterMode does not know addmm_
+        factors, offset = [left, right], 0
+        for start, length in self.runs:
+            factors[axis] = (left, right)[axis].narrow(axis, offset, length)
+            of_heads = tensor.narrow(axis, start, length)
+            torch.addmm(of_heads, *factors, out=of_heads)  # FlopCounterMode does not know addmm_
+            offset += length
 
     def _index(self, device: torch.device) -> Tensor:
         """Numbers of the units, int64, in the order of the features."""
