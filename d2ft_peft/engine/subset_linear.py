@@ -20,7 +20,7 @@ from ..partition import FeatureLayout
 from .plan import Heads
 
 
-# Up to this many runs of neighbours are summed product by product, without a copy: no more kernels than product and sum.
+# Up to this many runs of neighbours are summed run by run, without a copy: no more kernels than a product and a sum.
 _FEW_RUNS = 2
 
 
