@@ -106,7 +106,8 @@ class Selection:
         """Numbers of the units, int64, in the order of the features."""
         if device not in self._indices:
             units = [range(start // self.unit, (start + length) // self.unit) for start, length in self.runs]
-            self._indices[device] = torch.tensor(list(itertools.chain(*units)), device=device)
+            with torch.inference_mode(False):  # what evaluation asks for first must serve training, too
+                self._indices[device] = torch.tensor(list(itertools.chain(*units)), device=device)
         return self._indices[device]
 
 

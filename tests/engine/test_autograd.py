@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2ft_peft.engine import compile_plan, get_runtime
 from d2ft_peft.engine.plan import Heads
-from d2ft_peft.engine.subset_linear import HeadAxis, SubsetLayer, subset_linears
+from d2ft_peft.engine.subset_linear import HeadAxis, SubsetLayer, select, subset_linears
 from d2ft_peft.engine.touch_loss import touch
 from d2ft_peft.partition import FeatureLayout
 from tests.distributed.launch import run
@@ -116,6 +116,15 @@ def test_nothing_waits_for_the_device(name, mode, shortcut):
         for _ in range(2):
             twin(**batch).loss.backward()
     assert len(ours.found) <= len(plain.found)
+
+
+def test_what_inference_gathers_first_trains_later():
+    weight = torch.nn.Parameter(torch.ones(5, 3))
+    selection = select(FeatureLayout(heads=5, width=1), Heads((0, 2, 4)))
+    with torch.inference_mode():
+        selection.take(weight, axis=0)
+    selection.take(weight, axis=0).sum().backward()
+    assert weight.grad.sum(1).tolist() == [3, 0, 3, 0, 3]
 
 
 def test_packed_weights_are_refused():
