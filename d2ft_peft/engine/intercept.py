@@ -2,6 +2,9 @@
 
 An interception is an attribute of the module instance: state-dict keys, class and parameters stay as they are, and it
 travels with deepcopy and pickle, because it holds modules, runtime and other interceptions by reference.
+
+`torch.compile` leaves interceptions alone: they read a plan that changes with every micro-batch, and would be compiled
+anew for each. What is entered from outside of another interception is therefore under ``torch.compiler.disable``.
 """
 
 from __future__ import annotations

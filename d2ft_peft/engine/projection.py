@@ -9,9 +9,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..partition import Projection
+from .feature_mean import FeatureMean
 from .intercept import Intercept
 from .plan import Heads
-from .runtime import FeatureMean, Follow, Run, Runtime
+from .runtime import Follow, Run, Runtime
 from .subset_linear import HeadAxis, SubsetLayer, subset_linears
 
 
@@ -41,14 +42,20 @@ class ProjectionForward(Intercept):
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.inside:
-            follow = self.runtime.follow.pop(self.index, None)
-            if follow is not None:
-                return self._after_region(x, follow)
-        run = self.runtime.run if self.inside else None
+            return self._outside(x, *args, **kwargs)
+        run = self.runtime.run
         if run is None:
-            self._observe(x, None)
-            return self.original(x, *args, **kwargs)
+            return self._whole(x, *args, **kwargs)
         return self._column(x, run) if self.projection.kind == "column" else self._row(x, run)
+
+    @torch.compiler.disable
+    def _outside(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        follow = self.runtime.follow.pop(self.index, None)
+        return self._whole(x, *args, **kwargs) if follow is None else self._after_region(x, follow)
+
+    def _whole(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._observe(x, None)
+        return self.original(x, *args, **kwargs)
 
     def _row(self, x: Tensor, run: Run) -> Tensor:
         self._observe(x, run)
@@ -138,14 +145,15 @@ def _add_low_rank(
 
 
 def _hidden(low_rank: list[tuple[ProjectionForward, LoraLayer, str]], x: Tensor) -> list[Tensor]:
-    """Scaled products of x with the factors A; in one product where all see the same x."""
+    """Scaled products of x with the factors A; in one product where all see the same x and are scaled alike."""
     factors = [layer.lora_A[name].weight for _, layer, name in low_rank]
-    scaled = [A * layer.scaling[name] for A, (_, layer, name) in zip(factors, low_rank, strict=True)]
+    scalings = [layer.scaling[name] for _, layer, name in low_rank]
     inputs = [_lora_input(layer, name, x) for _, layer, name in low_rank]
-    if all(given is inputs[0] for given in inputs) and len({A.dtype for A in factors}) == 1:
-        together = nn.functional.linear(inputs[0], torch.cat(scaled))
+    alike = all(given is inputs[0] for given in inputs) and len({A.dtype for A in factors}) == len(set(scalings)) == 1
+    if alike:
+        together = nn.functional.linear(inputs[0], torch.cat(factors) * scalings[0])
         return list(together.split([len(A) for A in factors], -1))
-    return [nn.functional.linear(given, A) for given, A in zip(inputs, scaled, strict=True)]
+    return [nn.functional.linear(given, A * s) for given, A, s in zip(inputs, factors, scalings, strict=True)]
 
 
 def _lora_input(layer: LoraLayer, name: str, x: Tensor) -> Tensor:

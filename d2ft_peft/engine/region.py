@@ -28,6 +28,7 @@ class RegionForward(Intercept):
         self.row: ProjectionForward | None = None
         self._followed_plan = False
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.runtime.follow.pop(self.index, None)  # of a pass that broke off before its row-parallel projection
         planned = self._is_planned()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..partition import Partition
+from .checkpointing import bind_checkpointing
+from .feature_mean import FeatureMean
 from .plan import Cell, Heads, Plan
 
 
@@ -51,44 +53,6 @@ class Follow:
     forward_only: Run | None
     output: Tensor | None
     nothing: Run | None
-
-
-class FeatureMean:
-    """Running mean of the row-parallel input features of one branch, for ``shortcut="mean"``.
-
-    What a micro-batch shows is taken over when the next one begins, so that recomputation under gradient
-    checkpointing sees the same values as the forward pass.
-
-    Attributes:
-        value: Mean of every feature, float [heads, width].
-        count: Micro-batches that each head was seen in, [heads].
-    """
-
-    horizon = 100
-    """Micro-batches after which the mean becomes an exponential average, since the weights move."""
-
-    def __init__(self, heads: int, width: int):
-        self.value = torch.zeros(heads, width)
-        self.count = torch.zeros(heads)
-        self._seen: list[tuple[Heads, Tensor]] = []
-
-    def observe(self, heads: Heads, x: Tensor) -> None:
-        """Note the features [..., len(heads) * width] of `heads`."""
-        mean = x.detach().float().flatten(0, -2).mean(0)
-        self._seen.append((heads, mean.reshape(len(heads), -1)))
-
-    def commit(self) -> None:
-        """Take over what was observed since the last commit."""
-        for heads, mean in self._seen:
-            self.value, self.count = self.value.to(mean.device), self.count.to(mean.device)
-            index = heads.index(mean.device)
-            self.count[index] = (self.count[index] + 1).clamp(max=self.horizon)
-            self.value[index] += (mean - self.value[index]) / self.count[index, None]
-        self._seen.clear()
-
-    def discard(self) -> None:
-        """Forget what was observed since the last commit."""
-        self._seen.clear()
 
 
 class Runtime:
@@ -146,7 +110,7 @@ class Runtime:
         self.follow.clear()
         self.plan = plan
         for block in self.blocks:
-            _bind_checkpointing(block, self)
+            bind_checkpointing(block, self)
         try:
             yield
         except BaseException:
@@ -187,52 +151,3 @@ class Runtime:
 def in_backward() -> bool:
     """Whether autograd is running a backward pass: a forward pass is then a recomputation."""
     return torch._C._current_graph_task_id() != -1
-
-
-class PlannedCheckpoint:
-    """A block's checkpointing function that recomputes under the plan of the forward pass.
-
-    Recomputation happens in backward, when another plan may be current; without this the gradients would be those of
-    other heads, without an error.
-    """
-
-    def __init__(self, checkpoint, runtime: Runtime):
-        self.checkpoint, self.runtime = checkpoint, runtime
-
-    def __call__(self, function, *args):
-        reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant")
-        if reentrant and self.runtime.touch_gradients and self.runtime.plan is not None:
-            raise ValueError(
-                "use_reentrant=True runs a backward pass of its own for each block, and DistributedDataParallel would "
-                "meet the block's parameters twice; set gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
-        return self.checkpoint(_UnderPlan(self.runtime, function), *args)
-
-
-class _UnderPlan:
-    def __init__(self, runtime: Runtime, function):
-        self.runtime, self.function = runtime, function
-        self.plan, self.grad_at_entry = runtime.plan, torch.is_grad_enabled()
-
-    def __call__(self, *args):
-        runtime = self.runtime
-        current = runtime.plan, runtime.grad_at_entry
-        runtime.plan, runtime.grad_at_entry = self.plan, self.grad_at_entry
-        try:
-            return self.function(*args)
-        finally:
-            runtime.plan, runtime.grad_at_entry = current
-
-
-def _bind_checkpointing(block: nn.Module, runtime: Runtime) -> None:
-    # Checkpointing is switched on at any time and sets the function anew, hence the look at every micro-batch.
-    function = block.__dict__.get("_gradient_checkpointing_func")
-    if function is not None and not isinstance(function, PlannedCheckpoint):
-        block._gradient_checkpointing_func = PlannedCheckpoint(function, runtime)
-
-
-def unbind_checkpointing(block: nn.Module) -> None:
-    """Give a block its own checkpointing function back."""
-    function = block.__dict__.get("_gradient_checkpointing_func")
-    if isinstance(function, PlannedCheckpoint):
-        block._gradient_checkpointing_func = function.checkpoint

@@ -6,8 +6,9 @@ Shape suffixes: M tokens, I input features, O output features, A features of the
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -19,8 +20,8 @@ from ..partition import FeatureLayout
 from .plan import Heads
 
 
-# Up to this many runs of neighbours a product is summed run by run, without a copy of it; with more, kernels get small.
-_FEW_RUNS = 3
+# Up to this many runs of neighbours are summed run by run, without a copy: no more kernels than a product and a sum.
+_FEW_RUNS = 2
 
 
 @dataclass(frozen=True)
@@ -61,26 +62,33 @@ class SubsetLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """The features of some heads along one axis of tensors, as runs of neighbours: a run is a view, no copy.
+    """The features of some heads along one axis of tensors.
+
+    Features that are neighbours are a view, no copy; others are gathered, or added to, by one kernel.
 
     Attributes:
-        runs: Start and length of each run, in the order of the features.
+        runs: Start and length of each run of neighbours, in the order of the features.
+        unit: A width that divides each start, each length and the size of the axis.
     """
 
     runs: tuple[tuple[int, int], ...]
+    unit: int
+    _indices: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def take(self, tensor: Tensor, axis: int) -> Tensor:
         """The features along `axis`, 0 or 1: a view where they are neighbours, else a copy."""
         if len(self.runs) == 1:
             return tensor.narrow(axis, *self.runs[0])
-        return torch.cat([tensor.narrow(axis, *run) for run in self.runs], axis)
+        units = tensor.unflatten(axis, (-1, self.unit))
+        return units.index_select(axis, self._index(tensor.device)).flatten(axis, axis + 1)
 
     def add(self, values: Tensor, tensor: Tensor, axis: int) -> None:
         """Add `values` to the features in `tensor`."""
-        offset = 0
-        for start, length in self.runs:
-            tensor.narrow(axis, start, length).add_(values.narrow(axis, offset, length))
-            offset += length
+        if len(self.runs) == 1:
+            tensor.narrow(axis, *self.runs[0]).add_(values)
+            return
+        units = (axis, (-1, self.unit))
+        tensor.unflatten(*units).index_add_(axis, self._index(tensor.device), values.unflatten(*units))
 
     def add_product(self, left: Tensor, right: Tensor, tensor: Tensor, axis: int) -> None:
         """Add ``left @ right`` to the features in `tensor`, [O, I] or [I, O]."""
@@ -94,6 +102,14 @@ class Selection:
             torch.addmm(of_heads, *factors, out=of_heads)  # FlopCounterMode does not know addmm_
             offset += length
 
+    def _index(self, device: torch.device) -> Tensor:
+        """Numbers of the units, int64, in the order of the features."""
+        if device not in self._indices:
+            units = [range(start // self.unit, (start + length) // self.unit) for start, length in self.runs]
+            with torch.inference_mode(False):  # what evaluation asks for first must serve training, too
+                self._indices[device] = torch.tensor(list(itertools.chain(*units)), device=device)
+        return self._indices[device]
+
 
 @lru_cache(maxsize=4096)
 def select(layout: FeatureLayout, heads: Heads) -> Selection:
@@ -106,7 +122,7 @@ def select(layout: FeatureLayout, heads: Heads) -> Selection:
                 runs[-1][1] += layout.width
             else:
                 runs.append([start, layout.width])
-    return Selection(tuple((start, length) for start, length in runs))
+    return Selection(tuple((start, length) for start, length in runs), math.gcd(layout.size, *itertools.chain(*runs)))
 
 
 def subset_linears(x: Tensor, layers: Sequence[SubsetLayer], heads: Heads) -> tuple[Tensor, ...]:
@@ -147,7 +163,11 @@ def _output(
 ) -> Tensor:
     if bias is not None:
         bias = _cast(selection.take(bias, 0) if head_axis.kind == "column" else bias, x.dtype)
-    out = F.linear(x, _selected(weight, head_axis, selection, x.dtype), bias)
+    selected = _selected(weight, head_axis, selection, x.dtype)
+    if addend is not None and bias is None and addend.dtype == x.dtype:
+        out_MO = torch.addmm(addend.reshape(-1, len(selected)), x.reshape(-1, x.shape[-1]), selected.t())
+        return out_MO.view(addend.shape)
+    out = F.linear(x, selected, bias)
     return out if addend is None else _cast(out, addend.dtype).add_(addend)
 
 

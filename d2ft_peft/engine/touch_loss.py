@@ -42,6 +42,7 @@ class TouchLoss:
         self.model, self.runtime = model, runtime
         runtime.model = model
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple, outputs: Any) -> Any:
         if self.runtime.plan is None or not self.runtime.trains:
             return outputs

@@ -62,9 +62,18 @@ class LocalEngine:
         return D2FTPlanner(session.model, usual, progress)
 
     def begin(self, session: TrainingSession) -> None:
-        """Prepare the Trainer, before it wraps the model."""
+        """Prepare the Trainer, before it wraps the model.
+
+        Raises:
+            ValueError: If DistributedDataParallel is promised a graph that never changes.
+        """
         trainer = self.trainer
         handler = trainer.accelerator.ddp_handler
+        if handler is not None and handler.static_graph and trainer.args.world_size > 1:
+            raise ValueError(
+                "ddp_static_graph=True promises DistributedDataParallel the same graph in every step, and each plan of "
+                "D2FT makes another; leave it out: every parameter receives a gradient, so nothing is searched for."
+            )
         if handler is not None and trainer.args.ddp_find_unused_parameters is None:
             # Every parameter receives a gradient, if only zero: there is nothing to look for.
             handler.find_unused_parameters = False

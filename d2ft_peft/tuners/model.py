@@ -8,10 +8,12 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from torch import Tensor, nn
 
+from ..engine.checkpointing import unbind_checkpointing
+from ..engine.feature_mean import FeatureMean
 from ..engine.intercept import Intercept, find_runtime
 from ..engine.projection import ProjectionForward
 from ..engine.region import RegionForward
-from ..engine.runtime import FeatureMean, Runtime, unbind_checkpointing
+from ..engine.runtime import Runtime
 from ..engine.touch_loss import TouchLoss
 from ..partition import Partition, partition_model
 from .adapter_checks import check_beside_others, check_loads_in_peft, check_weights, leave_out_what_peft_renames

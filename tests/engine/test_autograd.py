@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2ft_peft.engine import compile_plan, get_runtime
 from d2ft_peft.engine.plan import Heads
-from d2ft_peft.engine.subset_linear import HeadAxis, SubsetLayer, subset_linears
+from d2ft_peft.engine.subset_linear import HeadAxis, SubsetLayer, select, subset_linears
 from d2ft_peft.engine.touch_loss import touch
 from d2ft_peft.partition import FeatureLayout
 from tests.distributed.launch import run
@@ -118,6 +118,15 @@ def test_nothing_waits_for_the_device(name, mode, shortcut):
     assert len(ours.found) <= len(plain.found)
 
 
+def test_what_inference_gathers_first_trains_later():
+    weight = torch.nn.Parameter(torch.ones(5, 3))
+    selection = select(FeatureLayout(heads=5, width=1), Heads((0, 2, 4)))
+    with torch.inference_mode():
+        selection.take(weight, axis=0)
+    selection.take(weight, axis=0).sum().backward()
+    assert weight.grad.sum(1).tolist() == [3, 0, 3, 0, 3]
+
+
 def test_packed_weights_are_refused():
     class Packed(torch.Tensor):
         def __tensor_flatten__(self):
@@ -130,10 +139,10 @@ def test_packed_weights_are_refused():
 
 
 def train_data_parallel() -> list[torch.Tensor]:
-    """Weights after three steps of three micro-batches: with one bucket layout, and with buckets as gradients."""
+    """Weights after three steps of three micro-batches: as usual, with buckets as gradients, with a needless search."""
     torch.distributed.init_process_group("gloo")
     rank, found = torch.distributed.get_rank(), []
-    for settings in ({}, {"gradient_as_bucket_view": True}):
+    for settings in ({}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}):
         model = d2ft_model(TINY["llama"].build().double(), "full").train()
         runtime = get_runtime(model)
         runtime.touch_gradients = True
@@ -166,7 +175,7 @@ def test_data_parallel_processes_equal_one(tmp_path):
     model = d2ft_model(TINY["llama"].build().double(), "full").train()
     expected = _train(model, model, nullcontext, [0, 1])
     for weights in run(__name__, "train_data_parallel", tmp_path):
-        for weight, reference in zip(weights, 2 * expected, strict=True):
+        for weight, reference in zip(weights, 3 * expected, strict=True):
             torch.testing.assert_close(weight, reference)
 
 

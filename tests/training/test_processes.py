@@ -101,15 +101,16 @@ def refusals():
     """What cannot work on several processes says so before anybody waits."""
     register_policy("test_drifts")(drifts)
 
-    def trainer(config, data=None, **kwargs):
+    def trainer(config, data=None, static_graph=None, **kwargs):
         with tempfile.TemporaryDirectory() as folder:
             model = adapt("llama", "lora", **config).float()
-            args = arguments(folder, accelerator_config=kwargs, ddp_timeout=60)
+            args = arguments(folder, accelerator_config=kwargs, ddp_timeout=60, ddp_static_graph=static_graph)
             D2FTTrainer(model=model, args=args, train_dataset=data or samples("llama")).train()
 
     return {
         "even_batches": message(lambda: trainer({"compute_budget": 0.5}, even_batches=False)),
         "dispatch_batches": message(lambda: trainer({"policy": "importance"}, dispatch_batches=True)),
+        "static_graph": message(lambda: trainer({"compute_budget": 0.5}, static_graph=True)),
         "schedules": message(lambda: trainer({"policy": "test_drifts"})),
         "dispatched, as they come": message(lambda: trainer({"compute_budget": 0.5}, dispatch_batches=True)),
         "a stream": message(lambda: trainer({"compute_budget": 0.5}, Stream())),
@@ -162,6 +163,7 @@ def test_a_bare_loop_on_two_processes_equals_one(processes, kind, policy):
     [
         ("even_batches", "ValueError: even_batches=False leaves some processes without a batch"),
         ("dispatch_batches", "ValueError: dispatch_batches=True lets the first process load for all"),
+        ("static_graph", "ValueError: ddp_static_graph=True promises DistributedDataParallel the same graph"),
         ("schedules", "ValueError: the schedule of process 1 differs from that of process 0"),
         ("dispatched, as they come", "no error"),
         ("a stream", "no error"),

@@ -12,8 +12,8 @@ from peft import get_peft_model
 
 from d2ft_peft import D2FTConfig
 from d2ft_peft.engine import compile_plan, get_runtime
+from d2ft_peft.engine.checkpointing import PlannedCheckpoint
 from d2ft_peft.engine.intercept import Intercept
-from d2ft_peft.engine.runtime import PlannedCheckpoint
 from tests.models import TINY
 
 
