@@ -24,7 +24,7 @@ _SMALL_DENOMINATOR = 256
 _GRID_STEPS = 10_000_000
 _MAX_TABLE_BYTES = 64 << 20
 _FEW_TABLE_STEPS = 4_000_000
-_MAX_TABLE_STEPS = 50_000_000
+_MAX_TABLE_STEPS = 20_000_000
 _MOST_COUNTED = 1024
 _FEWEST_MOVES = 32
 _MAX_TABLE_ITEMS = 10_000
@@ -215,44 +215,45 @@ def integer_values(values: np.ndarray) -> np.ndarray:
 
 
 def _choose_in_chunks(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """Runs the dynamic programme on as many devices at a time as the memory for its table allows."""
-    chunk = max(1, _MAX_TABLE_BYTES // (worth.shape[1] * (int(limits.max()) + 1) * OPTION().itemsize))
+    """Runs the dynamic programme on as many devices at a time as the memory for its tables allows."""
+    chunk = max(1, _MAX_TABLE_BYTES // (worth.shape[1] * (int(limits.max()) + 1) * worth.itemsize))
     starts = range(0, len(worth), chunk)
     tables = ([table[start : start + chunk] for table in (worth, units, limits)] for start in starts)
     return np.concatenate([_dynamic_programme(*parts) for parts in tables])
 
 
 def _dynamic_programme(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """best[c, d] after step j: most that items j..n-1 are worth on device d within c - pad units; NEVER below 0 units.
+    """best[j][pad + c, d]: most that items j..n-1 are worth on device d within c units; NEVER below 0 units.
 
     Items enter from the last to the first, so that reading the choices back starts with the item that ties prefer.
     """
-    num_devices, num_items, _ = worth.shape
+    num_devices, num_items, num_options = worth.shape
     units = np.broadcast_to(units, worth.shape)
     most = int(limits.max())
     pad = min(int(units.max()), most + 1)
-    best = np.zeros((pad + most + 1, num_devices), dtype=np.int64)
-    best[:pad] = NEVER
-    option = np.zeros((num_items, most + 1, num_devices), dtype=OPTION)
+    units = np.minimum(units, pad)
     offered = ((worth >= 0) & (units <= most)).any(axis=0)
-    everywhere = np.arange(pad, pad + most + 1)[:, None] * num_devices + np.arange(num_devices)
+    best = [np.zeros((pad + most + 1, num_devices), dtype=np.int64)]
+    best[0][:pad] = NEVER
+    place = np.arange(pad, pad + most + 1)[:, None] * num_devices + np.arange(num_devices)
     for item in reversed(range(num_items)):
-        without = best
-        best = without.copy()
+        without, table = best[-1], best[-1].copy()
         for choice in np.flatnonzero(offered[item, 1:]) + 1:
-            cost = np.minimum(units[:, item, choice], pad)
+            cost = units[:, item, choice]
             least = int(cost.min())
             if (cost == least).all():
                 candidate = without[pad : pad + most + 1 - least] + worth[:, item, choice]
             else:
-                candidate = without.take(everywhere[least:] - cost * num_devices) + worth[:, item, choice]
-            better = candidate >= best[pad + least :]
-            np.maximum(best[pad + least :], candidate, out=best[pad + least :])
-            np.copyto(option[item, least:], OPTION(choice), where=better)
+                candidate = without.take(place[least:] - cost * num_devices) + worth[:, item, choice]
+            np.maximum(table[pad + least :], candidate, out=table[pad + least :])
+        best.append(table)
     chosen = np.empty((num_devices, num_items), dtype=OPTION)
     left, device = limits.copy(), np.arange(num_devices)
     for item in range(num_items):
-        chosen[:, item] = option[item, left, device]
+        reached = best.pop()[pad + left, device]
+        places = (pad + left[:, None] - units[:, item]) * num_devices + device[:, None]
+        options = best[-1].take(places) + worth[:, item] == reached[:, None]
+        chosen[:, item] = num_options - 1 - options[:, ::-1].argmax(axis=1)
         left -= units[device, item, chosen[:, item]]
     return chosen
 
@@ -292,9 +293,10 @@ def _choose_in_core(worth: np.ndarray, units: np.ndarray, limit: int, within: fl
         chosen = _solve_moves(worth, units, limit, core.base, moves)
         total = int(worth[everyone, chosen].sum())
         lost = core.idle - (total - base_worth) + core.margin
-        if tried == len(core.items) or lost <= max(core.losses[tried], within * total):
+        needed = int(np.searchsorted(core.losses, lost))
+        if needed <= tried or lost <= within * total:
             return chosen
-        tried = min(2 * tried, len(core.items))
+        tried = min(4 * tried, needed)
     return core.base
 
 
@@ -305,7 +307,7 @@ def _solve_moves(
     offered = np.zeros(worth.shape, dtype=bool)
     offered[moves] = True
     some = np.unique(moves[0])
-    offered[some, base[some]] = True
+    offered[some, base[some]] = offered[some, 0] = True
     fixed = np.delete(np.arange(len(worth)), some)
     left = limit - int(units[fixed, base[fixed]].sum())
     left = min(left, int(np.where(offered, units, 0).max(axis=1).sum()))

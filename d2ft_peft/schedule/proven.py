@@ -36,7 +36,9 @@ def choose_proven(
     """
     units = np.broadcast_to(units, worth.shape)
     base, price, left = _relax(worth, units, limits)
-    chosen, proven = base.copy(), price * left == 0
+    # Worth comes in multiples of a number: what the relaxation adds is lost only if it holds one.
+    step = np.gcd.reduce(np.where(worth > 0, worth, 0).reshape(len(worth), -1), axis=1)
+    chosen, proven = base.copy(), (price * left == 0) | (price * left * (1 + 1e-9) < step)
     for _ in range(_ROUNDS):
         still = np.flatnonzero(~proven)
         if not still.size:
