@@ -61,7 +61,8 @@ def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray, within
     alike = zip(*([row.tobytes() for row in table] for table in (values, costs, capacities)), strict=True)
     first, kind = _distinct(alike)
     values, costs, capacities = values[first], costs[first], capacities[first]
-    of_costs = _distinct(np.unique(table).tobytes() for table in costs)[1]
+    first, of_costs = _distinct(table.tobytes() for table in costs)
+    of_costs = _distinct(np.unique(costs[device]).tobytes() for device in first)[1][of_costs]
     chosen = np.empty(values.shape[:2], dtype=OPTION)
     for members in (of_costs == group for group in range(of_costs.max() + 1)):
         chosen[members] = _solve(values[members], costs[members], capacities[members], within)
@@ -233,6 +234,7 @@ def _dynamic_programme(worth: np.ndarray, units: np.ndarray, limits: np.ndarray)
     pad = min(int(units.max()), most + 1)
     units = np.minimum(units, pad)
     offered = ((worth >= 0) & (units <= most)).any(axis=0)
+    low, high = _useful_units(np.where(worth >= 0, units, 0).max(axis=2), limits)
     best = [np.zeros((pad + most + 1, num_devices), dtype=np.int64)]
     best[0][:pad] = NEVER
     place = np.arange(pad, pad + most + 1)[:, None] * num_devices + np.arange(num_devices)
@@ -241,11 +243,13 @@ def _dynamic_programme(worth: np.ndarray, units: np.ndarray, limits: np.ndarray)
         for choice in np.flatnonzero(offered[item, 1:]) + 1:
             cost = units[:, item, choice]
             least = int(cost.min())
+            first, end = max(int(low[item]), least), int(high[item]) + 1
             if (cost == least).all():
-                candidate = without[pad : pad + most + 1 - least] + worth[:, item, choice]
+                candidate = without[pad + first - least : pad + end - least] + worth[:, item, choice]
             else:
-                candidate = without.take(place[least:] - cost * num_devices) + worth[:, item, choice]
-            np.maximum(table[pad + least :], candidate, out=table[pad + least :])
+                candidate = without.take(place[first:end] - cost * num_devices) + worth[:, item, choice]
+            np.maximum(table[pad + first : pad + end], candidate, out=table[pad + first : pad + end])
+        table[pad + high[item] + 1 :] = table[pad + high[item]]
         best.append(table)
     chosen = np.empty((num_devices, num_items), dtype=OPTION)
     left, device = limits.copy(), np.arange(num_devices)
@@ -256,6 +260,21 @@ def _dynamic_programme(worth: np.ndarray, units: np.ndarray, limits: np.ndarray)
         chosen[:, item] = num_options - 1 - options[:, ::-1].argmax(axis=1)
         left -= units[device, item, chosen[:, item]]
     return chosen
+
+
+def _useful_units(most: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Least and most units that can be left for item j and those after it, int64 [n] each.
+
+    No fewer than what the items before it leave at their costliest; more than the costliest of the others adds nothing.
+
+    Args:
+        most: int64 [D, n], cost of the costliest option of each item.
+        limits: int64 [D].
+    """
+    left = limits[:, None] - (np.cumsum(most, axis=1) - most)
+    usable = np.cumsum(most[:, ::-1], axis=1)[:, ::-1]
+    high = np.minimum(usable.max(axis=0), limits.max())
+    return np.clip(left.min(axis=0), 0, high), high
 
 
 def _use_what_rounding_left(chosen: np.ndarray, values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> None:

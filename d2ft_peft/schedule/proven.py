@@ -39,10 +39,12 @@ def choose_proven(
     # Worth comes in multiples of a number: what the relaxation adds is lost only if it holds one.
     step = np.gcd.reduce(np.where(worth > 0, worth, 0).reshape(len(worth), -1), axis=1)
     chosen, proven = base.copy(), (price * left == 0) | (price * left * (1 + 1e-9) < step)
+    tried = None
     for _ in range(_ROUNDS):
         still = np.flatnonzero(~proven)
-        if not still.size:
+        if not still.size or len(still) == tried:
             break
+        tried = len(still)
         chosen[still], proven[still] = _best_moves(
             *(table[still] for table in (worth, units, base, price, left)), within
         )
