@@ -1,8 +1,9 @@
 """Exact knapsacks over integer costs, for many devices at once (arXiv 2504.12471, section 3).
 
-Items come in the order in which ties prefer them. Among solutions of exactly equal value the solvers take the one that
-gives the first item its highest option, then the second, and so on. Values are compared as integers, so equal sums are
-equal in whatever order they are added.
+Items come in the order in which ties prefer them. Among solutions of exactly equal value dynamic programming takes the
+one that gives the first item its highest option, then the second, and so on; what settles large problems sooner may
+take another, the same one for devices that are alike. Values are compared as integers, so equal sums are equal in
+whatever order they are added.
 
 Legend: D devices, n items, R options of an item (option 0: nothing, costs 0, worth 0).
 """
@@ -13,6 +14,7 @@ import numpy as np
 
 from .core import NEVER, OPTION, find_core
 from .counting import choose_by_counts
+from .dynamic_programme import dynamic_programme
 from .proven import choose_proven
 
 
@@ -99,13 +101,14 @@ def _solve(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray, within
     limits = np.floor(capacities * (1 + SLACK) / unit)
     limits = np.minimum(limits, units.max(axis=2).sum(axis=1)).astype(np.int64)
     worth = integer_values(values)
-    if (limits.max() + 1) * cells > _FEW_TABLE_STEPS and options == 3 and items <= _MOST_COUNTED:
-        if (costs == costs[0, 0]).all() and (worth >= 0).all():
-            return choose_by_counts(worth, *_counts(costs[0, 0], capacities, items))
+    few = (limits.max() + 1) * cells <= _FEW_TABLE_STEPS
+    counted = options == 3 and items <= _MOST_COUNTED and (costs == costs[0, 0]).all()
+    if not few and counted and (worth >= 0).all():
+        return choose_by_counts(worth, *_counts(costs[0, 0], capacities, items))
     # What does not fit even alone would mislead the relaxation.
     worth[units > limits[:, None, None]] = NEVER
     rounded = (units * unit > costs * (1 + 2 * _EXACT)).any()
-    if (limits.max() + 1) * cells <= _FEW_TABLE_STEPS or (len(values) == 1 and not rounded):
+    if few or (len(values) == 1 and not rounded):
         chosen = _solve_table(worth, units, limits, within)
     else:
         within = max(within, _ROUNDED_WITHIN * rounded)
@@ -220,61 +223,7 @@ def _choose_in_chunks(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) 
     chunk = max(1, _MAX_TABLE_BYTES // (worth.shape[1] * (int(limits.max()) + 1) * worth.itemsize))
     starts = range(0, len(worth), chunk)
     tables = ([table[start : start + chunk] for table in (worth, units, limits)] for start in starts)
-    return np.concatenate([_dynamic_programme(*parts) for parts in tables])
-
-
-def _dynamic_programme(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """best[j][pad + c, d]: most that items j..n-1 are worth on device d within c units; NEVER below 0 units.
-
-    Items enter from the last to the first, so that reading the choices back starts with the item that ties prefer.
-    """
-    num_devices, num_items, num_options = worth.shape
-    units = np.broadcast_to(units, worth.shape)
-    most = int(limits.max())
-    pad = min(int(units.max()), most + 1)
-    units = np.minimum(units, pad)
-    offered = ((worth >= 0) & (units <= most)).any(axis=0)
-    low, high = _useful_units(np.where(worth >= 0, units, 0).max(axis=2), limits)
-    best = [np.zeros((pad + most + 1, num_devices), dtype=np.int64)]
-    best[0][:pad] = NEVER
-    place = np.arange(pad, pad + most + 1)[:, None] * num_devices + np.arange(num_devices)
-    for item in reversed(range(num_items)):
-        without, table = best[-1], best[-1].copy()
-        for choice in np.flatnonzero(offered[item, 1:]) + 1:
-            cost = units[:, item, choice]
-            least = int(cost.min())
-            first, end = max(int(low[item]), least), int(high[item]) + 1
-            if (cost == least).all():
-                candidate = without[pad + first - least : pad + end - least] + worth[:, item, choice]
-            else:
-                candidate = without.take(place[first:end] - cost * num_devices) + worth[:, item, choice]
-            np.maximum(table[pad + first : pad + end], candidate, out=table[pad + first : pad + end])
-        table[pad + high[item] + 1 :] = table[pad + high[item]]
-        best.append(table)
-    chosen = np.empty((num_devices, num_items), dtype=OPTION)
-    left, device = limits.copy(), np.arange(num_devices)
-    for item in range(num_items):
-        reached = best.pop()[pad + left, device]
-        places = (pad + left[:, None] - units[:, item]) * num_devices + device[:, None]
-        options = best[-1].take(places) + worth[:, item] == reached[:, None]
-        chosen[:, item] = num_options - 1 - options[:, ::-1].argmax(axis=1)
-        left -= units[device, item, chosen[:, item]]
-    return chosen
-
-
-def _useful_units(most: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Least and most units that can be left for item j and those after it, int64 [n] each.
-
-    No fewer than what the items before it leave at their costliest; more than the costliest of the others adds nothing.
-
-    Args:
-        most: int64 [D, n], cost of the costliest option of each item.
-        limits: int64 [D].
-    """
-    left = limits[:, None] - (np.cumsum(most, axis=1) - most)
-    usable = np.cumsum(most[:, ::-1], axis=1)[:, ::-1]
-    high = np.minimum(usable.max(axis=0), limits.max())
-    return np.clip(left.min(axis=0), 0, high), high
+    return np.concatenate([dynamic_programme(*parts) for parts in tables])
 
 
 def _use_what_rounding_left(chosen: np.ndarray, values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> None:
@@ -332,5 +281,5 @@ def _solve_moves(
     left = min(left, int(np.where(offered, units, 0).max(axis=1).sum()))
     chosen = base.copy()
     some_worth = np.where(offered[some], worth[some], NEVER)
-    chosen[some] = _dynamic_programme(some_worth[None], units[None, some], np.array([left]))[0]
+    chosen[some] = dynamic_programme(some_worth[None], units[None, some], np.array([left]))[0]
     return chosen

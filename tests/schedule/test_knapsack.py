@@ -50,7 +50,7 @@ def test_the_core_alone_reaches_the_optimum_of_the_whole(instance, proportional)
         # Worth follows cost closely: then many items must change together to use the last units.
         values = values % 3 * (costs > 0) + 100 * 7 * costs
         costs, capacity = 7 * costs + (costs > 3), 7 * capacity
-    whole = knapsack._dynamic_programme(values[None], costs, np.array([capacity]))[0]
+    whole = knapsack.dynamic_programme(values[None], costs, np.array([capacity]))[0]
     by_core = knapsack._choose_in_core(values, costs, capacity, 0.0)
     items = np.arange(len(costs))
     assert costs[items, by_core].sum() <= capacity

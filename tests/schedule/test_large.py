@@ -31,7 +31,7 @@ def test_what_is_proven_is_the_optimum(instance, seed, combinations):
         patch.setattr(proven, "_COMBINATIONS", combinations)
         chosen, is_proven = proven.choose_proven(worth, units, limits)
     assert (units[np.arange(len(units)), chosen].sum(axis=1) <= limits).all()
-    best = worth_of(worth, knapsack._dynamic_programme(worth, units, limits))
+    best = worth_of(worth, knapsack.dynamic_programme(worth, units, limits))
     assert (worth_of(worth, chosen)[is_proven] == best[is_proven]).all()
     assert (worth_of(worth, chosen) <= best).all()
     if combinations > 4**12 or combinations >= 4 ** len(units) * 5:
@@ -47,7 +47,7 @@ def test_what_is_proven_within_a_share_misses_no_more(instance, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proven, "_COMBINATIONS", 4)
         chosen, is_proven = proven.choose_proven(worth, units, limits, within=0.1)
-    best = worth_of(worth, knapsack._dynamic_programme(worth, units, limits))
+    best = worth_of(worth, knapsack.dynamic_programme(worth, units, limits))
     assert (worth_of(worth, chosen)[is_proven] >= 0.9 * best[is_proven]).all()
 
 

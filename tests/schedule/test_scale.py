@@ -100,7 +100,7 @@ def test_rounded_costs_never_exceed_a_capacity(policy, share, seed):
 def work(monkeypatch):
     """Notes how many knapsacks are solved in each call, and the cells that dynamic programming visits."""
     noted = {"solved": [], "cells": 0}
-    solve, programme = knapsack._solve, knapsack._dynamic_programme
+    solve, programme = knapsack._solve, knapsack.dynamic_programme
 
     def note_solve(values, *args):
         noted["solved"].append(len(values))
@@ -111,7 +111,7 @@ def work(monkeypatch):
         return programme(worth, units, limits)
 
     monkeypatch.setattr(knapsack, "_solve", note_solve)
-    monkeypatch.setattr(knapsack, "_dynamic_programme", note_programme)
+    monkeypatch.setattr(knapsack, "dynamic_programme", note_programme)
     return noted
 
 
