@@ -12,46 +12,74 @@ some optimal solution differs from the base only in the core:
   that gain most (lose least) which move. So 2 * span items of each such kind suffice.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 
 OPTION = np.int16
 """Type of the number of an option: a policy may offer more than 127."""
 
+NEVER = -(1 << 62)
+"""Worth of an option that must not be chosen: below minus any sum."""
 
-def find_core(worth: np.ndarray, units: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds a greedy solution and the items in which an optimal one may differ from it.
+
+@dataclass(frozen=True)
+class Core:
+    """A feasible greedy solution and the moves by which an optimal one may differ from it.
+
+    Attributes:
+        base: int16 [n], an option for each item.
+        items, options: int64 [moves], the moves, those that lose least first. Some optimal solution differs from the
+            base only by them; without any the base is optimal.
+        losses: float [moves], worth that they lose, counting units at the price; not decreasing.
+        idle: float, worth at the price of the units that the base leaves.
+        margin: float, what rounding could hide in a sum of losses.
+    """
+
+    base: np.ndarray
+    items: np.ndarray
+    options: np.ndarray
+    losses: np.ndarray
+    idle: float
+    margin: float
+
+
+def find_core(worth: np.ndarray, units: np.ndarray, limit: int) -> Core:
+    """Finds a greedy solution and the moves by which an optimal one may differ from it.
 
     Args:
         worth: int64 [n, R], worth of each option, 0 for option 0; an option below 0 is forbidden.
         units: int64 [n, R], cost of each option, 0 for option 0, not decreasing.
         limit: most that the chosen options may cost together.
-
-    Returns:
-        int16 [n], an option for each item, feasible; and the indices of the core, ascending. Items outside the
-        core keep their option in some optimal solution; with an empty core the greedy solution is optimal.
     """
-    items, before, after, slopes = _hull_steps(worth, units)
+    items, before, after, slopes = hull_steps(worth, units)
     base = np.zeros(len(worth), dtype=OPTION)
     rise = units[items, after] - units[items, before]
     fitting = np.cumsum(rise) <= limit
     # The cumulated cost does not decrease, so what fits is a prefix; an item's steps lie in it in ascending order.
     np.maximum.at(base, items[fitting], after[fitting].astype(OPTION))
     rest = int(fitting.sum())
+    none = np.empty(0, dtype=np.int64)
     if rest == len(items):
-        return base, np.empty(0, dtype=np.int64)
+        return Core(base, none, none, none, 0.0, 0.0)
     left = limit - int(rise[:rest].sum())
     greedy, gained = _fill(base, worth, units, left, (items[rest:], before[rest:], after[rest:]))
     price = float(slopes[rest])
-    gap = price * left - gained
     if left == 0 or price == 0:
-        return greedy, np.empty(0, dtype=np.int64)
-    core = _open_items(base, worth, units, price, gap)
-    # Items outside the core must be as in the base, for which the arguments hold.
-    return base, core
+        return Core(greedy, none, none, none, 0.0, 0.0)
+    gap = price * left - gained
+    loss = price * (units - units[np.arange(len(worth)), base][:, None])
+    loss -= worth - worth[np.arange(len(worth)), base][:, None]
+    # Floats only widen the core: what rounding could hide is at most this.
+    margin = 1e-9 * (abs(gap) + price * int(units.max()) + float(worth.max()))
+    moves = _open_moves(base, worth, units, loss <= gap + margin)
+    losses = loss[moves]
+    by_loss = np.argsort(losses, kind="stable")
+    return Core(base, *(part[by_loss] for part in np.nonzero(moves)), losses[by_loss], price * left, margin)
 
 
-def _hull_steps(worth: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def hull_steps(worth: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """All steps along the items' concave hulls, steepest first; ties: first item, lower step."""
     everyone = np.arange(len(worth))
     option = np.zeros(len(worth), dtype=np.int64)
@@ -91,25 +119,21 @@ def _fill(base: np.ndarray, worth: np.ndarray, units: np.ndarray, left: int, ste
     return greedy, gained
 
 
-def _open_items(base: np.ndarray, worth: np.ndarray, units: np.ndarray, price: float, gap: float) -> np.ndarray:
-    """Indices of the items that both arguments leave open."""
-    everyone, span = np.arange(len(worth)), int(units.max())
-    gain = worth - worth[everyone, base][:, None]
-    loss = price * (units - units[everyone, base][:, None]) - gain
-    # Floats only widen the core: what rounding could hide is at most this.
-    margin = 1e-9 * (abs(gap) + price * span + float(worth.max()))
-    open_moves = (worth >= 0) & (loss <= gap + margin) & (np.arange(worth.shape[1]) != base[:, None])
+def _open_moves(base: np.ndarray, worth: np.ndarray, units: np.ndarray, cheap: np.ndarray) -> np.ndarray:
+    """Moves away from the base that both arguments leave open, of those that are `cheap`; bool [n, R]."""
+    gain = worth - worth[np.arange(len(worth)), base][:, None]
+    open_moves = (worth >= 0) & cheap & (np.arange(worth.shape[1]) != base[:, None])
     some = np.flatnonzero(open_moves.any(axis=1))
     kind = np.zeros(len(worth), dtype=np.int64)
     kind[some] = np.unique(np.column_stack([units, base])[some], axis=0, return_inverse=True)[1].ravel()
-    core = np.zeros(len(worth), dtype=bool)
-    for target in range(worth.shape[1]):
+    core = np.zeros(worth.shape, dtype=bool)
+    for target in np.flatnonzero(open_moves.any(axis=0)):
         candidates = np.flatnonzero(open_moves[:, target])
         # Equal gains: the first items climb, the last ones descend.
         preference = np.where(target > base[candidates], candidates, -candidates)
         candidates = candidates[np.lexsort((preference, -gain[candidates, target], kind[candidates]))]
         starts = np.flatnonzero(np.r_[True, np.diff(kind[candidates]) != 0])
         lengths = np.diff(np.r_[starts, len(candidates)])
-        rank = np.arange(len(candidates)) - np.repeat(starts, lengths) if len(candidates) else candidates
-        core[candidates[rank < 2 * span]] = True
-    return np.flatnonzero(core)
+        rank = np.arange(len(candidates)) - np.repeat(starts, lengths)
+        core[candidates[rank < 2 * int(units.max())], target] = True
+    return core

@@ -37,8 +37,8 @@ def first_fit(costs: np.ndarray, capacities: np.ndarray) -> np.ndarray:
     cheapest = np.where(finite, costs, np.inf).min(axis=1)
     same = (~finite | (costs == cheapest[:, None])).all()
     if same:
-        count = [affordable(cost, capacities[d : d + 1], costs.shape[1])[0] for d, cost in enumerate(cheapest)]
-        return finite & (np.cumsum(finite, axis=1) <= np.array(count)[:, None])
+        count = affordable(cheapest, capacities, costs.shape[1])
+        return finite & (np.cumsum(finite, axis=1) <= count[:, None])
     chosen = np.zeros(costs.shape, dtype=bool)
     left = capacities * (1 + SLACK)
     for item in range(costs.shape[1]):

@@ -1,16 +1,20 @@
 """Exact knapsacks over integer costs, for many devices at once (arXiv 2504.12471, section 3).
 
-Items come in the order in which ties prefer them. Among solutions of exactly equal value the solvers take the one that
-gives the first item its highest option, then the second, and so on. Values are compared as integers, so equal sums are
-equal in whatever order they are added.
+Items come in the order in which ties prefer them. Among solutions of exactly equal value dynamic programming takes the
+one that gives the first item its highest option, then the second, and so on; what settles large problems sooner may
+take another, the same one for devices that are alike. Values are compared as integers, so equal sums are equal in
+whatever order they are added.
 
 Legend: D devices, n items, R options of an item (option 0: nothing, costs 0, worth 0).
 """
 
+from collections.abc import Hashable, Iterable
+
 import numpy as np
 
-from .core import OPTION, find_core
+from .core import NEVER, OPTION, find_core
 from .counting import choose_by_counts
+from .dynamic_programme import dynamic_programme
 from .proven import choose_proven
 
 
@@ -22,8 +26,9 @@ _SMALL_DENOMINATOR = 256
 _GRID_STEPS = 10_000_000
 _MAX_TABLE_BYTES = 64 << 20
 _FEW_TABLE_STEPS = 4_000_000
-_MAX_TABLE_STEPS = 50_000_000
+_MAX_TABLE_STEPS = 20_000_000
 _MOST_COUNTED = 1024
+_FEWEST_MOVES = 32
 _MAX_TABLE_ITEMS = 10_000
 _ROUNDED_WITHIN = 1e-3
 """Share of the worth that large problems may miss where their costs are rounded anyway."""
@@ -34,11 +39,13 @@ SLACK = 4e-10
 
 
 def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray, within: float = 0.0) -> np.ndarray:
-    """Solves D multiple-choice knapsacks over items with the same costs.
+    """Solves D multiple-choice knapsacks over as many items each.
+
+    Devices that are alike are solved once; devices whose items cost the same, in whatever order, are solved together.
 
     Args:
         values: float [D, n, R], worth of each option; 0 for option 0, FORBIDDEN or at least 0 for the others.
-        costs: float [n, R], cost of each option, 0 for option 0, not decreasing.
+        costs: float [D, n, R] or, for all devices, [n, R]; cost of each option, 0 for option 0, not decreasing.
         capacities: float [D], most that the chosen options may cost together, same unit; exceeded by at most
             5e-10 of itself where a sum rounds.
         within: share of its worth by which the choice of a device may fall short of the best one, where large problems
@@ -49,16 +56,29 @@ def choose(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray, within
         for at most a thousandth of the worth) among the choices that fit with costs rounded up, then raised wherever
         the true costs leave room.
     """
-    num_options = values.shape[2]
-    if num_options == 2 and (costs[:, 1] == costs[0, 1]).all():
-        return top(values[:, :, 1], affordable(costs[0, 1], capacities, len(costs))).astype(OPTION)
+    costs = np.broadcast_to(costs, values.shape)
+    if values.shape[2] == 2 and (costs[:, :, 1] == costs[:, :1, 1]).all():
+        return top(values[:, :, 1], affordable(costs[:, 0, 1], capacities, values.shape[1])).astype(OPTION)
     values = _on_one_scale(values)
-    kinds, first, kind = {}, [], np.empty(len(values), dtype=np.int64)
-    for device, capacity in enumerate(capacities):
-        kind[device] = kinds.setdefault((values[device].tobytes(), float(capacity)), len(kinds))
-        if kind[device] == len(first):
-            first.append(device)
-    return _solve(values[first], costs, capacities[first], within)[kind]
+    alike = zip(*([row.tobytes() for row in table] for table in (values, costs, capacities)), strict=True)
+    first, kind = _distinct(alike)
+    values, costs, capacities = values[first], costs[first], capacities[first]
+    first, of_costs = _distinct(table.tobytes() for table in costs)
+    of_costs = _distinct(np.unique(costs[device]).tobytes() for device in first)[1][of_costs]
+    chosen = np.empty(values.shape[:2], dtype=OPTION)
+    for members in (of_costs == group for group in range(of_costs.max() + 1)):
+        chosen[members] = _solve(values[members], costs[members], capacities[members], within)
+    return chosen[kind]
+
+
+def _distinct(contents: Iterable[Hashable]) -> tuple[list[int], np.ndarray]:
+    """Where each distinct content is first; and for every content which of these it equals, int64."""
+    kinds, first, kind = {}, [], []
+    for place, content in enumerate(contents):
+        kind.append(kinds.setdefault(content, len(kinds)))
+        if kind[-1] == len(first):
+            first.append(place)
+    return first, np.array(kind)
 
 
 def _on_one_scale(values: np.ndarray) -> np.ndarray:
@@ -72,33 +92,38 @@ def _on_one_scale(values: np.ndarray) -> np.ndarray:
 
 
 def _solve(values: np.ndarray, costs: np.ndarray, capacities: np.ndarray, within: float) -> np.ndarray:
-    """`choose` for devices of which no two are alike."""
-    cells = len(costs) * (costs.shape[1] - 1) * len(values)
+    """`choose` for devices of which no two are alike, and whose costs are the same numbers in any order."""
+    _, items, options = values.shape
+    cells = values[:, :, 1:].size
     resolution = int(np.clip(_GRID_STEPS // cells, _FEWEST_UNITS, _MOST_UNITS))
-    units, unit = integer_costs(costs, float(capacities.max()), resolution)
+    unit = integer_costs(costs[0], float(capacities.max()), resolution)[1]
+    units = np.ceil(costs / unit * (1 - _EXACT)).astype(np.int64)
     limits = np.floor(capacities * (1 + SLACK) / unit)
-    limits = np.minimum(limits, units.max(axis=1).sum()).astype(np.int64)
+    limits = np.minimum(limits, units.max(axis=2).sum(axis=1)).astype(np.int64)
     worth = integer_values(values)
+    few = (limits.max() + 1) * cells <= _FEW_TABLE_STEPS
+    counted = options == 3 and items <= _MOST_COUNTED and (costs == costs[0, 0]).all()
+    if not few and counted and (worth >= 0).all():
+        return choose_by_counts(worth, *_counts(costs[0, 0], capacities, items))
+    # What does not fit even alone would mislead the relaxation.
+    worth[units > limits[:, None, None]] = NEVER
     rounded = (units * unit > costs * (1 + 2 * _EXACT)).any()
-    if (limits.max() + 1) * cells <= _FEW_TABLE_STEPS:
-        chosen = _choose_in_chunks(worth, units, limits)
-    elif costs.shape[1] == 3 and (costs == costs[0]).all() and (worth >= 0).all() and len(costs) <= _MOST_COUNTED:
-        return choose_by_counts(worth, *_counts(costs[0], capacities, len(costs)))
-    elif len(values) > 1 or rounded:
-        chosen, proven = choose_proven(worth, units, limits, max(within, _ROUNDED_WITHIN * rounded))
-        if not proven.all():
-            chosen[~proven] = _solve_table(worth[~proven], units, limits[~proven])
+    if few or (len(values) == 1 and not rounded):
+        chosen = _solve_table(worth, units, limits, within)
     else:
-        chosen = _solve_table(worth, units, limits)
+        within = max(within, _ROUNDED_WITHIN * rounded)
+        chosen, proven = choose_proven(worth, units, limits, within)
+        if not proven.all():
+            chosen[~proven] = _solve_table(worth[~proven], units[~proven], limits[~proven], within)
     if rounded:
         _use_what_rounding_left(chosen, values, costs, capacities)
     return chosen
 
 
-def _solve_table(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    steps = (limits.max() + 1) * units[:, 1:].size * len(worth)
-    if steps > _MAX_TABLE_STEPS or len(units) > _MAX_TABLE_ITEMS:
-        return np.stack([_choose_in_core(worth[d], units, int(limits[d])) for d in range(len(worth))])
+def _solve_table(worth: np.ndarray, units: np.ndarray, limits: np.ndarray, within: float) -> np.ndarray:
+    steps = (limits.max() + 1) * worth[:, :, 1:].size
+    if steps > _MAX_TABLE_STEPS or worth.shape[1] > _MAX_TABLE_ITEMS:
+        return np.stack([_choose_in_core(worth[d], units[d], int(limits[d]), within) for d in range(len(worth))])
     return _choose_in_chunks(worth, units, limits)
 
 
@@ -129,11 +154,11 @@ def top(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return chosen & (values != FORBIDDEN)
 
 
-def affordable(cost: float, capacities: np.ndarray, most: int) -> np.ndarray:
+def affordable(cost: np.ndarray, capacities: np.ndarray, most: int) -> np.ndarray:
     """How many items of one cost fit into each capacity, at most `most`; int64 [D]."""
-    if cost == 0:
-        return np.full(len(capacities), most)
-    return np.floor(np.minimum(capacities * (1 + SLACK) / cost, most)).astype(np.int64)
+    room = np.full(len(capacities), float(most))
+    np.divide(capacities * (1 + SLACK), cost, out=room, where=np.broadcast_to(cost, room.shape) > 0)
+    return np.floor(np.minimum(room, most)).astype(np.int64)
 
 
 def integer_costs(costs: np.ndarray, capacity: float, resolution: int) -> tuple[np.ndarray, float]:
@@ -190,74 +215,71 @@ def integer_values(values: np.ndarray) -> np.ndarray:
     total = allowed.max(axis=2).sum(axis=1)
     exponent = np.where(total > 0, _VALUE_BITS - np.frexp(total)[1], 0)
     scaled = np.ldexp(allowed, exponent[:, None, None])
-    return np.where(forbidden, -(1 << 62), np.rint(scaled).astype(np.int64))
+    return np.where(forbidden, NEVER, np.rint(scaled).astype(np.int64))
 
 
 def _choose_in_chunks(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """Runs the dynamic programme on as many devices at a time as the memory for its table allows."""
-    chunk = max(1, _MAX_TABLE_BYTES // (len(units) * (int(limits.max()) + 1) * OPTION().itemsize))
-    parts = [
-        _dynamic_programme(worth[start : start + chunk], units, limits[start : start + chunk])
-        for start in range(0, len(worth), chunk)
-    ]
-    return np.concatenate(parts)
-
-
-def _dynamic_programme(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """best[c, d] after step j: most that items j..n-1 are worth on device d within c units.
-
-    Items enter from the last to the first, so that reading the choices back starts with the item that ties prefer.
-    """
-    num_devices, num_items, num_options = worth.shape
-    most = int(limits.max())
-    best = np.zeros((most + 1, num_devices), dtype=np.int64)
-    option = np.zeros((num_items, most + 1, num_devices), dtype=OPTION)
-    for item in reversed(range(num_items)):
-        without = best
-        best = without.copy()
-        for choice in range(1, num_options):
-            cost = int(units[item, choice])
-            if cost > most:
-                continue
-            candidate = without[: most + 1 - cost] + worth[:, item, choice]
-            better = candidate >= best[cost:]
-            np.maximum(best[cost:], candidate, out=best[cost:])
-            np.copyto(option[item, cost:], OPTION(choice), where=better)
-    chosen = np.empty((num_devices, num_items), dtype=OPTION)
-    left, device = limits.copy(), np.arange(num_devices)
-    for item in range(num_items):
-        chosen[:, item] = option[item, left, device]
-        left -= units[item, chosen[:, item]]
-    return chosen
+    """Runs the dynamic programme on as many devices at a time as the memory for its tables allows."""
+    chunk = max(1, _MAX_TABLE_BYTES // (worth.shape[1] * (int(limits.max()) + 1) * worth.itemsize))
+    starts = range(0, len(worth), chunk)
+    tables = ([table[start : start + chunk] for table in (worth, units, limits)] for start in starts)
+    return np.concatenate([dynamic_programme(*parts) for parts in tables])
 
 
 def _use_what_rounding_left(chosen: np.ndarray, values: np.ndarray, costs: np.ndarray, capacities: np.ndarray) -> None:
     """Raises options in place, what gains most first, until no true cost fits any more."""
-    device, item = np.arange(len(chosen)), np.arange(len(costs))
-    left = capacities * (1 + SLACK) - costs[item, chosen].sum(axis=1)
-    higher = np.arange(costs.shape[1]) > chosen[:, :, None]
-    gain = values - np.take_along_axis(values, chosen[:, :, None], axis=2)
-    rise = costs - costs[item, chosen][:, :, None]
+    device = np.arange(len(chosen))
+    higher = np.arange(costs.shape[2]) > chosen[:, :, None]
+    at_chosen = chosen[:, :, None].astype(np.int64)
+    spent = np.take_along_axis(costs, at_chosen, axis=2)
+    left = capacities * (1 + SLACK) - spent.sum(axis=(1, 2))
+    gain, rise = values - np.take_along_axis(values, at_chosen, axis=2), costs - spent
     while True:
         gains = np.where(higher & (rise <= left[:, None, None]), gain, -1.0).reshape(len(chosen), -1)
         best = gains.argmax(axis=1)
         better = gains[device, best] >= 0
         if not better.any():
             return
-        who, which, option = device[better], *np.divmod(best[better], costs.shape[1])
+        who, which, option = device[better], *np.divmod(best[better], costs.shape[2])
         left[who] -= rise[who, which, option]
         chosen[who, which] = option
-        higher[who, which] = np.arange(costs.shape[1]) > option[:, None]
+        higher[who, which] = np.arange(costs.shape[2]) > option[:, None]
         gain[who, which] = values[who, which] - values[who, which, option][:, None]
-        rise[who, which] = costs[which] - costs[which, option][:, None]
+        rise[who, which] = costs[who, which] - costs[who, which, option][:, None]
 
 
-def _choose_in_core(worth: np.ndarray, units: np.ndarray, limit: int) -> np.ndarray:
-    """One device with very many items: settles most of them first, then solves for the few that are open."""
-    chosen, core = find_core(worth, units, limit)
-    if core.size:
-        chosen[core] = 0
-        left = limit - int(np.take_along_axis(units, chosen[:, None], axis=1).sum())
-        left = min(left, int(units[core].max(axis=1).sum()))
-        chosen[core] = _dynamic_programme(worth[None, core], units[core], np.array([left]))[0]
+def _choose_in_core(worth: np.ndarray, units: np.ndarray, limit: int, within: float) -> np.ndarray:
+    """One device with very many items or options: solves for the moves that lose least, for more until that is enough.
+
+    A solution with another move loses at least what the next one does (see `core`).
+    """
+    core = find_core(worth, units, limit)
+    everyone, tried = np.arange(len(worth)), min(_FEWEST_MOVES, len(core.items))
+    base_worth = int(worth[everyone, core.base].sum())
+    while tried:
+        moves = core.items[:tried], core.options[:tried]
+        chosen = _solve_moves(worth, units, limit, core.base, moves)
+        total = int(worth[everyone, chosen].sum())
+        lost = core.idle - (total - base_worth) + core.margin
+        needed = int(np.searchsorted(core.losses, lost))
+        if needed <= tried or lost <= within * total:
+            return chosen
+        tried = min(4 * tried, needed)
+    return core.base
+
+
+def _solve_moves(
+    worth: np.ndarray, units: np.ndarray, limit: int, base: np.ndarray, moves: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """The best solution that differs from `base` by some of `moves` (items, options) alone, or better; int16 [n]."""
+    offered = np.zeros(worth.shape, dtype=bool)
+    offered[moves] = True
+    some = np.unique(moves[0])
+    offered[some, base[some]] = offered[some, 0] = True
+    fixed = np.delete(np.arange(len(worth)), some)
+    left = limit - int(units[fixed, base[fixed]].sum())
+    left = min(left, int(np.where(offered, units, 0).max(axis=1).sum()))
+    chosen = base.copy()
+    some_worth = np.where(offered[some], worth[some], NEVER)
+    chosen[some] = dynamic_programme(some_worth[None], units[None, some], np.array([left]))[0]
     return chosen

@@ -11,7 +11,7 @@ def choose_per_device(
 ) -> np.ndarray:
     """Solves one multiple-choice knapsack per device over the cells of its subnets.
 
-    Devices whose cells cost the same are solved together. Cells are offered micro-batch by micro-batch in the order
+    Devices with equally many subnets are solved together. Cells are offered micro-batch by micro-batch in the order
     that ties prefer, so a device that owns several subnets gets whole rows.
 
     Args:
@@ -26,18 +26,14 @@ def choose_per_device(
     """
     by_device = np.argsort(problem.devices, kind="stable")
     owned = np.split(by_device, np.cumsum(np.bincount(problem.devices))[:-1])
-    alike: dict[tuple[bytes, bytes], list[int]] = {}
-    for device, subnets in enumerate(owned):
-        weights = problem.weights[problem.order(device)]
-        alike.setdefault((costs[subnets].tobytes(), weights.tobytes()), []).append(device)
+    sizes = np.array([len(subnets) for subnets in owned])
     chosen = np.empty(values.shape[:2], dtype=np.int8)
-    for devices in alike.values():
+    for size in np.unique(sizes):
+        devices = np.flatnonzero(sizes == size)
         rows = np.stack([problem.order(device) for device in devices])[:, :, None]
         columns = np.stack([owned[device] for device in devices])[:, None, :]
         cells = (len(devices), -1, values.shape[2])
-        item_costs = problem.weights[rows[0]][:, :, None] * costs[columns[0]]
-        options = choose(
-            values[rows, columns].reshape(cells), item_costs.reshape(cells[1:]), capacities[np.array(devices)], within
-        )
+        item_costs = problem.weights[rows][..., None] * costs[columns]
+        options = choose(values[rows, columns].reshape(cells), item_costs.reshape(cells), capacities[devices], within)
         chosen[rows, columns] = options.reshape(len(devices), rows.shape[1], columns.shape[2])
     return chosen

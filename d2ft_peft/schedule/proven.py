@@ -10,15 +10,14 @@ Legend: D devices, n items, R options of an item.
 
 import numpy as np
 
-from .core import OPTION, _hull_steps
+from .core import NEVER, OPTION, hull_steps
 
 
-_COMBINATIONS = 600_000
-"""Combinations that are tried in a round, over all devices that are still open."""
+_COMBINATIONS = 160_000
+"""Combinations of half of the items in a round, over all devices that are still open."""
 
 _ROUNDS = 3
-_MOST_ITEMS = 16
-_NEVER = 1 << 40
+_NEVER_FITS = 1 << 38
 
 
 def choose_proven(
@@ -28,28 +27,37 @@ def choose_proven(
 
     Args:
         worth: int64 [D, n, R], worth of each option, 0 for option 0; an option below 0 is forbidden.
-        units: int64 [n, R], cost of each option, 0 for option 0, not decreasing.
+        units: int64 [D, n, R] or, for all devices, [n, R]; cost of each option, 0 for option 0, not decreasing.
         limits: int64 [D], most that the chosen options may cost together.
         within: Share of the worth by which a solution may fall short of the optimum and count as proven.
 
     Returns:
         int16 [D, n], a feasible option for each item; bool [D], whether it is proven to be optimal (`within`).
     """
+    units = np.broadcast_to(units, worth.shape)
     base, price, left = _relax(worth, units, limits)
-    chosen, proven = base.copy(), price * left == 0
+    # Worth comes in multiples of a number: what the relaxation adds is lost only if it holds one.
+    step = np.gcd.reduce(np.where(worth > 0, worth, 0).reshape(len(worth), -1), axis=1)
+    chosen, proven = base.copy(), (price * left == 0) | (price * left * (1 + 1e-9) < step)
+    tried = None
     for _ in range(_ROUNDS):
         still = np.flatnonzero(~proven)
-        if not still.size:
+        if not still.size or len(still) == tried:
             break
-        chosen[still], proven[still] = _best_moves(worth[still], units, base[still], price[still], left[still], within)
+        tried = len(still)
+        chosen[still], proven[still] = _best_moves(
+            *(table[still] for table in (worth, units, base, price, left)), within
+        )
     return chosen, proven
 
 
 def _relax(worth: np.ndarray, units: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Base int16 [D, n], price of a unit float [D], units that the base leaves int64 [D]."""
     devices, n, options = worth.shape
-    flat_units = np.broadcast_to(units, worth.shape).reshape(-1, options)
-    items, before, after, slopes = _hull_steps(worth.reshape(-1, options), flat_units)
+    flat_units = units.reshape(-1, options)
+    items, before, after, slopes = hull_steps(worth.reshape(-1, options), flat_units)
+    if not len(items):
+        return np.zeros((devices, n), dtype=OPTION), np.zeros(devices), limits.copy()
     by_device = np.argsort((items // n).astype(np.int32), kind="stable")
     items, before, after, slopes = (part[by_device] for part in (items, before, after, slopes))
     device = items // n
@@ -74,30 +82,62 @@ def _best_moves(
     devices, n, options = worth.shape
     at_base = base[:, :, None].astype(np.int64)
     gain = worth - np.take_along_axis(worth, at_base, axis=2)
-    rise = units - np.take_along_axis(np.broadcast_to(units, worth.shape), at_base, axis=2)
-    rise[worth < 0], gain[worth < 0] = _NEVER, 0
+    rise = units - np.take_along_axis(units, at_base, axis=2)
+    rise[worth < 0], gain[worth < 0] = _NEVER_FITS, 0
     loss = np.where(np.arange(options) == at_base, np.inf, price[:, None, None] * rise - gain).min(axis=2)
-    size = min(n, _MOST_ITEMS, max(1, int(np.log(_COMBINATIONS / devices) / np.log(options))))
+    half = max(1, int(np.log(_COMBINATIONS / devices) / np.log(options)))
+    size = min(n, 2 * half)
     order = np.argsort(loss, axis=1, kind="stable")
     core = np.sort(order[:, :size], axis=1)[:, :, None]
     # The first item's highest option comes first: of equal combinations it is the one that is taken.
     gain, rise = (np.take_along_axis(table, core, axis=1)[:, :, ::-1] for table in (gain, rise))
-    gains, rises = (np.zeros((devices, 1), dtype=np.int64) for _ in range(2))
-    for item in range(size):
-        gains, rises = (
-            (sums[:, :, None] + table[:, item, None, :]).reshape(devices, -1)
-            for sums, table in ((gains, gain), (rises, rise))
-        )
-    gains[rises > left[:, None]] = -1
-    best = gains.argmax(axis=1)
-    everyone = np.arange(devices)
-    digits = best[:, None] // options ** np.arange(size)[::-1] % options
+    moved, gained = _best_combination(gain, rise, left)
     chosen = base.copy()
-    np.put_along_axis(chosen, core[:, :, 0], (options - 1 - digits).astype(OPTION), axis=1)
+    np.put_along_axis(chosen, core[:, :, 0], (options - 1 - moved).astype(OPTION), axis=1)
     if size == n:
         return chosen, np.ones(devices, dtype=bool)
-    lost = price * left - gains[everyone, best]
-    value = np.take_along_axis(worth, at_base, axis=2)[:, :, 0].sum(axis=1) + gains[everyone, best]
+    everyone = np.arange(devices)
+    lost = price * left - gained
+    value = np.take_along_axis(worth, at_base, axis=2)[:, :, 0].sum(axis=1) + gained
     # What rounding of floats could hide.
     margin = 1e-9 * (lost + price * units.max() + worth.max(axis=(1, 2)))
     return chosen, (lost + margin <= loss[everyone, order[:, size]]) | (lost + margin <= within * value)
+
+
+def _best_combination(gain: np.ndarray, rise: np.ndarray, left: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The options of a few items that gain most within `left`; int64 [D, items], and what they gain, [D].
+
+    All combinations of one half of the items are sorted by what they cost; for each one of the other half the best that
+    still fits is looked up.
+    """
+    devices, items, options = gain.shape
+    everyone, half = np.arange(devices), items - items // 2
+    (gains, rises), (other_gains, other_rises) = (
+        [_sums(table[:, part]) for table in (gain, rise)] for part in (slice(half), slice(half, None))
+    )
+    by_rise = np.argsort(other_rises, axis=1, kind="stable")
+    other_gains, other_rises = (np.take_along_axis(table, by_rise, axis=1) for table in (other_gains, other_rises))
+    best_within = np.maximum.accumulate(other_gains, axis=1)
+    # One search for all devices: each has a range of its own.
+    apart = 4 * _NEVER_FITS * everyone[:, None]
+    keys = (np.minimum(other_rises, _NEVER_FITS) + apart).ravel()
+    room = np.maximum(left[:, None] - rises, -_NEVER_FITS) + apart
+    last = np.searchsorted(keys, room, side="right") - 1 - by_rise.shape[1] * everyone[:, None]
+    total = gains + np.take_along_axis(best_within, np.maximum(last, 0), axis=1)
+    total[last < 0] = NEVER
+    first = total.argmax(axis=1)
+    fits = np.arange(by_rise.shape[1]) <= last[everyone, first][:, None]
+    second = by_rise[everyone, np.where(fits, other_gains, NEVER).argmax(axis=1)]
+    digits = [
+        combination[:, None] // options ** np.arange(count)[::-1] % options
+        for combination, count in ((first, half), (second, items - half))
+    ]
+    return np.concatenate(digits, axis=1), total[everyone, first]
+
+
+def _sums(table: np.ndarray) -> np.ndarray:
+    """Sums of every combination of one entry of each item [D, items, R], the last item's changing fastest."""
+    sums = np.zeros((len(table), 1), dtype=np.int64)
+    for item in range(table.shape[1]):
+        sums = (sums[:, :, None] + table[:, item, None, :]).reshape(len(table), -1)
+    return sums

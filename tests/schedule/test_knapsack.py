@@ -50,8 +50,8 @@ def test_the_core_alone_reaches_the_optimum_of_the_whole(instance, proportional)
         # Worth follows cost closely: then many items must change together to use the last units.
         values = values % 3 * (costs > 0) + 100 * 7 * costs
         costs, capacity = 7 * costs + (costs > 3), 7 * capacity
-    whole = knapsack._dynamic_programme(values[None], costs, np.array([capacity]))[0]
-    by_core = knapsack._choose_in_core(values, costs, capacity)
+    whole = knapsack.dynamic_programme(values[None], costs, np.array([capacity]))[0]
+    by_core = knapsack._choose_in_core(values, costs, capacity, 0.0)
     items = np.arange(len(costs))
     assert costs[items, by_core].sum() <= capacity
     assert values[items, by_core].sum() == values[items, whole].sum()
@@ -61,14 +61,14 @@ def test_the_core_holds_several_items_of_one_kind():
     # One unit is left after all items of cost 5; the optimum gives one of them up for two of cost 3.
     costs = np.array([[0, 5]] * 4 + [[0, 3]] * 4)
     values = np.array([[0, 5000]] * 4 + [[0, 2997]] * 4)
-    assert knapsack._choose_in_core(values, costs, 21)[4:].sum() == 2
+    assert knapsack._choose_in_core(values, costs, 21, 0.0)[4:].sum() == 2
 
 
 def test_the_core_of_a_large_problem_is_small():
     rng = np.random.default_rng(0)
     values = np.sort(rng.integers(0, 10**6, (100_000, 3)), axis=1) * [0, 1, 1]
-    core = find_core(values, np.tile([0, 1, 3], (100_000, 1)), 180_001)[1]
-    assert len(core) <= 36
+    core = find_core(values, np.tile([0, 1, 3], (100_000, 1)), 180_001)
+    assert len(core.items) <= 36
 
 
 def test_costs_rounded_up_leave_room_that_is_used():

@@ -16,7 +16,8 @@ def bilevel(problem: Problem) -> Schedule:
 
     Per device: the outer 0/1 knapsack maximises the sum of backward scores of FULL cells within the limit; the inner
     one the sum of forward scores of FORWARD_ONLY cells among the rest, within the rest of the limit. With counts each
-    subnet gets exactly num_full and num_forward_only micro-batches. Both levels are exact (see `knapsack.choose`).
+    subnet gets exactly num_full and num_forward_only micro-batches. Both levels are exact where costs are multiples of
+    a common unit; elsewhere `knapsack.choose` says by how little a large problem may miss the optimum.
     """
     if problem.budget.counts is not None:
         return problem.schedule(_by_counts(problem, *problem.budget.counts))

@@ -16,7 +16,8 @@ def depth(problem: Problem) -> Schedule:
     Such rows are closed upwards, so every FULL cell has the exact gradient (`Schedule.exact_gradients`). A depth is
     worth the backward scores of its FULL cells plus the forward scores of the whole row; at least the top block is
     FULL in a row that runs. A multiple-choice knapsack (`knapsack.choose`) over micro-batches picks the depths
-    within the *total* budget: the policy is for one machine, the schedule has all subnets on device 0.
+    within the *total* budget: the policy is for one machine, the schedule has all subnets on device 0. It is exact
+    where `knapsack.integer_costs` is; elsewhere costs are rounded up, and a large problem may miss a thousandth.
 
     Raises:
         ValueError: no micro-batch fits into the budget.
