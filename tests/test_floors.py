@@ -65,7 +65,6 @@ def test_every_room_is_on_one_floor():
     assert set(listed.values()) == {1}
 
 
-@pytest.mark.xfail(strict=True, reason="schedule/counting.py counts cells, planning/counting.py what was executed")
 def test_no_module_name_is_there_twice():
     counts = Counter(path.stem for path in MODULES if path.stem != "__init__")
     assert [name for name, count in counts.items() if count > 1] == []

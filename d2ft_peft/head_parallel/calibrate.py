@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..planning.counting import ExecutionCounts
+from ..planning.execution_counts import ExecutionCounts
 from ..schedule import Schedule
 from .execution import HeadParallel
 

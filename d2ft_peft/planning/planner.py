@@ -36,7 +36,7 @@ from ..partition import base_model
 from ..processes import all_reduce, world_size
 from ..schedule import Schedule, compose
 from ..unequal import Shares
-from .counting import ExecutionCounts
+from .execution_counts import ExecutionCounts
 from .facts import BatchFacts, shares_of_items, take_facts
 from .micro_batch import MicroBatch
 from .planned_step import PlannedStep, check_same_schedule

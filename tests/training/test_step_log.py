@@ -9,7 +9,7 @@ import torch
 
 from d2ft_peft import D2FTTrainer
 from d2ft_peft.costs import flop_counter
-from d2ft_peft.planning.counting import ExecutionCounts
+from d2ft_peft.planning.execution_counts import ExecutionCounts
 from d2ft_peft.schedule import Schedule
 from tests.test_trainer import adapt, arguments, samples
 
