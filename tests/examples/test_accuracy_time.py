@@ -1,18 +1,10 @@
 """Time to an accuracy, from runs of several lengths: interpolated over the logarithm of time, scoring included."""
 
 import json
-from pathlib import Path
 
+import accuracy_time
 import pytest
 from matplotlib.image import imread
-
-
-@pytest.fixture
-def accuracy_time(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-    import accuracy_time
-
-    return accuracy_time
 
 
 @pytest.fixture
@@ -32,7 +24,7 @@ def path(tmp_path):
     return str(file)
 
 
-def test_time_to_an_accuracy(accuracy_time, path):
+def test_time_to_an_accuracy(path):
     rows = accuracy_time.load([path])[9]
     plain = rows["plain", 1.0]
     assert plain == {1: (10, 50), 2: (20, 60), 4: (40, 70)}
@@ -44,6 +36,6 @@ def test_time_to_an_accuracy(accuracy_time, path):
     assert row == "| 9 | 60.0 | 20 s (1.00) | not reached | 10 s (0.50) |"
 
 
-def test_picture(accuracy_time, path, tmp_path):
+def test_picture(path, tmp_path):
     accuracy_time.main([path, "--png", str(tmp_path / "time.png")])
     assert imread(tmp_path / "time.png").std() > 0.01, "an empty picture"

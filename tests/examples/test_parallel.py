@@ -5,34 +5,44 @@ Times are not looked at: they say nothing at this size.
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import parallel
 import pytest
+import simulate
+import simulate_plot
 from matplotlib.image import imread
 
 from d2ft_peft.simulate import Cluster, Device
+from tests.distributed.launch import run
 
 
-ROOT = Path(__file__).parents[2]
 TINY = ["--model", "llama", "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--layers", "2", "--length", "16",
         "--vocabulary", "1024", "--micro-batch-size", "2", "--repeats", "1"]  # fmt: skip
 SHARES = {"D2FT all FULL": 1, "D2FT 3F+2S": 0.6, "D2FT 2F+1O+2S": 0.5, "tensor parallel, 3 of 5": 0.6}
 
 
-@pytest.fixture
-def scripts(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def work(*arguments: str) -> bool:
+    """What each process of the benchmark does."""
     import parallel
-    import simulate
-    import simulate_plot
 
-    return parallel, simulate, simulate_plot
+    return parallel.main(list(arguments)) is None
+
+
+@pytest.fixture
+def forked(monkeypatch, tmp_path):
+    """Lets the benchmark start its processes as tests do: forked, instead of importing everything anew."""
+
+    def start(command: list[str], check: bool) -> None:
+        assert check and command[1:6] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        assert Path(command[6]) == Path(parallel.__file__)
+        assert all(run(__name__, "work", tmp_path, *command[7:], processes=2))
+
+    monkeypatch.setattr(parallel, "subprocess", SimpleNamespace(run=start))
 
 
 @pytest.mark.distributed
-def test_bytes_losses_and_predictions(scripts, tmp_path):
-    parallel, simulate, _ = scripts
+def test_bytes_losses_and_predictions(forked, tmp_path):
     path = tmp_path / "parallel.json"
     parallel.main([*TINY, "--json", str(path)])
     result = json.loads(path.read_text())
@@ -60,9 +70,8 @@ def test_bytes_losses_and_predictions(scripts, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["parallel.json", "parallel_llama.json"])
-def test_predictions_are_near_what_was_measured(scripts, capsys, name):
+def test_predictions_are_near_what_was_measured(capsys, name):
     """The files beside the scripts hold measured steps, and micro-measurements from which these are predicted."""
-    _, simulate, _ = scripts
     path = simulate.Path(simulate.__file__).parent / "results" / name
     simulate.main(["--measured", str(path)])
     printed = capsys.readouterr().out
@@ -78,9 +87,8 @@ def test_predictions_are_near_what_was_measured(scripts, capsys, name):
             assert prediction.seconds == pytest.approx(row["step_seconds"], rel=0.15), variant
 
 
-def test_the_picture_of_what_cannot_be_run(scripts, tmp_path, monkeypatch):
-    plot = scripts[2]
-    monkeypatch.setattr(plot, "cases", lambda cases=plot.cases: [next(cases())])
-    printed = plot.draw(str(tmp_path / "simulated.png"))
+def test_the_picture_of_what_cannot_be_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(simulate_plot, "cases", lambda cases=simulate_plot.cases: [next(cases())])
+    printed = simulate_plot.draw(str(tmp_path / "simulated.png"))
     assert "| ViT-L, full; devices alike |" in printed
     assert imread(tmp_path / "simulated.png").std() > 0.01, "an empty picture"

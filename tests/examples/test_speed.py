@@ -5,44 +5,53 @@ Times are not looked at: they say nothing at this size.
 
 import json
 import sys
-from pathlib import Path
+from functools import cache, partial
 
 import pytest
+import speed
+import speed_table
+import step_time
 from matplotlib.image import imread
 
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 
 
-@pytest.fixture
-def scripts(monkeypatch):
-    """The modules `step_time`, `speed` and `speed_table`, which import each other as scripts do."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
-    import speed
-    import speed_table
-    import step_time
-
+@pytest.fixture(scope="module", autouse=True)
+def tiny_shapes():
     shapes = {
         "tiny": {"model": "vit", "hidden": 64, "heads": 4, "image_size": 64},
         "tiny_llama": {"model": "llama", "hidden": 64, "heads": 4, "kv_heads": 2, "length": 32, "vocabulary": 12000},
     }
-    for name, shape in shapes.items():
-        monkeypatch.setitem(speed.SHAPES, name, shape)
-    return step_time, speed, speed_table
+    with pytest.MonkeyPatch.context() as patch:
+        for name, shape in shapes.items():
+            patch.setitem(speed.SHAPES, name, shape)
+        yield
+
+
+def measure(path, *args, cell="tiny:2:3"):
+    """Runs speed.py on a tiny shape and returns the rows of its file."""
+    fixed = ("--cells", cell, "--micro-batches", "5", "--repeats", "1", "--threads", "1", "--json", str(path))
+    speed.main([*fixed, *args])
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Rows of one cell at a precision, and their file; measured once."""
+
+    @cache
+    def rows_and_file(*precision):
+        path = tmp_path_factory.mktemp("measured") / "rows.jsonl"
+        return measure(path, "--peers", "checkpointing", "lora_fa", "--budgets", "0.6", *precision), path
+
+    return rows_and_file
 
 
 @pytest.fixture
-def run(scripts, tmp_path):
-    """Runs speed.py on the tiny shape and returns the rows of its file."""
-
-    def run_script(*args, cell="tiny:2:3"):
-        path = tmp_path / "rows.jsonl"
-        fixed = ("--cells", cell, "--micro-batches", "5", "--repeats", "1", "--threads", "1", "--json", str(path))
-        scripts[1].main([*fixed, *args])
-        return [json.loads(line) for line in path.read_text().splitlines()]
-
-    return run_script
+def run(tmp_path):
+    """Runs speed.py in a folder of the test's own."""
+    return partial(measure, tmp_path / "rows.jsonl")
 
 
 def by_name(rows):
@@ -50,8 +59,8 @@ def by_name(rows):
 
 
 @pytest.mark.parametrize("args", [(), ("--bf16",)])
-def test_known_ratios(run, args):
-    rows = by_name(run("--peers", "checkpointing", "lora_fa", "--budgets", "0.6", *args))
+def test_known_ratios(measured, args):
+    rows = by_name(measured(*args)[0])
     assert len(rows) == 11
     for mode in ("full", "lora"):
         plain, aligned = rows[mode, "plain", 1.0], rows[mode, "aligned", 0.6]
@@ -77,13 +86,13 @@ def test_memory_of_the_peers(run):
     assert full["bytes"] > lora["bytes"], "LoRA has fewer gradients and less optimizer state"
 
 
-def test_badam_trains_the_middle_block_and_the_head(scripts, run):
+def test_badam_trains_the_middle_block_and_the_head(run):
     pytest.importorskip("badam", reason="pip install --no-deps badam")
     rows = by_name(run("--peers", "badam", "--schedules", "--modes", "full"))
     assert 0.5 < rows["full", "badam", 1.0]["flops_ratio"] < 0.9
     assert rows["full", "badam", 1.0]["memory_ratio_with_weights"] < 1
-    _, given = scripts[1].setting("tiny:2:3", scripts[1].parse_args(["--threads", "1"]))
-    model = scripts[1].PEERS["badam"][0](scripts[0].build_model(given), "full", 4).model
+    _, given = speed.setting("tiny:2:3", speed.parse_args(["--threads", "1"]))
+    model = speed.PEERS["badam"][0](step_time.build_model(given), "full", 4).model
     trained = {".".join(name.split(".")[:3]) for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {"vit.layers.1", "classifier.weight", "classifier.bias"}
 
@@ -98,17 +107,15 @@ def test_a_row_is_measured_once(run):
     assert len(run(*args, "--budgets", "0.6", "--bf16")) == 5, "another precision is another cell"
 
 
-def test_presets_name_shapes(scripts):
-    speed = scripts[1]
+def test_presets_name_shapes():
     for cell in speed.PRESETS["all"] + speed.PRESETS["quick"] + speed.PRESETS["cpu"]:
         identity, given = speed.setting(cell, speed.parse_args(["--peers"]))
         assert identity["blocks"] % 2 == 1, "BAdam's middle block"
         assert given.hidden % given.heads == 0 and given.vocabulary >= 1000
 
 
-def test_variants_begin_in_turn(scripts, monkeypatch):
+def test_variants_begin_in_turn(monkeypatch):
     """Every variant begins a repeat; a pass that is not timed comes first where the model changes."""
-    step_time = scripts[0]
 
     class Fake:
         distinct_plans = {None: 2}
@@ -129,12 +136,12 @@ def test_variants_begin_in_turn(scripts, monkeypatch):
     assert begins == ["aabbcaabbc", "bbcaabbcaa", "ccaabbcaabb"]
 
 
-def test_step_time_keeps_its_rows(scripts, tmp_path, monkeypatch):
+def test_step_time_keeps_its_rows(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
     shape = ["--hidden", "64", "--heads", "4", "--layers", "2", "--image-size", "64", "--micro-batch-size", "2"]
     fixed = ["--placement", "aligned", "--mixes", "3+0,2+1", "--repeats", "1", "--threads", "1", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", ["step_time.py", *shape, *fixed])
-    scripts[0].main()
+    step_time.main()
     rows = json.loads(path.read_text())
     assert [(row["mode"], row["num_full"], row["num_forward_only"]) for row in rows] == [
         (mode, *counts) for mode in ("full", "lora") for counts in ((5, 0), (3, 0), (2, 1))
@@ -145,10 +152,10 @@ def test_step_time_keeps_its_rows(scripts, tmp_path, monkeypatch):
         assert three["flops_ratio"] == pytest.approx(0.6, rel=0.02)
 
 
-def test_table_and_picture(scripts, run, tmp_path, capsys):
-    run("--peers", "checkpointing", "--budgets", "0.6")
+def test_table_and_picture(measured, tmp_path, capsys):
+    _, path = measured()
     capsys.readouterr()
-    scripts[2].main([str(tmp_path / "rows.jsonl"), "--png", str(tmp_path / "speed.png")])
+    speed_table.main([str(path), "--png", str(tmp_path / "speed.png")])
     printed = capsys.readouterr().out
     assert "## tiny, 3 blocks, 5 micro-batches of 2, fp32, 1 threads" in printed
     for step in ("plain", "checkpointing", "D2FT aligned 0.6", "D2FT depth 0.6", "D2FT spread 0.6"):

@@ -5,16 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import unequal_figure
 from matplotlib.image import imread
 
-from tests.distributed.launch import ROOT, run
+from tests.distributed.launch import run
 
 
 pytestmark = pytest.mark.distributed
 
 
 def two_turns(out: str) -> bool:
-    sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
     import unequal
 
     tiny = {"hidden": 24, "layers": 1, "image-size": 32, "candidates": 10, "size": 3, "interval": 2}
@@ -24,10 +24,7 @@ def two_turns(out: str) -> bool:
     return True
 
 
-def test_both_variants_run_as_many_samples(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
-    import unequal_figure
-
+def test_both_variants_run_as_many_samples(tmp_path):
     assert all(run(__name__, "two_turns", tmp_path, str(tmp_path / "figures.json")))
     measured = json.loads(Path(tmp_path / "figures.json").read_text())
     for variant, trace in measured["trace"].items():
