@@ -119,8 +119,9 @@ def test_a_usual_step_reads_nothing_from_the_device(two_ranks, index):
 def test_what_crosses_does_not_grow_with_the_blocks(two_ranks, index):
     for of_rank in two_ranks:
         one, three = of_rank["crossings"][index]
-        assert one == three
-        assert one["first"][:2] == [1, 1]  # the checksum of what the micro-batches contain
+        assert one["usual"] == three["usual"]
+        # The checksum of what the micro-batches contain. Where heads lie is written once for each set of them.
+        assert one["first"][:2] == three["first"][:2] == [1, 1]
 
 
 def test_contents_that_differed_are_found_at_the_next_comparison(two_ranks):
