@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from ..engine import get_runtime
 from ..planning import D2FTPlanner
 from ..planning.facts import BatchFacts, take_facts
 from ..planning.schedule_maker import active_adapter
@@ -43,7 +44,7 @@ class TrainingSession:
         step_tasks: The micro-batches of the current optimizer step, in the order of their schedule.
         step_runs: Whether anything of the current optimizer step runs.
         grad_norm: Of the last optimizer step that ran.
-        steps: How many optimizer steps ran.
+        steps: Counts the optimizer steps, and those that ran.
         trains: Whether the call of ``train()`` has not ended yet.
     """
 
@@ -51,6 +52,8 @@ class TrainingSession:
         self.trainer, self.engine, self._make_loader = trainer, engine, make_loader
         self.model = trainer.accelerator.unwrap_model(trainer.model)
         self.accumulation = trainer.args.gradient_accumulation_steps
+        runtime = get_runtime(self.model)
+        self._before = runtime.driven, runtime.touch_gradients, runtime.after_backward
         self.planner: D2FTPlanner = engine.make_planner(self)
         self.planner.each_is_a_step = self.accumulation == 1
         self.data = TrainingData(trainer, self.planner, make_loader)
@@ -67,10 +70,9 @@ class TrainingSession:
         self.planner.runtime.driven = self.trains = True
 
     def close(self) -> None:
-        """Leave the model as any code may use it, however training ended."""
-        self.planner.runtime.driven = self.trains = False
-        self.planner.runtime.touch_gradients = False
-        self.planner.runtime.after_backward = None
+        """Leave the model as it was found, however training ended: any code may use it, or another session goes on."""
+        runtime, self.trains = self.planner.runtime, False
+        runtime.driven, runtime.touch_gradients, runtime.after_backward = self._before
 
     def score_whole_model(self, planner: D2FTPlanner) -> None:
         """Score samples before a head-parallel model is cut."""
