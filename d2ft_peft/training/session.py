@@ -17,6 +17,7 @@ from ..planning import D2FTPlanner
 from ..planning.facts import BatchFacts, take_facts
 from ..planning.schedule_maker import active_adapter
 from ..processes import gather_lists
+from ..scores import INDEX_KEY
 from .data import TrainingData
 from .local_engine import LocalEngine
 from .step_log import StepLog
@@ -124,9 +125,9 @@ class TrainingSession:
     def _compose(self, candidates: list[dict]) -> list[Task]:
         planner = self.planner
         indices, items = self.data.candidates(candidates)
-        size = max(len(batch["d2ft_index"]) for batch in candidates)
+        size = max(len(batch[INDEX_KEY]) for batch in candidates)
         if not planner.costs.known:
-            usual = len(candidates[0]["d2ft_index"])
+            usual = len(candidates[0][INDEX_KEY])
             planner.prepare(self.data.collate(indices[:usual], items[:usual])[0])
         self.data.score_once()
         groups = planner.compose(indices, size)
@@ -242,17 +243,19 @@ class TrainingSession:
             usual: Micro-batches of a usual step as the arguments are now.
 
         Raises:
-            ValueError: If samples have scores, and the data set has another number of them.
+            ValueError: If it names samples, and the data set has another number of them.
         """
-        known = self.planner.source.by_sample or self.planner.schedules_samples
-        if known and state["samples"] != self._num_samples():
+        rest = state["rest_of_window"]
+        names_samples = self.planner.source.by_sample or (rest is not None and rest["samples"] is not None)
+        if names_samples and state["samples"] != self._num_samples():
             raise ValueError(
-                f"the checkpoint was made on a data set of {state['samples']} samples, whose scores it holds, and this "
-                f"one has {self._num_samples()}; resume on the same data set, or start anew from the adapter."
+                f"the checkpoint was made on a data set of {state['samples']} samples, which its scores and windows "
+                f"name by number, and this one has {self._num_samples()}; resume on the same data set, or start anew from "
+                "the adapter."
             )
         self.window, self.planner.num_micro_batches = Window(), usual
         # Another number of accumulation steps makes other steps: what was left of a window is none of them.
-        self._rest = state["rest_of_window"] if state["accumulation"] == self.accumulation else None
+        self._rest = rest if state["accumulation"] == self.accumulation else None
 
     def _num_samples(self) -> int | None:
         data = self.trainer.train_dataset

@@ -162,6 +162,21 @@ def test_a_missing_or_damaged_file_is_named(tmp_path, checkpoint, file, damage, 
         train(tmp_path / "again", FISHER, str(folder))
 
 
+def test_scores_belong_to_a_data_set(tmp_path, checkpoint):
+    with pytest.raises(ValueError, match="a data set of 60 samples, which its scores .* this one has 44"):
+        train(tmp_path, FISHER, str(checkpoint), data=samples(n=44))
+
+
+def test_another_number_of_accumulation_steps_is_followed(tmp_path):
+    """A resumed run schedules what a fresh one with its arguments does."""
+    config = {"policy": "round_robin", "num_full": 2, "num_forward_only": 1}
+    train(tmp_path / "five", config, accumulation=5, steps=2)
+    _, fresh = train(tmp_path / "three", config, accumulation=3)
+    _, resumed = train(tmp_path / "again", config, str(tmp_path / "five" / "checkpoint-2"), accumulation=3)
+    ratios = [{entry["compute_ratio"] for entry in entries[2:-1]} for entries in (fresh, resumed)]
+    assert ratios[0] == ratios[1] and len(ratios[0]) == 1
+
+
 def test_damaged_arrays_are_named(tmp_path):
     train(tmp_path, {"policy": "importance", "compute_budget": 0.5}, steps=2)
     folder = tmp_path / "checkpoint-2"
