@@ -250,8 +250,8 @@ class TrainingSession:
         if names_samples and state["samples"] != self._num_samples():
             raise ValueError(
                 f"the checkpoint was made on a data set of {state['samples']} samples, which its scores and windows "
-                f"name by number, and this one has {self._num_samples()}; resume on the same one, or start anew from the "
-                "adapter."
+                f"name by number, and this one has {self._num_samples()}; resume on the same one, or start anew from "
+                "the adapter."
             )
         self.window, self.planner.num_micro_batches = Window(), usual
         # Another number of accumulation steps makes other steps: what was left of a window is none of them.
