@@ -75,15 +75,6 @@ class D2FTPlanner(ScheduleMaker):
         self._last_flops = 0.0
 
     @property
-    def each_is_a_step(self) -> bool:
-        """Whether an optimizer step follows every micro-batch instead of the last one."""
-        return self.counts.each_is_a_step
-
-    @each_is_a_step.setter
-    def each_is_a_step(self, value: bool) -> None:
-        self.counts.each_is_a_step = value
-
-    @property
     def schedule(self) -> Schedule | None:
         """The schedule of the current step, or None before the first."""
         return self._planned and self._planned.schedule
@@ -235,7 +226,7 @@ class D2FTPlanner(ScheduleMaker):
         sizes = np.asarray(schedule.weights if sizes is None else sizes)
         self.counts.close(self.schedule)  # a former step may have been left unfinished
         self.counts.begin()
-        self._planned = PlannedStep(self.partition, schedule, sizes, self.each_is_a_step)
+        self._planned = PlannedStep(self.partition, schedule, sizes, self.counts.each_is_a_step)
 
     def resume(
         self,
@@ -271,7 +262,7 @@ class D2FTPlanner(ScheduleMaker):
         for index, micro_batch in enumerate(self._planned.micro_batches if self._planned else ()):
             if not micro_batch.skipped:
                 running.append(index)
-            elif not self.each_is_a_step:
+            elif not self.counts.each_is_a_step:
                 self.pass_by(index)
         return running
 
@@ -287,7 +278,7 @@ class D2FTPlanner(ScheduleMaker):
             yield micro_batch
             row = executed_operations(self.partition, self.runtime.executed)
             passes = list(self.runtime.passes)
-        if self.each_is_a_step and not micro_batch.skipped:
+        if self.counts.each_is_a_step and not micro_batch.skipped:
             self._zero_missing_gradients()
         self._note(index, row, passes)
 
@@ -325,7 +316,7 @@ class D2FTPlanner(ScheduleMaker):
     def _finish_step(self) -> None:
         if self.shares is not None:
             self.shares.end_step()
-        if not self.each_is_a_step and not self.schedule.skipped.all():
+        if not self.counts.each_is_a_step and not self.schedule.skipped.all():
             self._zero_missing_gradients()
         self.counts.finish(self.schedule)
 

@@ -56,7 +56,7 @@ class TrainingSession:
         runtime = get_runtime(self.model)
         self._before = runtime.driven, runtime.touch_gradients, runtime.after_backward
         self.planner: D2FTPlanner = engine.make_planner(self)
-        self.planner.each_is_a_step = self.accumulation == 1
+        self.planner.counts.each_is_a_step = self.accumulation == 1
         self.data = TrainingData(trainer, self.planner, make_loader)
         self.window = Window()
         self.current: Task | None = None
