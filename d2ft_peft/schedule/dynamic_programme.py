@@ -66,7 +66,8 @@ def _read_back(
 def _useful_units(most: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Least and most units that can be left for item j and those after it, int64 [n] each.
 
-    No fewer than what the items before it leave at their costliest; more than the costliest of the others adds nothing.
+    More than the costliest of these items adds nothing, so that the most stands for whatever is beyond it. No fewer than
+    what the items before it leave at their costliest, or, where a device had more than adds anything, than what does.
 
     Args:
         most: int64 [D, n], cost of the costliest option of each item.
@@ -75,4 +76,4 @@ def _useful_units(most: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.
     left = limits[:, None] - (np.cumsum(most, axis=1) - most)
     usable = np.cumsum(most[:, ::-1], axis=1)[:, ::-1]
     high = np.minimum(usable.max(axis=0), limits.max())
-    return np.clip(left.min(axis=0), 0, high), high
+    return np.clip(np.minimum(left, usable).min(axis=0), 0, high), high

@@ -43,6 +43,25 @@ def test_choose_is_the_lexicographically_first_optimum(instance):
 
 
 @deterministic
+@given(instances(), st.integers(0, 10_000), st.integers(2, 4), st.booleans())
+def test_devices_that_are_solved_together_are_solved_as_well_as_alone(instance, seed, devices, own_order):
+    """One has room for everything and the next for hardly anything; options that one may take, another may not; and
+    each may have the items in an order of its own."""
+    _, costs, capacity = instance
+    rng = np.random.default_rng(seed)
+    values = rng.integers(0, 4, (devices, *costs.shape)) * (np.arange(costs.shape[1]) > 0).astype(float)
+    values[(rng.random(values.shape) < 0.3) & (np.arange(costs.shape[1]) > 0)] = knapsack.FORBIDDEN
+    of_device = np.stack([rng.permutation(costs) if own_order else costs for _ in range(devices)])
+    capacities = np.floor(capacity * rng.uniform(0, 2, devices))
+    chosen = knapsack.choose(values, of_device.astype(float), capacities)
+    items = np.arange(len(costs))
+    for device in range(devices):
+        _, value = brute_force(values[device], of_device[device], capacities[device])
+        assert of_device[device][items, chosen[device]].sum() <= capacities[device]
+        assert values[device][items, chosen[device]].sum() == value
+
+
+@deterministic
 @given(instances(max_items=40, max_options=4), st.booleans())
 def test_the_core_alone_reaches_the_optimum_of_the_whole(instance, proportional):
     values, costs, capacity = instance
