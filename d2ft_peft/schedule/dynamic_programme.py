@@ -66,7 +66,7 @@ def _read_back(
 def _useful_units(most: np.ndarray, limits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Least and most units that can be left for item j and those after it, int64 [n] each.
 
-    More than the costliest of these items adds nothing, so that the most stands for whatever is beyond it. No fewer than
+    More than the costliest of these items adds nothing, so the most stands for whatever is beyond it. No fewer than
     what the items before it leave at their costliest, or, where a device had more than adds anything, than what does.
 
     Args:
