@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from ..scores import ScoreTable
-from ..whole_files import damaged, replacing
+from ..whole_files import reading, replacing
 from .planner import D2FTPlanner
 
 
@@ -154,7 +153,5 @@ def _read_numbers(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def _read_arrays(path: str) -> dict[str, np.ndarray]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(damaged(path, error)) from error
+    with reading(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dictionary
