@@ -1,5 +1,6 @@
 """D2FT (arXiv 2504.12471) for the Hugging Face ecosystem: fine-tuning that runs part of the model per micro-batch."""
 
+from .dlora import KillReviveCallback
 from .partition import Architecture, BranchSpec, partition_model, register_architecture
 from .planning import D2FTPlanner
 from .schedule import Operation, Schedule, register_policy
@@ -20,6 +21,7 @@ __all__ = [
     "D2FTPlanner",
     "D2FTTrainer",
     "D2FTTrainerMixin",
+    "KillReviveCallback",
     "Operation",
     "Schedule",
     "partition_model",

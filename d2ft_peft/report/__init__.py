@@ -13,6 +13,7 @@ from .table import format_table
 
 
 if TYPE_CHECKING:
+    from .activity import activity_figure, plot_activity
     from .figures import (
         OPERATION_COLORS,
         device_loads_figure,
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OPERATION_COLORS",
+    "activity_figure",
     "device_loads_figure",
     "draw_schedule",
     "format_table",
     "loss_curves_figure",
+    "plot_activity",
     "plot_device_loads",
     "plot_loss_curves",
     "plot_schedule",
@@ -49,7 +52,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        figures = importlib.import_module(".figures", __name__)
+        drawn_in = "activity" if "activity" in name else "figures"
+        figures = importlib.import_module(f".{drawn_in}", __name__)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise

@@ -28,13 +28,13 @@ class D2FTCallback(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Adopt the Trainer that is being constructed."""
-        _adopt(_calling_trainer(self))
+        _adopt(calling_trainer(self))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Speak if the callback came too late."""
-        if not isinstance(_calling_trainer(self), D2FTTrainerMixin):
+        if not isinstance(calling_trainer(self), D2FTTrainerMixin):
             raise ValueError(
                 "D2FTCallback was added to a Trainer that already exists; give it to the constructor, "
                 "Trainer(..., callbacks=[D2FTCallback()]), or use trainer.add_callback(D2FTCallback(trainer))."
@@ -47,7 +47,7 @@ def _adopt(trainer: Trainer) -> None:
         trainer.__class__ = type(f"D2FT{cls.__name__}", (D2FTTrainerMixin, cls), {})
 
 
-def _calling_trainer(callback: TrainerCallback) -> Trainer:
+def calling_trainer(callback: TrainerCallback) -> Trainer:
     """The Trainer that is calling, found on the stack: events do not name it."""
     frame: Any = inspect.currentframe()
     while frame is not None:
@@ -55,4 +55,5 @@ def _calling_trainer(callback: TrainerCallback) -> Trainer:
         if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
             return caller
         frame = frame.f_back
-    raise RuntimeError("D2FTCallback found no Trainer that calls it; use D2FTCallback(trainer).")
+    name = type(callback).__name__
+    raise RuntimeError(f"{name} found no Trainer that calls it; give it to the constructor of a Trainer.")
