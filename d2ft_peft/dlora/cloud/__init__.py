@@ -1,0 +1,1 @@
+"""What runs in the cloud: the frozen blocks, for any number of edges."""

@@ -1,0 +1,189 @@
+"""The base model that a server holds once, whatever the number of edges, and what has to be known of it."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..blocks import find_stack
+from ..wire.fingerprint import fingerprint, name_of
+
+
+_PROBED_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """Projections of a block that share their input, in the order in which they run; their exchange is one.
+
+    Attributes:
+        block: Index of the block.
+        names: Their paths in the model.
+        in_features: Width of the input.
+        out_features: Width of each output.
+    """
+
+    block: int
+    names: tuple[str, ...]
+    in_features: int
+    out_features: tuple[int, ...]
+
+
+@dataclass
+class BaseModel:
+    """A frozen model, and what a probe of one short forward pass found.
+
+    Attributes:
+        model: The model, in eval mode: frozen blocks run without dropout.
+        name: Its Hub id or the name of its folder.
+        prints: Its fingerprint.
+        stack: Path of its stack of blocks.
+        groups: All projections of its blocks, grouped by input, in running order.
+        returns_tuple: Whether its blocks return tuples.
+        bytes_per_token: What a token's graph keeps, of all blocks together, from forward to backward.
+    """
+
+    model: PreTrainedModel
+    name: str
+    prints: dict[str, str]
+    stack: str = ""
+    groups: tuple[Group, ...] = ()
+    returns_tuple: bool = False
+    bytes_per_token: int = 0
+    _factors: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+        self.stack = find_stack(self.model)[0]
+        _probe(self)
+
+    @classmethod
+    def load(cls, base: str, dtype: torch.dtype | str = "auto", device: str = "cpu", **hub: Any) -> BaseModel:
+        """Read a model from a folder or the Hub; weights in safetensors, no code of the model's own.
+
+        Args:
+            base: Folder or model id.
+            dtype: Of the weights, and of what is computed.
+            device: Where it runs.
+            hub: See `transformers.PreTrainedModel.from_pretrained`.
+        """
+        config = AutoConfig.from_pretrained(base, **hub)
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        known = isinstance(named, type) and issubclass(named, PreTrainedModel)
+        model = (named if known else AutoModelForCausalLM).from_pretrained(
+            base, dtype=dtype, use_safetensors=True, **hub
+        )
+        return cls(model.to(device), name_of(os.fspath(base)), fingerprint(base, config, **hub))
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.model.get_submodule(self.stack))
+
+    @property
+    def width(self) -> int:
+        """Features of a hidden state."""
+        return self.model.config.get_text_config().hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What hidden states are computed in."""
+        return next(self.model.get_submodule(self.stack).parameters()).dtype
+
+    def copy(self) -> PreTrainedModel:
+        """A model of its own whose tensors are this one's: modules may be replaced and hooked in it."""
+        shared = chain(self.model.parameters(), self.model.buffers(), [self.model.config])
+        return copy.deepcopy(self.model, {id(part): part for part in shared})
+
+    def factors(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
+        """Frozen A [rank, in] and B [out, rank] of a projection, for crossing at width `rank`.
+
+        They span the directions of the weight's largest singular values (LoRA-XS, arXiv 2405.17604), and are
+        orthonormal: the trained core holds every scale.
+        """
+        if (name, rank) not in self._factors:
+            layer = self.model.get_submodule(name)
+            weight = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).double()
+            left, _, right = torch.linalg.svd(weight, full_matrices=False)
+            pair = (right[:rank].to(self.dtype).contiguous(), left[:, :rank].to(self.dtype).contiguous())
+            self._factors[name, rank] = pair
+        return self._factors[name, rank]
+
+    def body(self, model: PreTrainedModel) -> nn.Module:
+        """The module of a copy that runs embedding, blocks and final norm."""
+        body = model.base_model
+        return body if self.stack.startswith(_path_of(model, body)) else model
+
+    def dummy_inputs(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Arguments under which the body reaches its blocks; what it makes of them is put aside there."""
+        if self.model.main_input_name == "pixel_values":
+            config = self.model.config
+            size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
+            return {"pixel_values": hidden.new_zeros(1, config.num_channels, *size)}
+        return {"inputs_embeds": hidden.detach()}
+
+
+def _path_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def _probe(base: BaseModel) -> None:
+    """Run a few tokens, and note which projections share an input, and what autograd keeps."""
+    model = base.copy()
+    blocks = model.get_submodule(base.stack)
+    inputs: list[tuple[Tensor, str, nn.Module]] = []
+    returned: list[bool] = []
+    handles = [
+        module.register_forward_hook(lambda module, args, out, name=name: inputs.append((args[0], name, module)))
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and name.startswith(base.stack + ".")
+    ]
+    handles += [block.register_forward_hook(lambda m, a, out: returned.append(type(out) is tuple)) for block in blocks]
+    hidden = torch.randn(1, _PROBED_TOKENS, base.width, dtype=base.dtype, device=model.device).requires_grad_()
+    handles.append(blocks[0].register_forward_pre_hook(lambda module, args: (hidden, *args[1:])))
+    with _kept_bytes() as kept, torch.enable_grad():
+        base.body(model)(**base.dummy_inputs(hidden))
+    for handle in handles:
+        handle.remove()
+    together: dict[int, list[tuple[Tensor, str, nn.Module]]] = {}
+    for entry in inputs:
+        together.setdefault(id(entry[0]), []).append(entry)
+    base.groups = tuple(
+        Group(
+            int(entries[0][1].removeprefix(base.stack + ".").split(".")[0]),
+            tuple(name for _, name, _ in entries),
+            entries[0][0].shape[-1],
+            tuple(module.nf if isinstance(module, Conv1D) else module.out_features for _, _, module in entries),
+        )
+        for entries in together.values()
+    )
+    base.returns_tuple = returned[0]
+    base.bytes_per_token = max(1, sum(kept.values()) // _PROBED_TOKENS)
+
+
+@contextmanager
+def _kept_bytes() -> Iterator[dict[int, int]]:
+    """Bytes of what autograd saves, by storage; weights are not counted."""
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not isinstance(tensor._base, nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept

@@ -1,0 +1,80 @@
+"""What a PEFT model can do besides, or cannot do, while its middle blocks are elsewhere."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from ...whole_files import reading, replacing
+from .core_adapter import CoreB
+from .remote_span import RemoteSpan
+
+
+_CORES = "dlora_cores.safetensors"
+
+
+class EdgeModel:
+    """Stands before a PEFT model's class; see `connect`.
+
+    Attributes:
+        remote_span: The span in the cloud: its link's traffic, its adapters.
+    """
+
+    remote_span: RemoteSpan
+
+    @classmethod
+    def adopt(cls, model: PeftModel, remote: RemoteSpan) -> PeftModel:
+        """Make a PEFT model an edge's."""
+        model.__class__ = type(f"Edge{type(model).__name__}", (cls, type(model)), {})
+        model.__dict__["remote_span"] = remote
+        return model
+
+    def disconnect(self) -> None:
+        """End the session; the adapter can still be saved."""
+        self.remote_span.link.close()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write a plain LoRA adapter; of cores also their own numbers, so that a resumed run has the same bits."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        cores = {name: part.core.detach().cpu() for name, part in self._cores()}
+        if cores and kwargs.get("is_main_process", True):
+            with replacing(os.path.join(save_directory, _CORES)) as partial:
+                save_file(cores, partial)
+
+    def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Load a plain LoRA adapter; onto cores what they can express of it."""
+        known = adapter_name in self.peft_config
+        if not known and self._cores():
+            raise ValueError(f"adapter_name={adapter_name!r}: cores are made by connect, one adapter a model.")
+        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        path = os.path.join(model_id, _CORES)
+        if self._cores() and os.path.isfile(path):
+            with reading(path) as file, torch.no_grad():
+                for name, part in self._cores():
+                    part.core.copy_(file.get_tensor(name))
+        return result
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the weights to merge into are elsewhere."""
+        raise ValueError(_ELSEWHERE.format("merge_and_unload"))
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the weights to merge into are elsewhere."""
+        raise ValueError(_ELSEWHERE.format("merge_adapter"))
+
+    def unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: what would be left is no model."""
+        raise ValueError(_ELSEWHERE.format("unload"))
+
+    def _cores(self) -> list[tuple[str, CoreB]]:
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, CoreB)]
+
+
+_ELSEWHERE = (
+    "{} needs weights that the cloud owns; save the adapter with save_pretrained, and load it onto the whole base "
+    "model with PeftModel.from_pretrained."
+)

@@ -1,0 +1,249 @@
+"""The span as a part of the edge's model: an autograd function whose forward and backward run in the cloud."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from ..blocks import Passage, bound_arguments, find_cache, read_rows, write_rows
+from ..wire.messages import Message
+from .link import Link
+from .local_adapters import Alive, LocalAdapters
+from .random_state import RandomState
+from .remote_pass import CachedPasses, RemotePass
+from .sample_cache import SampleCache
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class Head:
+    """What the cloud is asked for where it has the head, and what it answered.
+
+    Attributes:
+        labels: Labels [batch, tokens], for a loss.
+        items: What the summed loss is divided by.
+        keep: Number of last tokens whose logits are wanted instead, 0 for all.
+        out: The loss, or the logits.
+    """
+
+    labels: Tensor | None = None
+    items: float = 1.0
+    keep: int = 0
+    out: Tensor | None = None
+
+
+class RemoteSpan:
+    """Runs the blocks that the cloud owns, in the place of the first of them.
+
+    Args:
+        link: The link to the cloud.
+        adapters: The adapters of the span.
+        span: Indices of its blocks.
+        returns_tuple: Whether a block returns a tuple.
+        in_flight: Parts that a batch is cut into, which are on their way at the same time.
+        noise: Standard deviation of what is added to hidden states that leave the edge, in units of each token's own
+            root mean square.
+        cache: Keeps on disk what is the same in every epoch; None keeps nothing.
+
+    Attributes:
+        head: What the next pass asks of the head in the cloud; None where the head is here.
+        skipped: Indices of blocks that the next passes skip.
+        active_modules: How many modules were trained in the last pass.
+    """
+
+    def __init__(
+        self, link: Link, adapters: LocalAdapters, span: range, returns_tuple: bool = False, in_flight: int = 1,
+        noise: float = 0.0, cache: SampleCache | None = None,
+    ):  # fmt: skip
+        self.link, self.adapters, self.span = link, adapters, span
+        self.noise, self.cache = noise, cache
+        self.head: Head | None = None
+        self.skipped: frozenset[int] = frozenset()
+        self.active_modules = 0
+        self._returns_tuple, self._in_flight = returns_tuple, in_flight
+        self._mask: Tensor | None = None
+        self._positions: Tensor | None = None
+        self._caches: weakref.WeakKeyDictionary[Cache, CachedPasses] = weakref.WeakKeyDictionary()
+        self._threads = ThreadPoolExecutor(in_flight, "d2ft-in-flight") if in_flight > 1 else None
+        self._copied: Any = None
+        self._version = 0
+        link.install = lambda: self.adapters.copies(self._version)
+
+    def attach(self, model: nn.Module, stack: str) -> None:
+        """Take the place of the skeleton blocks of a model."""
+        blocks = model.get_submodule(stack)
+        for index in self.span:
+            blocks[index].run = self if index == self.span.start else Passage(index, self._returns_tuple).forward
+        model.base_model.register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Hidden states [batch, tokens, width] after the whole span, from the arguments of a block."""
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        cache, trains = find_cache(args, kwargs), self._trains(hidden)
+        if cache is not None and not trains:
+            out = self._cached(hidden, cache)
+        else:
+            out = self._uncached(hidden, trains)
+            if cache is not None:  # of a training pass: its length is all that anybody reads
+                write_rows(cache, self.span.start, hidden.shape[0], hidden.shape[1])
+        if self.head is not None:
+            self.head.out, out = out, hidden
+        return (out,) if self._returns_tuple else out
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Note mask and positions as the model got them: what its blocks get is made of these, in the cloud too."""
+        given = bound_arguments(type(module).forward, (module, *args), kwargs)
+        mask = given.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ValueError(
+                f"attention_mask has {getattr(mask, 'ndim', 'no')} axes; give one of [batch, tokens], from which the "
+                "cloud makes its own."
+            )
+        self._mask, self._positions = mask, given.get("position_ids")
+
+    def _trains(self, hidden: Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return hidden.requires_grad or bool(self.adapters.alive(training=True).trained)
+
+    def _uncached(self, hidden: Tensor, trains: bool) -> Tensor:
+        alive = self.adapters.alive(training=torch.is_grad_enabled())
+        self.active_modules = len(alive.trained)
+        self._hand_over(alive)
+        if trains:
+            return _Span.apply(self, alive, hidden, *self.adapters.parameters(alive.trained))
+        if self.cache is not None and self.head is None and not self.adapters.ever:
+            return self.cache.outputs(hidden, self._mask, self._positions, lambda rows: self._run(hidden, rows, alive))
+        return self._run(hidden, slice(None), alive)
+
+    def _run(self, hidden: Tensor, rows: Any, alive: Alive) -> Tensor:
+        """A pass of some rows that nobody trains."""
+        with torch.no_grad():
+            passes = self.begin(hidden.detach(), rows, alive, "infer", False)
+            return self.joined(self.each(RemotePass.forward, passes), hidden)
+
+    def begin(self, hidden: Tensor, rows: Any, alive: Alive, mode: str, needs_grad: bool) -> list[RemotePass]:
+        """The passes of some rows of a batch, none of them sent yet."""
+        indices = torch.arange(hidden.shape[0])[rows]
+        random = RandomState(hidden)
+        sent = self._noised(hidden)
+        keeps = self.cache is not None and not needs_grad and self.head is None
+        passes = []
+        for part in indices.tensor_split(min(self._in_flight, len(indices))):
+            request = self._request(sent, part, alive, mode, {"hidden_gradient": needs_grad})
+            one = RemotePass(self.link, self.adapters, alive, request, random)
+            if keeps and (group := self.adapters.lowest_group()) is not None:
+                self.cache.bind(one, group, hidden[part], _rows_of(self._mask, part), _rows_of(self._positions, part))
+            passes.append(one)
+        return passes
+
+    def each(self, do: Callable[[RemotePass], T], passes: Sequence[RemotePass]) -> list[T]:
+        """Do something with all passes, at the same time if there are several."""
+        if self._threads is None or len(passes) == 1:
+            return [do(one) for one in passes]
+        grad = torch.is_grad_enabled()
+
+        def run(one: RemotePass) -> T:
+            with torch.set_grad_enabled(grad):
+                return do(one)
+
+        return list(self._threads.map(run, passes))
+
+    def joined(self, outs: list[Tensor], hidden: Tensor) -> Tensor:
+        """Outputs of the parts as one; losses of parts add up, since all were divided by the same number."""
+        out = torch.stack(outs).sum(0) if outs[0].ndim == 0 else torch.cat(outs)
+        return out.to(hidden.device, hidden.dtype)
+
+    def _cached(self, hidden: Tensor, cache: Cache) -> Tensor:
+        """More tokens for a key/value cache."""
+        index, rows = self.span.start, hidden.shape[0]
+        length = cache.get_seq_length(index)
+        if length and cache not in self._caches:
+            raise ValueError(
+                "past_key_values holds tokens whose keys and values the cloud does not have (of a training pass, or of "
+                "another model); begin with an empty cache."
+            )
+        passes = self._caches.setdefault(cache, CachedPasses(self.link, self.adapters))
+        alive = self.adapters.alive(training=False)
+        self._hand_over(alive)
+        with torch.no_grad():
+            part = torch.arange(rows)
+            fields = {"rows": read_rows(cache, index) if length else part.tolist(), "length": length}
+            request = self._request(self._noised(hidden), part, alive, "cached", fields)
+            out = self.joined([passes.forward(request, alive)], hidden)
+        write_rows(cache, index, rows, hidden.shape[1])
+        return out
+
+    def _request(self, hidden: Tensor, part: Tensor, alive: Alive, mode: str, fields: dict[str, Any]) -> Message:
+        tensors = {"hidden": hidden.detach()[part.to(hidden.device)]}
+        if self._mask is not None:
+            tensors["mask"] = _rows_of(self._mask, part).bool()
+        if self._positions is not None:
+            tensors["positions"] = _rows_of(self._positions, part).long()
+        fields = {"mode": mode, "alive": list(alive.exchanged), **fields}
+        if alive.copied:
+            fields |= {"copies": list(alive.copied), "version": self._version}
+        if self.skipped:
+            fields["skipped"] = sorted(self.skipped)
+        if self.head is not None:
+            fields |= {"items": self.head.items, "keep": self.head.keep}
+            if self.head.labels is not None:
+                tensors["labels"] = self.head.labels[part.to(self.head.labels.device)].long()
+        return Message("forward", fields, tensors)
+
+    def _noised(self, hidden: Tensor) -> Tensor:
+        if not self.noise:
+            return hidden
+        scale = self.noise * hidden.detach().float().square().mean(-1, keepdim=True).sqrt()
+        return hidden.detach() + (scale * torch.randn_like(hidden, dtype=torch.float32)).to(hidden.dtype)
+
+    def _hand_over(self, alive: Alive) -> None:
+        """Let the cloud have copies of what was killed, before a pass counts on them."""
+        copied = self.adapters.identity(alive.copied)
+        if copied != self._copied:
+            self._copied, self._version = copied, self._version + 1
+            self.link.stale()
+
+
+class _Span(torch.autograd.Function):
+    """Gradients of hidden states and of the adapters' parameters, from the cloud and from here."""
+
+    @staticmethod
+    def forward(ctx, span, alive, hidden, *parameters):
+        ctx.span, ctx.shape, ctx.like = span, hidden.shape, hidden
+        ctx.parameters = parameters
+        ctx.passes = span.begin(hidden, slice(None), alive, "train", ctx.needs_input_grad[2])
+        return span.joined(span.each(RemotePass.forward, ctx.passes), hidden)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        cuts = [len(one.request.tensors["hidden"]) for one in ctx.passes]
+        grads = grad.split(cuts) if grad.ndim else [grad] * len(cuts)
+        pairs = dict(zip(map(id, ctx.passes), grads, strict=True))
+        found = ctx.span.each(lambda one: one.backward(pairs[id(one)]), ctx.passes)
+        ctx.passes = []
+        hidden = None
+        if ctx.needs_input_grad[2]:
+            hidden = torch.cat([part for part, _ in found]).to(ctx.like.device, ctx.like.dtype)
+        sums = []
+        for parameter in ctx.parameters:
+            parts = [of_part[id(parameter)] for _, of_part in found if id(parameter) in of_part]
+            sums.append(sum(parts[1:], parts[0]) if parts else None)
+        return None, None, hidden, *sums
+
+
+def _rows_of(tensor: Tensor | None, part: Tensor) -> Tensor | None:
+    """Some rows; a tensor that is the same for all rows has but one."""
+    if tensor is None or tensor.shape[0] == 1:
+        return tensor
+    return tensor[part.to(tensor.device)]
