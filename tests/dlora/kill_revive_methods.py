@@ -1,4 +1,4 @@
-"""PEFT methods of every kind on tiny models: those whose modules can be killed one by one, and those that are refused."""
+"""PEFT methods of every kind on tiny models: whose modules can be killed one by one, and which are refused."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ WORKS = {
 REFUSED = {
     "AdaLoRA": (
         on_projections(peft.AdaLoraConfig, init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1),
-        "AdaLoraModel cannot be killed in parts: after each step its update_and_allocate reads a gradient of every module",
+        "AdaLoraModel cannot be killed in parts: after each step its update_and_allocate reads a gradient of every",
     ),
     "AdaMSS that allocates": (
         on_projections(peft.AdamssConfig, r=4, use_asa=True), "AdamssModel cannot be killed in parts",

@@ -31,8 +31,8 @@ def test_only_active_modules_have_gradients_and_move(name):
         before, active = values(kill_revive), set(kill_revive.active)
         model(**batch(name, seed=step)).loss.backward()
         for module in kill_revive._modules:
-            has_gradient = {parameter.grad is not None for parameter in module.parameters}
-            assert has_gradient == {module.name in active}, module.name
+            has_gradient = any(parameter.grad is not None for parameter in module.parameters)
+            assert has_gradient == (module.name in active), module.name
         optimizer.step()
         kill_revive.step()
         optimizer.zero_grad()
@@ -93,9 +93,8 @@ def test_names_are_those_of_the_base_model():
     assert kill_revive.names[:3] == [
         "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj",
     ]  # fmt: skip
-    assert kill_revive.names == [
-        f"{name}" for name in dict(TINY["llama"].build().named_modules()) if name in kill_revive.names
-    ]
+    projections = TINY["llama"].build().named_modules()
+    assert kill_revive.names == [name for name, _ in projections if name.endswith(tuple(LLAMA))]
 
 
 def test_what_is_outside_of_layers_always_trains_and_is_not_counted():

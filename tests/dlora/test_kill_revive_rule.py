@@ -103,7 +103,7 @@ NOTHING = [None] * 4
 
 
 def test_the_least_responsive_make_room_for_idle_ones_that_would_change_more():
-    """Active modules change by twice their gradient norm in the middle; the idle ones would change by 2 x 3 and 2 x 1."""
+    """Active modules change by twice their gradient norm, so the idle ones would change by 2 x 3 and 2 x 1."""
     rule = KillReviveRule(active=2)
     seen = Observations([2.0, 8.0, None, None], [1.0, 4.0, 3.0, 1.0])
     after, killed, revived = decide(rule, state([0, 1], NOTHING), seen)
@@ -257,7 +257,8 @@ def test_a_decision_that_does_not_fit_is_refused():
 def test_the_rule_is_numbers_alone():
     """A server that decides needs no torch: the module is loaded by its path."""
     program = (
-        "import importlib.util as u, sys; spec = u.spec_from_file_location('rule', 'd2ft_peft/dlora/kill_revive/rule.py');"
+        "import importlib.util as u, sys; path = 'd2ft_peft/dlora/kill_revive/rule.py';"
+        "spec = u.spec_from_file_location('rule', path);"
         "sys.modules['rule'] = module = u.module_from_spec(spec); spec.loader.exec_module(module);"
         "module.first_state(module.KillReviveRule(), 9); assert 'torch' not in sys.modules"
     )
