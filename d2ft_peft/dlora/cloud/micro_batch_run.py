@@ -86,7 +86,9 @@ class MicroBatchRun:
                 labels, items = _checked_labels(message, hidden), message.fields["items"]
                 out = self.span.run_head(now, hidden, labels, items, **arguments)
             else:
-                out = self.span.run(now, hidden, **arguments)
+                # Packed rows are recognized by their positions, but not where a cache is begun.
+                begun = DynamicCache(config=self.base.model.config) if message.fields.get("has_cache") is True else None
+                out = self.span.run(now, hidden, begun, **arguments)
         self.send(Message("output", {}, {"out": out.detach()}))
         with self.turns.lent(self.session.name):
             backward = self.receive()

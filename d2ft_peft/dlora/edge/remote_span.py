@@ -72,6 +72,7 @@ class RemoteSpan:
         self._returns_tuple, self._in_flight = returns_tuple, in_flight
         self._mask: Tensor | None = None
         self._positions: Tensor | None = None
+        self._has_cache = False
         self._caches: weakref.WeakKeyDictionary[Cache, CachedPasses] = weakref.WeakKeyDictionary()
         self._threads = ThreadPoolExecutor(in_flight, "d2ft-in-flight") if in_flight > 1 else None
         self._copied: Any = None
@@ -92,6 +93,7 @@ class RemoteSpan:
         if cache is not None and not trains:
             out = self._cached(hidden, cache)
         else:
+            self._has_cache = cache is not None
             out = self._uncached(hidden, trains)
             if cache is not None:  # of a training pass: its length is all that anybody reads
                 write_rows(cache, self.span.start, hidden.shape[0], hidden.shape[1])
@@ -160,8 +162,9 @@ class RemoteSpan:
 
     def joined(self, outs: list[Tensor], hidden: Tensor) -> Tensor:
         """Outputs of the parts as one; losses of parts add up, since all were divided by the same number."""
-        out = torch.stack(outs).sum(0) if outs[0].ndim == 0 else torch.cat(outs)
-        return out.to(hidden.device, hidden.dtype)
+        if outs[0].ndim == 0:
+            return torch.stack(outs).sum(0).to(hidden.device)
+        return torch.cat(outs).to(hidden.device, hidden.dtype)
 
     def _cached(self, hidden: Tensor, cache: Cache) -> Tensor:
         """More tokens for a key/value cache."""
@@ -189,7 +192,7 @@ class RemoteSpan:
             tensors["mask"] = _rows_of(self._mask, part).bool()
         if self._positions is not None:
             tensors["positions"] = _rows_of(self._positions, part).long()
-        fields = {"mode": mode, "alive": list(alive.exchanged), **fields}
+        fields = {"mode": mode, "alive": list(alive.exchanged), "has_cache": self._has_cache, **fields}
         if alive.copied:
             fields |= {"copies": list(alive.copied), "version": self._version}
         if self.skipped:
