@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
@@ -10,6 +11,8 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from ...whole_files import reading, replacing
+from ..kill_revive.rule import KillReviveRule, KillReviveState, Observations
+from ..wire import protocol
 from .core_adapter import CoreB
 from .remote_span import RemoteSpan
 
@@ -32,6 +35,33 @@ class EdgeModel:
         model.__class__ = type(f"Edge{type(model).__name__}", (cls, type(model)), {})
         model.__dict__["remote_span"] = remote
         return model
+
+    def on_modules_changed(self, killed: list[str], revived: list[str]) -> None:
+        """Kill-and-Revive chose other modules: under ``killed="drop"`` the killed ones go back to adding nothing.
+
+        Args:
+            killed, revived: Paths within the base model.
+        """
+        adapters = self.remote_span.adapters
+        if adapters.killed == "drop":
+            adapters.reset([name for name in killed if name in adapters.layers])
+
+    def decide_in_cloud(
+        self, rule: KillReviveRule, state: KillReviveState, observations: Observations
+    ) -> tuple[KillReviveState, tuple[int, ...], tuple[int, ...]]:
+        """Let the cloud decide which modules are killed and revived, as in the paper.
+
+            KillReviveCallback(active=16, decide=model.decide_in_cloud)
+
+        Norms of the modules' changes leave the edge, which otherwise stay here. Arguments and result are those of
+        `d2ft_peft.dlora.kill_revive.decide`.
+        """
+        question = {
+            "rule": vars(rule), "state": json.loads(state.to_json()), "observations": vars(observations),
+        }  # fmt: skip
+        answer = self.remote_span.link.call(protocol.DECIDE, question)
+        after = KillReviveState.from_json(json.dumps(answer["state"]))
+        return after, tuple(answer["killed"]), tuple(answer["revived"])
 
     def disconnect(self) -> None:
         """End the session; the adapter can still be saved."""

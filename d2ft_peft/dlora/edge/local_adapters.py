@@ -56,7 +56,6 @@ class LocalAdapters:
         self.killed = killed
         self.ever: set[str] = set()
         """Projections that ever had a say: below the lowest of them the cloud's hidden states never change."""
-        self._nonzero: dict[str, tuple[tuple[int, ...], bool]] = {}
 
     @property
     def crosses_at_rank(self) -> bool:
@@ -74,7 +73,7 @@ class LocalAdapters:
                 learns = training and any(parameter.requires_grad for parameter in _own(layer))
                 if learns:
                     trained.append(name)
-                elif not self._adds(name, layer):
+                elif not _adds(layer):
                     continue
                 if not learns and self.killed == "cloud_copy" and not _is_thawed(layer):
                     copied.append(name)
@@ -83,9 +82,9 @@ class LocalAdapters:
         self.ever.update(exchanged, copied)
         return Alive(tuple(trained), tuple(exchanged), tuple(copied))
 
-    def identity(self, names: tuple[str, ...]) -> Any:
-        """What changes when one of some projections is another one, or has other weights."""
-        return [(name, id(parameter), parameter._version) for name in names for parameter in _own(self.layers[name])]
+    def identity(self, name: str) -> tuple[tuple[int, int], ...]:
+        """What changes when a projection's adapter becomes another one, or has other weights."""
+        return tuple((id(parameter), parameter._version) for parameter in _own(self.layers[name]))
 
     def parameters(self, names: tuple[str, ...]) -> list[nn.Parameter]:
         """Trainable parameters of some projections' adapters."""
@@ -135,23 +134,21 @@ class LocalAdapters:
             for value, grad in zip(asked.inputs, missing, strict=False)
         ]
 
-    def copies(self, version: int) -> Message | None:
-        """Frozen copies of all that are killed and have learned something, for the cloud; None if there is none."""
-        names = [name for name in self.alive(training=True).copied]
+    def reset(self, names: list[str]) -> None:
+        """Set adapters back to where they add nothing; what they learned is gone, what their optimizer knows stays."""
+        with torch.no_grad():
+            for name in names:
+                for adapter in self.layers[name].active_adapters:
+                    _b_of(self.layers[name], adapter).zero_()
+
+    def copies(self, names: list[str], version: int) -> Message | None:
+        """Frozen copies of some projections' adapters, for the cloud; None of none."""
         if not names:
             return None
         tensors = {}
         for number, name in enumerate(names):
             tensors[f"a{number}"], tensors[f"b{number}"] = folded(self.layers[name])
         return Message("copies", {"names": names, "version": version}, tensors)
-
-    def _adds(self, name: str, layer: LoraLayer) -> bool:
-        """Whether an adapter adds anything but zeros; looked at again when its weights have changed."""
-        parts = [_b_of(layer, adapter) for adapter in layer.active_adapters if adapter in layer.lora_B]
-        versions = tuple(version for part in parts for version in (id(part), part._version))
-        if self._nonzero.get(name, (None,))[0] != versions:
-            self._nonzero[name] = versions, any(bool(part.detach().any()) for part in parts)
-        return self._nonzero[name][1]
 
 
 def folded(layer: LoraLayer) -> tuple[Tensor, Tensor]:
@@ -160,6 +157,11 @@ def folded(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     a = torch.cat([layer.lora_A[adapter].weight.detach() for adapter in adapters])
     b = torch.cat([layer.lora_B[adapter].weight.detach() * layer.scaling[adapter] for adapter in adapters], 1)
     return a, b
+
+
+def _adds(layer: LoraLayer) -> bool:
+    """Whether a layer's adapters add anything but zeros."""
+    return any(bool(_b_of(layer, adapter).any()) for adapter in layer.active_adapters if adapter in layer.lora_B)
 
 
 def _own(layer: LoraLayer) -> list[nn.Parameter]:

@@ -53,7 +53,8 @@ class KillRevive:
         optimizer: Holds the parameters of all modules: make it before this object.
         steps_per_epoch: Optimizer steps in an epoch, for ``unit="epochs"``.
         resume: Whether to go on from the state that the optimizer holds; None: if it holds one.
-        on_change: Called with the names of killed and revived modules after each change, the first one included.
+        on_change: Called with the names of killed and revived modules after each change, the first one included; None
+            calls the model's own ``on_modules_changed``, if it has one.
         decide: Makes decisions in the place of `rule.decide`, with the same arguments and results.
         **rule: Fields of `KillReviveRule`: ``active``, ``interval``, ``idle``, ...
 
@@ -86,7 +87,9 @@ class KillRevive:
         self._modules = find_modules(model)
         self.names = [module.name for module in self._modules]
         _check_optimizer(optimizer, self._modules)
-        self._optimizer, self._on_change, self._decide = optimizer, on_change, decide
+        self._optimizer, self._decide = optimizer, decide
+        self._on_change = on_change or getattr(model, "on_modules_changed", None)
+        self._probes = self.rule.probes and self.rule.active < len(self._modules)
         self._probe: GradientProbe | None = None
         self._gradient: list[float | None] | None = None
         self._closed = False
@@ -222,9 +225,8 @@ class KillRevive:
                 self._end_probe()
             return
         train_only(self._modules, self.state.active)
-        idle = len(self.state.active) < len(self._modules)
         last = self._gradient is None and is_due(self.steps + 1, self._warmup, self._interval)
-        if self.rule.probes and idle and last:
+        if last and self._probes:
             self._probe = GradientProbe(self._modules, self.state.active)
 
     def _end_probe(self) -> None:
@@ -235,7 +237,7 @@ class KillRevive:
         """What the rule asks for, averaged over processes, so that all of them decide alike."""
         modules, size = self._modules, len(self._modules)
         gradient, self._gradient = self._gradient, None
-        if self.rule.probes and len(self.state.active) < size and gradient is None:
+        if self._probes and gradient is None:
             warnings.warn(
                 "Kill-and-Revive saw no forward pass of the model with gradients in the step before this decision, so "
                 "it knows nothing of idle modules; call the model itself in training steps, or use idle='last'.",
