@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--key", help="PEM file of the certificate's private key")
     parser.add_argument("--client-authority", help="PEM file: edges need a certificate that this one signed")
     parser.add_argument("--insecure", action="store_true", help="listen without TLS where others can reach it")
-    parser.add_argument("--tokens", help="file with a token a line: edges need one of them")
+    parser.add_argument("--token-file", help="file with a token a line: edges need one of them")
     parser.add_argument("--memory-gib", type=float, default=None, help="most memory for micro-batches in flight")
     parser.add_argument("--compute-at-once", type=int, default=1, help="micro-batches that compute at a time")
     for name, default in Limits().as_json().items():
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         Limits(**{name: getattr(args, name) for name in Limits().as_json()}),
         None if args.memory_gib is None else int(args.memory_gib * 2**30),
         args.compute_at_once,
-        None if args.tokens is None else read_tokens(args.tokens),
+        None if args.token_file is None else read_tokens(args.token_file),
     )
     port = cloud.start(args.port, args.host, certificates, args.insecure)
     print(f"serving {cloud.base.name} ({cloud.base.depth} blocks) on {args.host}:{port}", flush=True)
