@@ -25,6 +25,7 @@ def cases(draw, choose=("responsive", "fixed", "redrawn", "top")):
         active=draw(st.integers(1, 6)), choose=draw(st.sampled_from(choose)), seed=draw(st.integers(0, 5)),
         idle=draw(st.sampled_from(["probe", "last", "random"])), margin=draw(st.floats(0, 1)),
         max_swaps=draw(st.one_of(st.none(), st.integers(1, 3))), decay=draw(st.floats(0.1, 1)),
+        warmup=draw(st.integers(0, 1)),
     )  # fmt: skip
     size = draw(st.integers(1, 9))
     seen = [
@@ -50,7 +51,8 @@ def test_as_many_modules_as_asked_for_are_active_after_every_decision(case):
     rule, size, seen = case
     states, _ = run(rule, size, seen)
     assert {len(state.active) for state in states[1:]} == {min(rule.active, size)}
-    assert len(states[0].active) == (size if rule.choose == "top" else min(rule.active, size))
+    all_first = rule.choose == "top" or (rule.choose == "responsive" and rule.warmup)
+    assert len(states[0].active) == (size if all_first else min(rule.active, size))
 
 
 @deterministic
@@ -81,7 +83,7 @@ def test_the_same_numbers_give_the_same_decision_also_after_a_trip_as_json(case)
 def test_no_more_than_the_most_swaps_and_none_within_the_margin(case):
     rule, size, seen = case
     states, moves = run(rule, size, seen)
-    for after, (killed, revived) in zip(states[1:], moves, strict=False):
+    for after, (killed, revived) in list(zip(states[1:], moves, strict=False))[bool(rule.warmup) :]:
         assert len(killed) == len(revived) <= (rule.max_swaps or size)
         if rule.idle == "probe" and killed:
             worst = min(after.known[j] for j in revived)
@@ -92,7 +94,7 @@ def test_no_more_than_the_most_swaps_and_none_within_the_margin(case):
 @given(cases(choose=("responsive",)))
 def test_norms_that_are_not_finite_are_passed_over(case):
     states, _ = run(*case)
-    assert all(value is None or math.isfinite(value) for state in states for value in state.known)
+    assert all(value is None or math.isfinite(value) for state in states for value in state.known + state.rates)
 
 
 def state(active, known):
@@ -108,7 +110,7 @@ def test_the_least_responsive_make_room_for_idle_ones_that_would_change_more():
     seen = Observations([2.0, 8.0, None, None], [1.0, 4.0, 3.0, 1.0])
     after, killed, revived = decide(rule, state([0, 1], NOTHING), seen)
     assert (killed, revived) == ((0,), (2,))
-    assert after == KillReviveState((1, 2), (2.0, 8.0, 6.0, 2.0), 1)
+    assert after == KillReviveState((1, 2), (2.0, 8.0, 6.0, 2.0), 1, (2.0, 2.0, None, None))
 
 
 def test_a_margin_keeps_what_is_nearly_as_responsive():
@@ -138,12 +140,35 @@ def test_responsiveness_is_divided_by_the_scale():
     assert after.known == (0.5, 2.0) and (killed, revived) == ((0,), (1,))
 
 
-def test_last_gives_those_that_never_were_active_a_turn_and_forgets():
-    rule = KillReviveRule(active=1, idle="last", decay=0.5, margin=0)
-    after, *move = decide(rule, state([0], [None, 6.0, 3.0]), Observations([2.0, None, None]))
-    assert move == [(0,), (1,)] and after.known == (2.0, 3.0, 1.5)
-    after, *move = decide(rule, state([0], [None, 6.0, None]), Observations([100.0, None, None]))
-    assert move == [(0,), (2,)]  # nothing is known of it
+def test_last_expects_idle_modules_to_have_slowed_like_the_active_ones():
+    rule = KillReviveRule(active=2, idle="last", margin=0)
+    seen = Observations([2.0, 1.0, None, None])  # by a half and by a quarter
+    after, *move = decide(rule, state([0, 1], [4.0, 4.0, 3.0, 2.0]), seen)
+    assert after.known == (2.0, 1.0, 3.0 * 0.375, 2.0 * 0.375) and move == [(1,), (2,)]
+    after, *_ = decide(KillReviveRule(active=2, idle="last", decay=0.5), state([0, 1], [4.0, 4.0, 3.0, 2.0]), seen)
+    assert after.known[2:] == (3.0 * 0.1875, 2.0 * 0.1875)
+
+
+def test_last_gives_those_that_never_were_active_a_turn():
+    rule = KillReviveRule(active=1, idle="last")
+    assert decide(rule, state([0], [None, 6.0, None]), Observations([100.0, None, None]))[1:] == ((0,), (2,))
+
+
+def test_a_probe_knows_what_a_modules_own_gradient_did_when_it_was_active():
+    """The third changed five times as much for its gradient as the first two, which have slowed by a half since."""
+    rule = KillReviveRule(active=2)
+    before = KillReviveState((0, 1), (4.0, 4.0, 1.0), 1, (2.0, 2.0, 10.0))
+    after, *_ = decide(rule, before, Observations([1.0, 1.0, None], [1.0, 1.0, 3.0]))
+    assert after.rates == (1.0, 1.0, 5.0) and after.known == (1.0, 1.0, 15.0)
+
+
+def test_after_a_warm_up_of_all_those_that_changed_most_stay():
+    rule = KillReviveRule(active=2, warmup=5, interval=20)
+    assert first_state(rule, 4).active == (0, 1, 2, 3)
+    after, *move = decide(rule, first_state(rule, 4), Observations([1.0, 4.0, 2.0, 3.0]))
+    assert after.active == (1, 3) and move == [(0, 2), ()]
+    for choose in ("fixed", "redrawn"):
+        assert len(first_state(KillReviveRule(active=2, warmup=5, choose=choose), 4).active) == 2
 
 
 def test_random_gives_idle_modules_the_places_of_the_least_responsive():
@@ -179,7 +204,7 @@ def test_fixed_keeps_its_draw_and_redrawn_draws_anew():
 
 
 def test_decisions_follow_warm_up_and_intervals():
-    assert [step for step in range(1, 20) if is_due(step, 4, 5)] == [9, 14, 19]
+    assert [step for step in range(1, 20) if is_due(step, 4, 5)] == [4, 9, 14, 19]
     assert [step for step in range(1, 12) if is_due(step, 0, 2.5)] == [3, 5, 8, 10]
     thirds = [step for step in range(1, 31) if is_due(step, 0, 0.1 * 30)]
     assert thirds == list(range(3, 31, 3))  # 0.1 x 30 is a little more than 3
@@ -233,12 +258,18 @@ def test_bad_numbers_are_refused():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"active": [2], "known": [1, 2], "decisions": 0}', r"active=\(2,\) must be indices of 2 modules"),
-        ('{"active": [1, 0], "known": [1, 2], "decisions": 0}', "must be ascending"),
-        ('{"active": [], "known": [1, 2], "decisions": 0}', "not empty"),
-        ('{"active": [0], "known": [-1, 2], "decisions": 0}', "known holds -1"),
-        ('{"active": [0], "known": [1, 2], "decisions": -1}', "decisions=-1 must be"),
-        ('{"active": "0", "known": [1, 2], "decisions": 0}', "active and known must be lists"),
+        (
+            '{"active": [2], "known": [1, 2], "rates": [], "decisions": 0}',
+            r"active=\(2,\) must be indices of 2",
+        ),
+        ('{"active": [1, 0], "known": [1, 2], "rates": [], "decisions": 0}', "must be ascending"),
+        ('{"active": [], "known": [1, 2], "rates": [], "decisions": 0}', "not empty"),
+        ('{"active": [0], "known": [-1, 2], "rates": [], "decisions": 0}', "known holds -1"),
+        ('{"active": [0], "known": [1, 2], "rates": [], "decisions": -1}', "decisions=-1 must be"),
+        (
+            '{"active": "0", "known": [1, 2], "rates": [], "decisions": 0}',
+            "active, known and rates must be lists",
+        ),
         ('{"active": [0]}', "has the fields"),
         ("[]", "has the fields"),
     ],

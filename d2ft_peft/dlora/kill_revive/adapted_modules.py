@@ -146,10 +146,11 @@ def _why_none(model: nn.Module, has_layers: bool) -> str:
 
 
 def _check_not_shared(modules: list[AdaptedModule]) -> None:
+    """Raise ValueError if two layers train the same numbers, be it as one parameter or as two views of a storage."""
     owner: dict[int, str] = {}
     for module in modules:
         for parameter in module.parameters:
-            other = owner.setdefault(id(parameter), module.name)
+            other = owner.setdefault(parameter.data_ptr() or id(parameter), module.name)
             if other != module.name:
                 raise ValueError(
                     f"{other} and {module.name} share a trainable parameter of shape {tuple(parameter.shape)}: neither "

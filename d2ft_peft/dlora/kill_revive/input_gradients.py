@@ -6,9 +6,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
-def let_backward_end(base: nn.Module) -> Any:
+class _EndBackward:
+    """Forward hook of the input embeddings: their output has no gradient, where nothing needs that it has one."""
+
+    def __init__(self, checkpointed: list[nn.Module]):
+        self.checkpointed = checkpointed
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        return output.detach() if isinstance(output, torch.Tensor) and frozen and self._not_reentrant() else output
+
+    def _not_reentrant(self) -> bool:
+        on = [module for module in self.checkpointed if module.gradient_checkpointing]
+        words = [getattr(getattr(m, "_gradient_checkpointing_func", None), "keywords", {}) for m in on]
+        return bool(words) and all(keywords.get("use_reentrant") is False for keywords in words)
+
+
+def let_backward_end(base: nn.Module) -> RemovableHandle | None:
     """Undo `enable_input_require_grads` where checkpointing does not need it: with it every backward pass goes down to
     the embeddings, whatever trains.
 
@@ -19,15 +36,7 @@ def let_backward_end(base: nn.Module) -> Any:
         embeddings = base.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
+    if not isinstance(embeddings, nn.Module):
+        return None
     checkpointed = [module for module in base.modules() if hasattr(module, "gradient_checkpointing")]
-
-    def needs_no_gradient() -> bool:
-        functions = [getattr(m, "_gradient_checkpointing_func", None) for m in checkpointed if m.gradient_checkpointing]
-        words = [getattr(function, "keywords", {}) for function in functions]
-        return bool(words) and all(keywords.get("use_reentrant") is False for keywords in words)
-
-    def end(module: nn.Module, args: tuple, output: Any) -> Any:
-        frozen = not any(parameter.requires_grad for parameter in module.parameters())
-        return output.detach() if isinstance(output, torch.Tensor) and frozen and needs_no_gradient() else output
-
-    return embeddings.register_forward_hook(end) if isinstance(embeddings, nn.Module) else None
+    return embeddings.register_forward_hook(_EndBackward(checkpointed))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
@@ -34,15 +34,18 @@ class KillReviveRule:
         active: Modules that train at a time, k of the paper.
         interval: Time between two decisions.
         unit: What `interval` and `warmup` count: optimizer steps, or epochs, which need not be whole.
-        warmup: Time before the first interval begins; the modules drawn at the start train, and nothing is compared.
+        warmup: Time at the start in which all modules train, so that something is known of each; then those that
+            changed most stay. 0: modules drawn at random are the first.
         choose: ``"responsive"`` is Kill-and-Revive. The others are what it has to beat: ``"fixed"`` keeps the modules
-            drawn at the start, ``"redrawn"`` draws them anew at every decision, and ``"top"`` trains all modules until
-            the first decision and from then on those that changed most.
-        idle: What an idle module's responsiveness is. ``"probe"``: the norm of its gradient in one micro-batch, times
-            the median of change / gradient norm of the active modules. ``"last"``: what it was when the module was last
-            active, times `decay` for every decision since; one that never was active comes first. ``"random"``: not
-            known; `max_swaps` idle modules drawn at random get a turn at every decision.
-        decay: For ``idle="last"``, within (0, 1].
+            drawn at the start, ``"redrawn"`` draws them anew at every decision, and ``"top"`` keeps those that changed
+            most in the warm-up, or else in the first interval.
+        idle: What an idle module's responsiveness is. ``"last"``: what it was when the module was last active, times
+            the factor by which that of active modules has changed since (their median); one that never was active
+            comes first. ``"probe"``: the norm of its gradient in one micro-batch, times its change for each unit of
+            gradient when it was last active, followed in the same way; for one that never was active, the median of
+            the active ones. ``"random"``: not known; `max_swaps` idle modules drawn at random get a turn at every
+            decision.
+        decay: For ``idle="last"``, within (0, 1]: a further factor for every decision since, to forget.
         norm: ``"l2"`` as in the paper, which large modules win; ``"relative"`` divides by the norm of the parameters,
             ``"rms"`` by the square root of their number.
         margin: An idle module must be this share more responsive than the one in whose place it comes, or nothing is
@@ -57,7 +60,7 @@ class KillReviveRule:
     warmup: float = 0
     choose: str = "responsive"
     idle: str = "probe"
-    decay: float = 0.8
+    decay: float = 1.0
     norm: str = "l2"
     margin: float = 0.1
     max_swaps: int | None = None
@@ -118,11 +121,13 @@ class KillReviveState:
         active: Indices of the active modules, ascending.
         known: Responsiveness last known of every module; None if nothing is known of it.
         decisions: How many were made.
+        rates: Change for each unit of gradient norm, as far as known; for ``idle="probe"``.
     """
 
     active: tuple[int, ...]
     known: tuple[float | None, ...]
     decisions: int = 0
+    rates: tuple[float | None, ...] = ()
 
     def __post_init__(self) -> None:
         active, size = self.active, len(self.known)
@@ -133,6 +138,7 @@ class KillReviveState:
         if isinstance(self.decisions, bool) or not isinstance(self.decisions, Integral) or self.decisions < 0:
             raise ValueError(f"decisions={self.decisions!r} must be a whole number, at least 0.")
         object.__setattr__(self, "known", _observed("known", self.known, size))
+        object.__setattr__(self, "rates", _observed("rates", self.rates or None, size))
 
     def to_json(self) -> str:
         """A string from which `from_json` makes an equal state."""
@@ -145,9 +151,10 @@ class KillReviveState:
         names = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or set(values) != names:
             raise ValueError(f"a state of Kill-and-Revive has the fields {sorted(names)}, not {values!r}.")
-        if not isinstance(values["active"], list) or not isinstance(values["known"], list):
-            raise ValueError(f"active and known must be lists, not {values!r}.")
-        return cls(tuple(values["active"]), tuple(values["known"]), values["decisions"])
+        lists = {name: values[name] for name in ("active", "known", "rates")}
+        if not all(isinstance(value, list) for value in lists.values()):
+            raise ValueError(f"active, known and rates must be lists, not {lists!r}.")
+        return cls(**{**values, **{name: tuple(value) for name, value in lists.items()}})
 
 
 @dataclass(frozen=True)
@@ -170,25 +177,27 @@ Decision = tuple[KillReviveState, tuple[int, ...], tuple[int, ...]]
 
 
 def first_state(rule: KillReviveRule, num_modules: int) -> KillReviveState:
-    """The modules that train first, drawn at random; all of them where `choose` compares all first.
+    """The modules that train first, drawn at random; all of them where all are compared first.
 
     Raises:
         ValueError: If there is no module.
     """
     if num_modules < 1:
         raise ValueError(f"num_modules={num_modules} must be at least 1.")
-    k = num_modules if rule.choose == "top" else min(rule.active, num_modules)
+    everything = rule.choose == "top" or (rule.compares and rule.warmup > 0)
+    k = num_modules if everything else min(rule.active, num_modules)
     drawn = np.random.default_rng((rule.seed, 0)).choice(num_modules, k, replace=False)
     return KillReviveState(tuple(sorted(drawn.tolist())), (None,) * num_modules)
 
 
 def is_due(step: int, warmup: float, interval: float) -> bool:
-    """Whether a decision follows optimizer step `step`, counted from 1; times in steps, which need not be whole."""
+    """Whether a decision follows optimizer step `step`, counted from 1: at the end of the warm-up, if there is one, and
+    of each interval after it. Times in steps, which need not be whole."""
 
     def intervals(at: int) -> int:
         return math.floor((at - warmup) / interval + 1e-9)  # 0.1 x 30 is a little more than 3
 
-    return intervals(step) >= 1 and intervals(step) > intervals(step - 1)
+    return intervals(step) >= (0 if warmup else 1) and intervals(step) > intervals(step - 1)
 
 
 def decide(rule: KillReviveRule, state: KillReviveState, observations: Observations) -> Decision:
@@ -201,24 +210,24 @@ def decide(rule: KillReviveRule, state: KillReviveState, observations: Observati
 
     Returns:
         The new state; modules killed, which were active; modules revived, which were idle. As many of the one as of the
-        other, but for ``choose="top"``, whose first decision only kills.
+        other, but where all were active until now.
 
     Raises:
         ValueError: If the numbers of modules differ, or a norm is negative or no number.
     """
     size = len(state.known)
-    known = _responsiveness(rule, state, observations)
+    known, rates = _responsiveness(rule, state, observations)
     rng = np.random.default_rng((rule.seed, state.decisions + 1))
     k = min(rule.active, size)
     if rule.choose == "fixed":
         active = set(state.active)
     elif rule.choose == "redrawn":
         active = set(rng.choice(size, k, replace=False).tolist())
-    elif rule.choose == "top":
+    elif rule.choose == "top" or len(state.active) > k:
         active = set(sorted(state.active, key=lambda i: (-(known[i] or 0.0), i))[:k])
     else:
         active = _swapped(rule, state, known, rng)
-    after = replace(state, active=tuple(sorted(active)), known=known, decisions=state.decisions + 1)
+    after = replace(state, active=tuple(sorted(active)), known=known, rates=rates, decisions=state.decisions + 1)
     return after, tuple(sorted(set(state.active) - active)), tuple(sorted(active - set(state.active)))
 
 
@@ -256,30 +265,51 @@ def _swapped(
     return active
 
 
-def _responsiveness(
-    rule: KillReviveRule, state: KillReviveState, observations: Observations
-) -> tuple[float | None, ...]:
-    """What is known of every module now: observed, expected, or as it was known before."""
+Norms = tuple[float | None, ...]
+
+
+def _responsiveness(rule: KillReviveRule, state: KillReviveState, observations: Observations) -> tuple[Norms, Norms]:
+    """What is known of every module now, observed, expected or as it was before; and changes by gradient norm."""
     size = len(state.known)
     change = _observed("change", observations.change, size)
     gradient = _observed("gradient", observations.gradient, size)
     scale = _observed("scale", observations.scale, size)
     if 0.0 in scale:
         raise ValueError(f"scale={observations.scale!r} must be positive; give None where it is not known.")
-    found = list(state.known)
     active = set(state.active)
-    ratios = [change[i] / gradient[i] for i in state.active if change[i] is not None and gradient[i]]
-    expected = float(np.median(ratios)) if ratios else None
-    for i in range(size):
-        value = change[i] if i in active else None
-        if i not in active and rule.idle == "probe" and expected is not None and gradient[i] is not None:
-            value = gradient[i] * expected
-        if value is not None:
-            value = value if scale[i] is None else value / scale[i]
-            found[i] = value if math.isfinite(value) else found[i]
-        elif i not in active and rule.idle == "last" and found[i] is not None:
-            found[i] = found[i] * rule.decay
-    return tuple(found)
+    idle = [i for i in range(size) if i not in active]
+    seen = [_ratio(change[i], scale[i] or 1.0) if i in active else None for i in range(size)]
+    known = [old if new is None else new for old, new in zip(state.known, seen, strict=True)]
+    measured = [_ratio(change[i], gradient[i]) if i in active else None for i in range(size)]
+    rates = [old if new is None else new for old, new in zip(state.rates, measured, strict=True)]
+    slowed = _median(map(_ratio, seen, state.known), 1.0)
+    rates_slowed, usual = _median(map(_ratio, measured, state.rates), 1.0), _median(measured, None)
+    for i in idle:
+        if rule.idle == "last":
+            known[i] = _product(known[i], slowed * rule.decay)
+        elif rule.idle == "probe" and gradient[i] is not None:
+            rates[i] = _product(rates[i], rates_slowed)
+            expected = _product(usual if rates[i] is None else rates[i], gradient[i] / (scale[i] or 1.0))
+            known[i] = known[i] if expected is None else expected
+    return tuple(known), tuple(rates)
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    """Quotient of two norms; None if it is not known or not finite."""
+    if above is None or not below:
+        return None
+    return above / below if math.isfinite(above / below) else None
+
+
+def _product(norm: float | None, factor: float) -> float | None:
+    """Product of a norm and a factor; None if it is not known or not finite."""
+    return None if norm is None or not math.isfinite(norm * factor) else norm * factor
+
+
+def _median(values: Iterable[float | None], otherwise: float | None) -> float | None:
+    """Median of those that are known; `otherwise` if none is."""
+    there = [value for value in values if value is not None]
+    return float(np.median(there)) if there else otherwise
 
 
 def _observed(name: str, values: Any, size: int) -> tuple[float | None, ...]:
