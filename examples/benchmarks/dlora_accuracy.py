@@ -5,10 +5,9 @@
     python examples/benchmarks/dlora_accuracy.py --png docs/images/dlora_accuracy.png    # tables and picture of them
 
 All rows but those named ``local`` train over gRPC with a cloud in this process. Bytes are those that crossed in
-training, frames included. Every row has its own learning rate, the best of a grid on one seed and on text that is
-neither trained nor tested on; rows named in ``like`` share that of a row that differs little. The adapter of every run is
-saved, loaded by stock PEFT into the whole model, and tested there as well. Runs that the result files hold are not made
-again.
+training, frames included. Learning rates are the best of a grid on one seed and on text that is neither trained nor
+tested on; a row with ``like`` shares that of a row that differs little. The adapter of every run is saved, loaded by
+stock PEFT into the whole model, and tested there as well. Runs that the result files hold are not made again.
 """
 
 from __future__ import annotations
