@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class BaseModel:
     returns_tuple: bool = False
     bytes_per_token: int = 0
     _factors: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _lock: Any = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -112,13 +114,22 @@ class BaseModel:
         They span the directions of the weight's largest singular values (LoRA-XS, arXiv 2405.17604), and are
         orthonormal: the trained core holds every scale.
         """
-        if (name, rank) not in self._factors:
+        found = self._factors.get((name, rank))
+        if found is None:
             layer = self.model.get_submodule(name)
             weight = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).double()
             left, _, right = torch.linalg.svd(weight, full_matrices=False)
-            pair = (right[:rank].to(self.dtype).contiguous(), left[:, :rank].to(self.dtype).contiguous())
+            found = (right[:rank].to(self.dtype).contiguous(), left[:, :rank].to(self.dtype).contiguous())
+            self._keep(name, rank, found)
+        return found
+
+    def _keep(self, name: str, rank: int, pair: tuple[Tensor, Tensor]) -> None:
+        """Keep factors for the next who asks, but no more of them than there are weights: edges choose the rank."""
+        with self._lock:
             self._factors[name, rank] = pair
-        return self._factors[name, rank]
+            most = sum(parameter.nbytes for parameter in self.model.parameters())
+            while len(self._factors) > 1 and sum(a.nbytes + b.nbytes for a, b in self._factors.values()) > most:
+                del self._factors[next(iter(self._factors))]
 
     def body(self, model: PreTrainedModel) -> nn.Module:
         """The module of a copy that runs embedding, blocks and final norm."""

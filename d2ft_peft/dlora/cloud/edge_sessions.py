@@ -33,6 +33,7 @@ class EdgeSession:
 
     Attributes:
         name: Random name, by which the edge refers to it.
+        edge: Random name that the edge gave itself: it has one session at a time.
         token: The token that it was opened with.
         span: Indices of the blocks that run here.
         targets: Paths of projections in the span that have adapters.
@@ -46,6 +47,7 @@ class EdgeSession:
     """
 
     name: str
+    edge: str
     token: str | None
     span: range
     targets: frozenset[str]
@@ -95,6 +97,14 @@ class EdgeSession:
         self.copies, self.version = copies, version
 
 
+class UnknownSession(Exception):
+    """There is no such session (any more), or it is not all there."""
+
+
+class OtherModel(Exception):
+    """The edge has another base model, or speaks another version."""
+
+
 class EdgeSessions:
     """The sessions of a server.
 
@@ -120,11 +130,11 @@ class EdgeSessions:
 
         Raises:
             WireError: If the fields make no sense.
-            LookupError: If the edge has another base model, or speaks another version.
+            OtherModel: If the edge has another base model, or speaks another version.
             Refused: If there are too many sessions.
         """
         if wish.get("protocol") != VERSION:
-            raise LookupError(f"this server speaks version {VERSION} of the protocol, not {wish.get('protocol')!r:.20}")
+            raise OtherModel(f"this server speaks version {VERSION} of the protocol, not {wish.get('protocol')!r:.20}")
         _check_base(self.base, wish.get("base"))
         blocks, with_head = wish.get("edge_blocks"), wish.get("with_head")
         if not isinstance(blocks, list) or len(blocks) != 2 or type(with_head) is not bool:
@@ -135,15 +145,23 @@ class EdgeSessions:
             raise WireError(str(error)) from None
         if with_head and span.stop != self.base.depth:
             raise WireError("with the head in the cloud the edge owns no upper blocks")
+        if with_head and self.base.model.get_output_embeddings() is None:
+            raise WireError("the base model has no head that predicts tokens")
+        edge = wish.get("edge")
+        if not isinstance(edge, str) or not 16 <= len(edge) <= 64:
+            raise WireError("edge is a random name of 16 to 64 characters")
         packing, rank = wish.get("packing"), wish.get("rank")
         if packing not in PACKINGS or not (rank is None or (type(rank) is int and 0 < rank <= _MOST_RANK)):
             raise WireError(f"packing is one of {PACKINGS}, rank a number up to {_MOST_RANK} or null")
         targets = _targets(self.base, span, wish.get("targets"), rank)
         session = EdgeSession(
-            secrets.token_hex(16), token, span, targets, rank, with_head, packing,
+            secrets.token_hex(16), edge, token, span, targets, rank, with_head, packing,
             Room("micro-batches in flight", self.limits.streams),
         )  # fmt: skip
         with self._lock:
+            # An edge whose answer was lost asks again, and must not fill the server with what it will never use.
+            for name in [name for name, s in self._sessions.items() if s.edge == edge and s.token == token]:
+                del self._sessions[name]
             if len(self._sessions) >= self.limits.sessions:
                 raise Refused(f"{len(self._sessions)} edges have a session, which is the limit", 5.0)
             self._sessions[session.name] = session
@@ -153,11 +171,11 @@ class EdgeSessions:
         """A session that is open.
 
         Raises:
-            KeyError: If there is none of that name, or it belongs to another token.
+            UnknownSession: If there is none of that name, or it belongs to another token.
         """
-        session = self._sessions[name or ""]
-        if session.token != token:
-            raise KeyError(name)
+        session = self._sessions.get(name or "")
+        if session is None or session.token != token:
+            raise UnknownSession("this server does not know that session; open one")
         session.last_used = time.monotonic()
         return session
 
@@ -188,7 +206,7 @@ def _check_base(base: BaseModel, theirs: Any) -> None:
         raise WireError("base is an object with the hashes of configuration and weights")
     for part, ours in base.prints.items():
         if theirs[part] != ours:
-            raise LookupError(
+            raise OtherModel(
                 f"the server holds {base.name!r}, the edge another model: their {part} differ "
                 f"({ours[:12]} and {theirs[part][:12]}); load the same checkpoint on both sides"
             )

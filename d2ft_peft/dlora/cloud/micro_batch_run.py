@@ -13,11 +13,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..wire.frames import FrameError
 from ..wire.messages import Message, WireError
 from .base_model import BaseModel
-from .edge_sessions import EdgeSession
-from .span_model import Pass, SpanModel, checked
+from .edge_sessions import EdgeSession, UnknownSession
+from .span_model import Pass, SpanModel, answer_widths, checked
 from .turns import Room, Turns
+
+
+_TENSORS = ("hidden", "mask", "positions", "labels")
+_IGNORED = -100
+"""A label that nobody predicts."""
 
 
 class MicroBatchRun:
@@ -57,33 +63,47 @@ class MicroBatchRun:
             self.tokens = 0
 
     def _forward(self, message: Message) -> None:
-        fields, hidden = message.fields, message.tensors.get("hidden")
-        mode = fields.get("mode")
+        mode = message.fields.get("mode")
         if mode not in ("train", "infer", "cached"):
             raise WireError("mode is train, infer or cached")
-        hidden = _checked_hidden(hidden, self.base)
+        hidden = _checked_hidden(message, self.base)
         if self.cache is not None and mode != "cached":
             raise WireError("a stream that holds a cache goes on with it")
-        tokens = hidden.shape[0] * hidden.shape[1]
-        self.room.take(tokens)
-        self.tokens += tokens
-        now, arguments = self._pass(fields, message, hidden)
+        self._take_room(hidden, mode, message.fields)
         with self.turns.held(self.session.name):
+            now, arguments = self._pass(message, hidden)
             if mode == "train":
-                self._train(now, hidden, message, arguments)
+                answer = self._train(now, hidden, message, arguments)
             else:
                 with torch.no_grad():
-                    self.send(Message("output", {}, {"out": self._infer(now, hidden, message, mode, arguments)}))
-        if mode != "cached":
+                    answer = Message("output", {}, {"out": self._infer(now, hidden, message, mode, arguments)})
+        if mode != "cached":  # before the edge is told, so that there is room for what it sends next
             self.room.give_back(self.tokens)
             self.tokens = 0
+        if answer is not None:
+            self.send(answer)
 
-    def _train(self, now: Pass, hidden: Tensor, message: Message, arguments: dict[str, Any]) -> None:
+    def _take_room(self, hidden: Tensor, mode: str, fields: dict[str, Any]) -> None:
+        batch, tokens = hidden.shape[:2]
+        seen, length = 0 if self.cache is None else self.cache.get_seq_length(), fields.get("length")
+        if type(length) is int and 0 <= length < seen:  # the rest is cropped
+            seen = length
+        if seen + tokens > most_tokens(self.base):
+            raise WireError(
+                f"a row has {seen + tokens} tokens; the base model knows {most_tokens(self.base)} positions"
+            )
+        # Of a cache all tokens count, and as often as its rows are repeated.
+        needed = batch * (seen + tokens) if mode == "cached" else batch * tokens
+        if needed > self.tokens:
+            self.room.take(needed - self.tokens, self.tokens)
+            self.tokens = needed
+
+    def _train(self, now: Pass, hidden: Tensor, message: Message, arguments: dict[str, Any]) -> Message | None:
         needed = message.fields.get("hidden_gradient") is True
         with torch.enable_grad():
             hidden.requires_grad_(needed)
             if self.session.with_head:
-                labels, items = _checked_labels(message, hidden), message.fields["items"]
+                labels, items = _checked_labels(message, hidden, self.base), message.fields["items"]
                 out = self.span.run_head(now, hidden, labels, items, **arguments)
             else:
                 # Packed rows are recognized by their positions, but not where a cache is begun.
@@ -93,13 +113,13 @@ class MicroBatchRun:
         with self.turns.lent(self.session.name):
             backward = self.receive()
         if backward is None:
-            return  # the edge needed the output only
+            return None  # the edge needed the output only
         if backward.kind != "backward":
             raise WireError(f"after a training pass comes backward, not {backward.kind[:20]!r}")
         (grad,) = checked(list(backward.tensors.values()), [out.shape], out)
         if out.requires_grad:
             out.backward(grad)
-        self.send(Message("done", {}, {"hidden": hidden.grad} if needed else {}))
+        return Message("done", {}, {"hidden": hidden.grad} if needed else {})
 
     def _infer(self, now: Pass, hidden: Tensor, message: Message, mode: str, arguments: dict[str, Any]) -> Tensor:
         if mode == "cached":
@@ -108,7 +128,7 @@ class MicroBatchRun:
             return self.span.run(now, hidden, self.cache, **arguments)
         if "labels" in message.tensors:
             return self.span.run_head(
-                now, hidden, _checked_labels(message, hidden), message.fields["items"], **arguments
+                now, hidden, _checked_labels(message, hidden, self.base), message.fields["items"], **arguments
             )
         keep = message.fields.get("keep")
         if type(keep) is not int or not 0 <= keep <= hidden.shape[1]:
@@ -135,47 +155,61 @@ class MicroBatchRun:
                 self.cache.crop(length - self.cache.get_seq_length())
         self.rows = batch
 
-    def _pass(self, fields: dict[str, Any], message: Message, hidden: Tensor) -> tuple[Pass, dict[str, Any]]:
-        alive, copies, skipped = (_strings(fields, name) for name in ("alive", "copies", "skipped"))
+    def _pass(self, message: Message, hidden: Tensor) -> tuple[Pass, dict[str, Any]]:
+        fields = message.fields
+        alive, copies, skipped = (_listed(fields, *of) for of in (("alive", str), ("copies", str), ("skipped", int)))
         if not self.session.targets.issuperset(alive) or set(alive) & set(copies):
             raise WireError("alive projections are some of the session's targets, and are not copies as well")
         if copies and fields.get("version") != self._version:
-            raise KeyError("the copies of killed adapters")
+            raise UnknownSession("this server does not have these copies of killed adapters; open a session anew")
         if not set(copies) <= self._copies.keys():
             raise WireError("copies are some of those that were installed")
-        if not all(type(index) is int for index in skipped):
-            raise WireError("skipped blocks are numbers")
         rank = self.session.rank
         factors = {} if rank is None else {name: self.base.factors(name, rank) for name in alive}
-        given = {}
-        if (group := fields.get("given")) is not None:
-            if type(group) is not int:
-                raise WireError("given is the number of a group")
-            names = [name for name in message.tensors if name.startswith("given")]
-            given[group] = [message.tensors[name] for name in names]
         now = Pass(
             frozenset(alive), {name: self._copies[name] for name in copies}, factors, frozenset(skipped),
-            self._ask, self.send, given,
+            self._ask, self.send, self._given(message, hidden, frozenset(alive)),
         )  # fmt: skip
         return now, _arguments(message, hidden, self.base, self.cache)
+
+    def _given(self, message: Message, hidden: Tensor, alive: frozenset[str]) -> dict[int, list[Tensor]]:
+        """Answers that came with the question, by number of the group."""
+        number, groups = message.fields.get("given"), self.base.groups
+        tensors = [tensor for name, tensor in message.tensors.items() if name not in _TENSORS]
+        if number is None:
+            if tensors:
+                raise WireError(f"tensors are {', '.join(_TENSORS)}, and answers where a group is given")
+            return {}
+        if type(number) is not int or not 0 <= number < len(groups):
+            raise WireError("given is the number of a group")
+        widths = answer_widths(groups[number], alive, self.session.rank)
+        return {number: checked(tensors, [(*hidden.shape[:2], width) for width in widths.values()], hidden)}
 
     def _ask(self, question: Message) -> Message:
         self.send(question)
         with self.turns.lent(self.session.name):
             answer = self.receive()
-        if answer is None or answer.kind != "answer":
-            raise WireError(f"a question is answered with answer, not {answer and answer.kind[:20]!r}")
+        if answer is None:
+            raise FrameError("the stream ended where an answer was due")
+        if answer.kind != "answer":
+            raise WireError(f"a question is answered with answer, not {answer.kind[:20]!r}")
         return answer
 
 
-def _strings(fields: dict[str, Any], name: str) -> list:
+def most_tokens(base: BaseModel) -> int:
+    """The longest row that the base model has positions for."""
+    return getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
+
+
+def _listed(fields: dict[str, Any], name: str, kind: type) -> list:
     value = fields.get(name, [])
-    if not isinstance(value, list) or len(value) > 1 << 14:
-        raise WireError(f"{name} is a list")
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise WireError(f"{name} is a list of {'numbers' if kind is int else 'strings'}")
     return value
 
 
-def _checked_hidden(hidden: Tensor | None, base: BaseModel) -> Tensor:
+def _checked_hidden(message: Message, base: BaseModel) -> Tensor:
+    hidden = message.tensors.get("hidden")
     if hidden is None or hidden.ndim != 3 or hidden.shape[-1] != base.width or not hidden.numel():
         shape = None if hidden is None else list(hidden.shape)
         raise WireError(f"hidden states have shape {shape}; [batch, tokens, {base.width}] is needed, none empty")
@@ -184,11 +218,14 @@ def _checked_hidden(hidden: Tensor | None, base: BaseModel) -> Tensor:
     return hidden.to(base.model.device, base.dtype)
 
 
-def _checked_labels(message: Message, hidden: Tensor) -> Tensor:
+def _checked_labels(message: Message, hidden: Tensor, base: BaseModel) -> Tensor:
     labels, items = message.tensors.get("labels"), message.fields.get("items")
     if labels is None or labels.dtype is not torch.int64 or labels.shape != hidden.shape[:2]:
         raise WireError(f"labels are int64 of shape {list(hidden.shape[:2])}")
-    if type(items) not in (int, float) or not math.isfinite(items) or items <= 0:
+    vocabulary = base.model.config.get_text_config().vocab_size
+    if ((labels != _IGNORED) & ((labels < 0) | (labels >= vocabulary))).any():
+        raise WireError(f"labels are {_IGNORED}, or from 0 to {vocabulary - 1}")
+    if type(items) not in (int, float) or not 0 < items < math.inf:
         raise WireError("items is what the summed loss is divided by, above zero")
     return labels.to(hidden.device)
 
@@ -201,14 +238,14 @@ def _arguments(message: Message, hidden: Tensor, base: BaseModel, cache: Cache |
     if mask is not None:
         if mask.dtype is not torch.bool or mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < tokens:
             raise WireError(f"a mask is bool [{batch}, at least {tokens}]")
-        if mask.shape[1] != tokens and message.fields.get("mode") != "cached":
-            raise WireError(f"a mask is bool [{batch}, {tokens}] where there is no cache")
+        seen = 0 if cache is None else cache.get_seq_length()
+        if mask.shape[1] > tokens + seen:
+            raise WireError(f"a mask is bool [{batch}, at most {tokens + seen}]")
         found["attention_mask"] = mask.to(hidden.device, torch.int64)
     if positions is not None:
         if positions.dtype is not torch.int64 or positions.shape not in ((1, tokens), (batch, tokens)):
             raise WireError(f"positions are int64 [1 or {batch}, {tokens}]")
-        most = getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 31
-        if positions.min() < 0 or positions.max() >= most:
-            raise WireError(f"positions are from 0 to {most - 1}")
+        if positions.min() < 0 or positions.max() >= most_tokens(base):
+            raise WireError(f"positions are from 0 to {most_tokens(base) - 1}")
         found["position_ids"] = positions.to(hidden.device)
     return found

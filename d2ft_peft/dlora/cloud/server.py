@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
 from ..wire import protocol
 from ..wire.credentials import Certificates, check_binding, is_admitted
-from ..wire.frames import FrameError, Reader, Writer
-from ..wire.messages import Message, WireError, read_json
+from ..wire.frames import FrameError, Writer, from_frame, to_frame
+from ..wire.messages import Message, WireError
 from ..wire.protocol import Limits
 from .base_model import BaseModel
 from .decisions import decide
-from .edge_sessions import EdgeSession, EdgeSessions
+from .edge_sessions import EdgeSession, EdgeSessions, OtherModel, UnknownSession
 from .micro_batch_run import MicroBatchRun
-from .turns import Refused, Room, Turns
+from .stream_ends import Incoming, Outgoing
+from .turns import NeverFits, Refused, Room, Turns
 
 
 logger = logging.getLogger(__name__)
 _SPARE_CALLS = 64
 """Calls at a time besides micro-batches; above that, gRPC itself answers that there is no room."""
+_ARRIVING = 4
+"""Messages of the greatest length that may be on their way at the same time."""
+_LONGEST_SENTENCE = 500
+
+
+class NotAdmitted(Exception):
+    """The call came without a token that the server knows."""
+
+
+_STATUS = {
+    Refused: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    FrameError: grpc.StatusCode.ABORTED,
+    WireError: grpc.StatusCode.INVALID_ARGUMENT,
+    NotAdmitted: grpc.StatusCode.UNAUTHENTICATED,
+    UnknownSession: grpc.StatusCode.NOT_FOUND,
+    OtherModel: grpc.StatusCode.FAILED_PRECONDITION,
+    NeverFits: grpc.StatusCode.FAILED_PRECONDITION,
+}
+"""What a call ends with; a subclass stands before its parent."""
 
 
 class Cloud:
@@ -56,11 +75,13 @@ class Cloud:
                 f"memory_bytes={memory_bytes} holds no token: one takes {base.bytes_per_token} bytes; give more."
             )
         self.room = Room("tokens in flight", min(most, self.limits.tokens))
+        self.arriving = Room("bytes of messages on their way", _ARRIVING * self.limits.message_bytes)
         self.sessions = EdgeSessions(base, self.limits)
         self.turns = Turns(compute_at_once)
         self._ended = threading.Event()
         self._server: grpc.Server | None = None
-        self._silent: dict[Any, float] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._heard: dict[grpc.ServicerContext, float] = {}
 
     def start(
         self, port: int = 0, host: str = "localhost", certificates: Certificates | None = None, insecure: bool = False
@@ -79,9 +100,8 @@ class Cloud:
         check_binding(host, certificates is not None, insecure)
         calls = self.limits.sessions * self.limits.streams
         workers = min(calls, 1024) + _SPARE_CALLS
-        server = grpc.server(
-            ThreadPoolExecutor(workers, "d2ft-cloud"), options=protocol.SERVER_OPTIONS, maximum_concurrent_rpcs=workers
-        )
+        pool = ThreadPoolExecutor(workers, "d2ft-cloud")
+        server = grpc.server(pool, options=protocol.SERVER_OPTIONS, maximum_concurrent_rpcs=workers)
         server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(protocol.SERVICE, self._handlers())])
         address = f"{host}:{port}"
         try:
@@ -93,7 +113,7 @@ class Cloud:
             raise ValueError(
                 f"host={host!r}, port={port}: cannot listen there ({error}); take another port."
             ) from error
-        self._server = server
+        self._server, self._pool = server, pool
         server.start()
         threading.Thread(target=self._let_go, name="d2ft-cloud-idle", daemon=True).start()
         return port
@@ -107,6 +127,7 @@ class Cloud:
         self._ended.set()
         if self._server is not None:
             self._server.stop(grace).wait()
+            self._pool.shutdown(wait=False)
 
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         return {
@@ -114,12 +135,12 @@ class Cloud:
             protocol.DECIDE: grpc.unary_unary_rpc_method_handler(_answering(self._decide)),
             protocol.CLOSE: grpc.unary_unary_rpc_method_handler(_answering(self._close)),
             protocol.INSTALL: grpc.stream_unary_rpc_method_handler(_answering(self._install)),
-            protocol.FACTORS: grpc.unary_stream_rpc_method_handler(self._factors),
-            protocol.MICRO_BATCH: grpc.stream_stream_rpc_method_handler(self._micro_batch),
+            protocol.FACTORS: grpc.unary_stream_rpc_method_handler(_streaming(self._factors)),
+            protocol.MICRO_BATCH: grpc.stream_stream_rpc_method_handler(_streaming(self._micro_batch)),
         }
 
     def _open(self, request: bytes, context: grpc.ServicerContext) -> bytes:
-        session = self.sessions.open(read_json(request), self._token(context))
+        session = self.sessions.open(from_frame(request, "open"), self._token(context))
         told = {
             "protocol": protocol.VERSION,
             "session": session.name,
@@ -131,102 +152,117 @@ class Cloud:
             for number, group in enumerate(self.base.groups)
             if session.targets.intersection(group.names)
         ]
-        return _json({**told, "name": self.base.name, "returns_tuple": self.base.returns_tuple, "groups": groups})
+        return to_frame(
+            protocol.ANSWERS[protocol.OPEN],
+            {**told, "name": self.base.name, "returns_tuple": self.base.returns_tuple, "groups": groups},
+        )
 
     def _close(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        from_frame(request, "close")
         self.sessions.close(self._session(context))
-        return _json({})
+        return to_frame(protocol.ANSWERS[protocol.CLOSE], {})
 
     def _decide(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         self._session(context)
-        return _json(decide(read_json(request)))
+        return to_frame(protocol.ANSWERS[protocol.DECIDE], decide(from_frame(request, "decide")))
 
     def _install(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
-        session, reader = self._session(context), Reader(self.limits.message_bytes)
-        for frame in frames:
-            if (message := reader.take(frame)) is not None:
-                session.install(message, self.base)
-                return _json({"version": session.version})
-        raise WireError("the stream ended within a message")
+        session = self._session(context)
+        with session.streams.held():
+            with self._watched(context) as heard:
+                message = Incoming(frames, self.limits.message_bytes, self.arriving).receive(heard)
+            if message is None:
+                raise FrameError("the stream ended before a message")
+            session.install(message, self.base)
+        return to_frame(protocol.ANSWERS[protocol.INSTALL], {"version": session.version})
 
     def _factors(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        def frames() -> Iterator[bytes]:
-            session, names = self._session(context), read_json(request).get("names")
-            if session.rank is None or not isinstance(names, list) or not session.targets.issuperset(names):
-                raise WireError("factors are of a session with a rank, names some of its targets")
-            writer = Writer()
+        session, names = self._session(context), from_frame(request, "factors").get("names")
+        if session.rank is None or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise WireError("factors are of a session with a rank, for a list of names")
+        if not session.targets.issuperset(names) or len(set(names)) != len(names):
+            raise WireError("factors are of the session's targets, each asked for once")
+        writer = Writer()
+        with session.streams.held():
             for name in names:
                 with self.turns.held(session.name):
                     a, b = self.base.factors(name, session.rank)
-                yield from writer.frames(Message("factors", {"name": name}, {"a": a, "b": b}))
-
-        yield from _guarded(frames(), context)
+                for frame in writer.frames(Message("factors", {"name": name}, {"a": a, "b": b})):
+                    with self._watched(context):
+                        yield frame
 
     def _micro_batch(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        try:
-            session = self._session(context)
-            session.streams.take(1)
-        except Exception as error:
-            _abort(context, error)
-        outgoing: queue.SimpleQueue = queue.SimpleQueue()
-        context.add_callback(lambda: outgoing.put(None))
+        session = self._session(context)
+        session.streams.take(1)
+        outgoing = Outgoing()
         worker = threading.Thread(
             target=self._serve, args=(session, frames, context, outgoing), name="d2ft-micro-batch", daemon=True
         )
-        worker.start()
-        yield from _until_none(outgoing, context)
+        try:
+            worker.start()
+        except RuntimeError:  # no more threads
+            session.streams.give_back(1)
+            raise
+        context.add_callback(outgoing.end)
+        yield from outgoing
 
     def _serve(
-        self, session: EdgeSession, frames: Iterator[bytes], context: grpc.ServicerContext, outgoing: queue.SimpleQueue
+        self, session: EdgeSession, frames: Iterator[bytes], context: grpc.ServicerContext, outgoing: Outgoing
     ) -> None:
         """Run a stream in a thread of its own: what it sends on the way is passed on by gRPC's."""
-        writer, reader = Writer(session.packing), Reader(self.limits.message_bytes)
+        writer, incoming = Writer(session.packing), Incoming(frames, self.limits.message_bytes, self.arriving)
 
         def send(message: Message) -> None:
             for frame in writer.frames(message):
                 outgoing.put(frame)
 
         def receive() -> Message | None:
-            self._silent[context] = time.monotonic()
-            for frame in frames:
-                session.last_used = self._silent[context] = time.monotonic()
-                if (message := reader.take(frame)) is not None:
-                    return message
-            return None
+            with self._watched(context) as heard:
+                outgoing.until_taken()
+                session.last_used = time.monotonic()
+                return incoming.receive(heard)
 
         try:
             with session.span_model(self.base) as span:
                 MicroBatchRun(self.base, session, span, self.turns, self.room, receive, send).serve()
-            outgoing.put(None)
+            outgoing.end()
         except Exception as error:  # the thread's only way out
-            outgoing.put(error)
+            outgoing.end(error)
         finally:
-            self._silent.pop(context, None)
             session.streams.give_back(1)
 
     def _token(self, context: grpc.ServicerContext) -> str | None:
         metadata = dict(context.invocation_metadata())
         token = metadata.get(protocol.TOKEN_KEY)
         if not is_admitted(token, self._tokens):
-            raise PermissionError("this server admits edges with a token that it knows; give token=")
+            raise NotAdmitted("this server admits edges with a token that it knows; give token=")
         return token if self._tokens is not None else None
 
     def _session(self, context: grpc.ServicerContext) -> EdgeSession:
         token = self._token(context)
         return self.sessions.get(dict(context.invocation_metadata()).get(protocol.SESSION_KEY), token)
 
+    @contextmanager
+    def _watched(self, context: grpc.ServicerContext) -> Iterator[Callable[[], None]]:
+        """End the call if its edge is waited for in vain; what is yielded says that it was heard of."""
+
+        def heard() -> None:
+            self._heard[context] = time.monotonic()
+
+        heard()
+        try:
+            yield heard
+        finally:
+            self._heard.pop(context, None)
+
     def _let_go(self) -> None:
         """Let go of sessions and streams that fell silent."""
         while not self._ended.wait(min(5.0, self.limits.idle_seconds / 4)):
             before = time.monotonic() - self.limits.idle_seconds
-            for context, heard in list(self._silent.items()):
+            for context, heard in list(self._heard.items()):
                 if heard < before:
                     context.cancel()
             self.sessions.close_idle()
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def _answering(handle: Callable[[Any, grpc.ServicerContext], bytes]) -> Callable[[Any, grpc.ServicerContext], bytes]:
@@ -239,35 +275,26 @@ def _answering(handle: Callable[[Any, grpc.ServicerContext], bytes]) -> Callable
     return call
 
 
-def _guarded(frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-    try:
-        yield from frames
-    except Exception as error:
-        _abort(context, error)
+def _streaming(
+    handle: Callable[[Any, grpc.ServicerContext], Iterator[bytes]],
+) -> Callable[[Any, grpc.ServicerContext], Iterator[bytes]]:
+    def call(request: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
+        try:
+            yield from handle(request, context)
+        except Exception as error:
+            _abort(context, error)
 
-
-def _until_none(outgoing: queue.SimpleQueue, context: grpc.ServicerContext) -> Iterator[bytes]:
-    while (item := outgoing.get()) is not None:
-        if isinstance(item, Exception):
-            _abort(context, item)
-        yield item
+    return call
 
 
 def _abort(context: grpc.ServicerContext, error: Exception) -> None:
     """End a call with a status and a sentence; details of what went wrong inside stay here."""
+    if isinstance(error, grpc.RpcError):
+        raise error  # the edge went away; gRPC knows
     if isinstance(error, Refused):
         context.set_trailing_metadata([(protocol.RETRY_KEY, f"{error.seconds:g}")])
-        context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
-    if isinstance(error, WireError):
-        status = grpc.StatusCode.ABORTED if isinstance(error, FrameError) else grpc.StatusCode.INVALID_ARGUMENT
-        context.abort(status, str(error))
-    if isinstance(error, PermissionError):
-        context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
-    if isinstance(error, KeyError):
-        context.abort(grpc.StatusCode.NOT_FOUND, "this server does not know that session; open one")
-    if isinstance(error, (LookupError, ValueError)):
-        context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-    if not context.is_active():
-        raise error  # the edge went away; gRPC knows
+    for kind, status in _STATUS.items():
+        if isinstance(error, kind):
+            context.abort(status, str(error)[:_LONGEST_SENTENCE])
     logger.error("a call failed", exc_info=error)
     context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the server could not run this ({type(error).__name__})")

@@ -157,15 +157,9 @@ class _Adapted:
 
     def _exchange(self, now: Pass, x: Tensor) -> None:
         """One exchange for all projections of the group that are alive."""
-        widths = {
-            name: width for name, width in zip(self.group.names, self.group.out_features, strict=True)
-            if name in now.alive
-        }  # fmt: skip
-        if now.factors:
-            inputs = [x @ now.factors[name][0].T for name in widths]
-            widths = {name: now.factors[name][0].shape[0] for name in widths}
-        else:
-            inputs = [x]
+        rank = now.factors[self.name][0].shape[0] if now.factors else None
+        widths = answer_widths(self.group, now.alive, rank)
+        inputs = [x @ now.factors[name][0].T for name in widths] if now.factors else [x]
         anchor = x.new_zeros((), requires_grad=torch.is_grad_enabled())
         answers = _Exchange.apply(now, self.number, tuple(widths.values()), anchor, *inputs)
         for name, answer in zip(widths, answers, strict=True):
@@ -197,6 +191,12 @@ class _Exchange(torch.autograd.Function):
             return None, None, None, None, *[None] * len(ctx.shapes)
         answers = list(ctx.now.ask(question).tensors.values())
         return None, None, None, None, *checked(answers, ctx.shapes, grads[0])
+
+
+def answer_widths(group: Group, alive: frozenset[str], rank: int | None) -> dict[str, int]:
+    """Widths of the answers of a group, by path of the projection."""
+    widths = dict(zip(group.names, group.out_features, strict=True))
+    return {name: width if rank is None else rank for name, width in widths.items() if name in alive}
 
 
 def _numbered(tensors: Any) -> dict[str, Tensor]:

@@ -21,6 +21,10 @@ class Refused(Exception):
         self.seconds = seconds
 
 
+class NeverFits(Exception):
+    """There would not be room even if nothing else was in use."""
+
+
 class Turns:
     """Lets a bounded number of micro-batches compute at a time, edge after edge.
 
@@ -92,20 +96,35 @@ class Room:
         self.used = 0
         self._lock = threading.Lock()
 
-    def take(self, amount: int) -> None:
+    def take(self, amount: int, already: int = 0) -> None:
         """Use some more.
+
+        Args:
+            amount: How much.
+            already: How much of what is in use will be given back only together with it.
 
         Raises:
             Refused: If there is not enough left now.
-            ValueError: If there never is.
+            NeverFits: If there never is.
         """
-        if amount > self.limit:
-            raise ValueError(f"{amount} {self.what} at once; this server holds {self.limit}: send smaller batches")
+        if amount + already > self.limit:
+            raise NeverFits(
+                f"{amount + already} {self.what} at once; this server holds {self.limit}: send smaller batches"
+            )
         with self._lock:
             if self.used + amount > self.limit:
                 what = f"{self.used} of {self.limit} {self.what} are in use, {amount} more asked for"
                 raise Refused(what, self.seconds)
             self.used += amount
+
+    @contextmanager
+    def held(self, amount: int = 1) -> Iterator[None]:
+        """Use some more for a while."""
+        self.take(amount)
+        try:
+            yield
+        finally:
+            self.give_back(amount)
 
     def give_back(self, amount: int) -> None:
         """Use less again."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import queue
 import random
+import secrets
 import threading
 import time
 import weakref
@@ -17,8 +17,9 @@ import grpc
 
 from ..wire import protocol
 from ..wire.credentials import Certificates
-from ..wire.frames import FrameError, Reader, Writer
-from ..wire.messages import Message, WireError, read_json
+from ..wire.frames import FrameError, Reader, Writer, from_frame, to_frame
+from ..wire.messages import Message, WireError
+from .deadlines import Deadlines
 
 
 T = TypeVar("T")
@@ -66,10 +67,13 @@ class Link:
         self, address: str, wish: dict[str, Any], packing: str = "none", certificates: Certificates | None = None,
         token: str | None = None, patience: float = 600.0,
     ):  # fmt: skip
-        self.address, self.wish, self.packing, self.patience = address, wish, packing, patience
+        self.address, self.packing, self.patience = address, packing, patience
+        self.wish = {**wish, "edge": secrets.token_hex(16)}
         self.traffic = Traffic()
         self.told: dict[str, Any] = {}
         self.install: Callable[[], Message | None] = lambda: None
+        self.holding: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Whoever has something in the cloud that can be made again: is asked to `let_go` when there is no room."""
         self._token = {} if token is None else {protocol.TOKEN_KEY: f"Bearer {token}"}
         self._lock = threading.RLock()
         self._session: str | None = None
@@ -79,7 +83,7 @@ class Link:
             self._channel = grpc.insecure_channel(address, options)
         else:
             self._channel = grpc.secure_channel(address, certificates.of_edge(), options)
-        self._watch = _Watch()
+        self._watch = Deadlines()
         weakref.finalize(self, _close, self._channel, self._watch)
 
     def open(self) -> dict[str, Any]:
@@ -102,12 +106,15 @@ class Link:
         """
         pause, since = _FIRST_PAUSE, time.monotonic()
         while True:
+            session = None
             try:
-                self._ensure_session()
+                session = self._ensure_session()
                 return attempt()
             except (grpc.RpcError, Broken) as error:
-                pause = self._after(error, pause, since)
+                pause = self._after(error, pause, since, session)
                 self.traffic.replays += 1
+            except WireError as error:
+                raise CloudError(f"{self.address} sent what is not of the protocol: {error}") from error
 
     def call(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
         """One question with one answer, as JSON objects."""
@@ -119,10 +126,12 @@ class Link:
         def attempt() -> list[Message]:
             call = self._channel.unary_stream(protocol.method(protocol.FACTORS))
             reader, found = Reader(protocol.MESSAGE_BYTES), []
-            for frame in call(_json({"names": names}), metadata=self._metadata(), timeout=self.patience):
+            for frame in call(to_frame("factors", {"names": names}), metadata=self._metadata(), timeout=self.patience):
                 self.traffic.received += len(frame)
                 if (message := _taken(reader, frame)) is not None:
                     found.append(message)
+            if [message.fields.get("name") for message in found] != names:
+                raise Broken("the stream of factors ended early")
             return found
 
         return self.replaying(attempt)
@@ -140,7 +149,8 @@ class Link:
         """End the session, if it is still there, and the connection."""
         if self._session is not None:
             with contextlib.suppress(grpc.RpcError):  # the server lets go of it by itself
-                self._channel.unary_unary(protocol.method(protocol.CLOSE))(b"{}", metadata=self._metadata(), timeout=5)
+                call = self._channel.unary_unary(protocol.method(protocol.CLOSE))
+                call(to_frame("close", {}), metadata=self._metadata(), timeout=5)
             self._session = None
         _close(self._channel, self._watch)
 
@@ -148,33 +158,37 @@ class Link:
         return tuple({**self._token, protocol.SESSION_KEY: self._session or ""}.items())
 
     def _call(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
-        data = _json(request)
+        data = to_frame(name.lower(), request)
         call = self._channel.unary_unary(protocol.method(name))
         answer = call(data, metadata=self._metadata(), timeout=protocol.seconds_for(len(data)))
         self.traffic.sent += len(data)
         self.traffic.received += len(answer)
         self.traffic.round_trips += 1
-        try:
-            return read_json(answer)
-        except WireError as error:
-            raise CloudError(f"{self.address}: {error}") from error
+        return _unpacked(answer, protocol.ANSWERS[name])
 
-    def _ensure_session(self) -> None:
+    def _ensure_session(self) -> str:
+        """The session's name; opened, and given its copies, if it is not there."""
         with self._lock:
             if self._session is None:
                 self.told = self._call(protocol.OPEN, self.wish)
-                self._session, self._installed = self.told["session"], False
+                self._session, self._installed = str(self.told.get("session")), False
             if not self._installed:
                 message = self.install()
                 if message is not None:
-                    frames = list(Writer().frames(message))
-                    size = sum(map(len, frames))
-                    call = self._channel.stream_unary(protocol.method(protocol.INSTALL))
-                    call(iter(frames), metadata=self._metadata(), timeout=protocol.seconds_for(size))
-                    self.traffic.sent += size
+                    self._install(message)
                 self._installed = True
+            return self._session
 
-    def _after(self, error: grpc.RpcError | Broken, pause: float, since: float) -> float:
+    def _install(self, message: Message) -> None:
+        frames = list(Writer().frames(message))
+        size = sum(map(len, frames))
+        call = self._channel.stream_unary(protocol.method(protocol.INSTALL))
+        answer = call(iter(frames), metadata=self._metadata(), timeout=protocol.seconds_for(size))
+        self.traffic.sent += size
+        if _unpacked(answer, protocol.ANSWERS[protocol.INSTALL]).get("version") != message.fields["version"]:
+            raise Broken("other copies were installed")
+
+    def _after(self, error: grpc.RpcError | Broken, pause: float, since: float, session: str | None) -> float:
         """Wait before the next attempt, or give up; the next pause."""
         status = error.code() if isinstance(error, grpc.RpcError) else None
         details = error.details() if isinstance(error, grpc.RpcError) else str(error)
@@ -182,7 +196,13 @@ class Link:
             raise CloudError(f"{self.address} refuses: {details} ({status.name})") from error
         if status is grpc.StatusCode.NOT_FOUND:
             with self._lock:
-                self._session = None
+                if self._session == session:  # else another thread has opened one meanwhile
+                    self._session = None
+        if status is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            # What this edge keeps in the cloud may be what it waits for, or what another edge waits for that keeps
+            # what this one waits for.
+            for one in list(self.holding):
+                one.let_go()
         asked = _asked_seconds(error)
         if time.monotonic() - since > self.patience:
             raise CloudError(
@@ -251,56 +271,18 @@ class Stream:
         self._closing()
 
 
-class _Watch:
-    """Cancels calls whose answer does not come: one thread for all of them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._until: dict[int, tuple[float, Any]] = {}
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    class _Over:
-        def __init__(self, watch: _Watch, call: Any, seconds: float):
-            self.watch, self.call, self.seconds = watch, call, seconds
-
-        def __enter__(self) -> None:
-            self.watch._until[id(self)] = (time.monotonic() + self.seconds, self.call)
-            self.watch._run()
-
-        def __exit__(self, *error: Any) -> None:
-            self.watch._until.pop(id(self), None)
-
-    def over(self, call: Any, seconds: float) -> _Over:
-        """Watch over a call for as long as the context lasts."""
-        return self._Over(self, call, seconds)
-
-    def end(self) -> None:
-        self._ended.set()
-
-    def _run(self) -> None:
-        if self._thread is not None:
-            return
-        with self._lock:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._look, name="d2ft-deadlines", daemon=True)
-                self._thread.start()
-
-    def _look(self) -> None:
-        while not self._ended.wait(1.0):
-            now = time.monotonic()
-            for until, call in list(self._until.values()):
-                if until < now:
-                    call.cancel()
-
-
 def _taken(reader: Reader, frame: bytes) -> Message | None:
     try:
         return reader.take(frame)
     except FrameError as error:
         raise Broken(str(error)) from error
-    except WireError as error:
-        raise CloudError(f"the cloud sent what is not of the protocol: {error}") from error
+
+
+def _unpacked(frame: bytes, kind: str) -> dict[str, Any]:
+    try:
+        return from_frame(frame, kind)
+    except FrameError as error:
+        raise Broken(str(error)) from error
 
 
 def _asked_seconds(error: Any) -> float | None:
@@ -323,10 +305,6 @@ def _cancel(items: queue.SimpleQueue, call: Any) -> None:
     call.cancel()
 
 
-def _close(channel: grpc.Channel, watch: _Watch) -> None:
+def _close(channel: grpc.Channel, watch: Deadlines) -> None:
     watch.end()
     channel.close()
-
-
-def _json(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()

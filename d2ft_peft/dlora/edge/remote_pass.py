@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from .local_adapters import Alive, Asked, LocalAdapters, check_answerable
 from .random_state import RandomState
 
 
-@dataclass
+@dataclass(eq=False)
 class RemotePass:
     """What one pass needs, so that it can be made anew.
 
@@ -36,6 +38,8 @@ class RemotePass:
     keep: Callable[[int, list[Tensor]], None] = lambda number, inputs: None
     _stream: Stream | None = None
     _asked: dict[int, Asked] = field(default_factory=dict)
+    _rests: bool = False
+    _lock: Any = field(default_factory=threading.Lock)
 
     @property
     def trains(self) -> bool:
@@ -49,7 +53,11 @@ class RemotePass:
             self.random.restore()
             return self._forward()
 
-        return self.link.replaying(attempt)
+        out = self.link.replaying(attempt)
+        if self.trains:
+            self._rests = True
+            self.link.holding.add(self)
+        return out
 
     def backward(self, grad: Tensor) -> tuple[Tensor | None, dict[int, Tensor]]:
         """Gradient of the hidden states, if they need one, and those of parameters by their identity."""
@@ -60,10 +68,18 @@ class RemotePass:
                     self._forward()
             return self._backward(grad)
 
+        with self._lock:
+            self._rests = False
         try:
             return self.link.replaying(attempt)
         finally:
             self.drop()
+
+    def let_go(self) -> None:
+        """Make room in the cloud, if this rests between forward and backward, which will begin anew then."""
+        with self._lock:
+            if self._rests:
+                self.drop()
 
     def drop(self) -> None:
         """Let go of the graph, here and in the cloud."""

@@ -1,10 +1,11 @@
 """Messages cut into frames, and put together again.
 
-    "D2FT" | u32 version | u32 number of the frame in its stream | u32 CRC-32 of the bytes | u64 length of the whole
-    message | bytes
+    "D2FT" | u32 version | u32 number of the frame in its stream | u64 length of the whole message
+    | u32 CRC-32 of all before it and of the bytes | bytes
 
 A frame carries at most `CHUNK_BYTES`. Frames are numbered from zero in each direction of a stream; one that is missing,
-there twice, out of order or damaged ends the stream, and the edge replays the micro-batch.
+there twice, out of order or damaged ends the stream, and the edge replays the micro-batch. Calls that are no streams
+carry one frame each way.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from .messages import Message, WireError, decode, encode
-from .protocol import CHUNK_BYTES, VERSION
+from .protocol import CHUNK_BYTES, HEADER_BYTES, VERSION
 
 
-_PREFIX = struct.Struct("<4sIIIQ")
+_PREFIX, _CHECKSUM = struct.Struct("<4sIIQ"), struct.Struct("<I")
+_BEFORE = _PREFIX.size + _CHECKSUM.size
 _MAGIC = b"D2FT"
 
 
@@ -53,9 +56,9 @@ class Writer:
 
     def _frame(self, total: int, parts: list[memoryview]) -> bytes:
         data = b"".join(parts)
-        prefix = _PREFIX.pack(_MAGIC, VERSION, self._next, zlib.crc32(data), total)
+        prefix = _PREFIX.pack(_MAGIC, VERSION, self._next, total)
         self._next += 1
-        return prefix + data
+        return prefix + _CHECKSUM.pack(zlib.crc32(data, zlib.crc32(prefix))) + data
 
 
 class Reader:
@@ -71,20 +74,28 @@ class Reader:
         self._total = 0
         self._data: bytearray | None = None
 
+    @property
+    def is_within(self) -> bool:
+        """Whether a message has begun, and not ended."""
+        return self._data is not None
+
     def take(self, frame: bytes) -> Message | None:
         """Take the next frame; the message that it completes, or None.
 
         Raises:
             WireError: If it is not the next frame, or not one at all.
         """
-        if not _PREFIX.size < len(frame) <= _PREFIX.size + CHUNK_BYTES:
+        if not _BEFORE < len(frame) <= _BEFORE + CHUNK_BYTES:
             raise FrameError(f"a frame of {len(frame)} bytes")
-        magic, version, number, checksum, total = _PREFIX.unpack_from(frame)
-        if magic != _MAGIC or version != VERSION:
-            raise WireError(f"no frame of protocol version {VERSION}")
-        part = memoryview(frame)[_PREFIX.size :]
-        if number != self._next or checksum != zlib.crc32(part):
-            raise FrameError(f"frame {number} where {self._next} was next, or it is damaged")
+        magic, version, number, total = _PREFIX.unpack_from(frame)
+        part = memoryview(frame)[_BEFORE:]
+        (checksum,) = _CHECKSUM.unpack_from(frame, _PREFIX.size)
+        if magic != _MAGIC or checksum != zlib.crc32(part, zlib.crc32(frame[: _PREFIX.size])):
+            raise FrameError("a frame that is damaged, or none at all")
+        if version != VERSION:
+            raise WireError(f"a frame of version {version} of the protocol; this is version {VERSION}")
+        if number != self._next:
+            raise FrameError(f"frame {number} where {self._next} was next")
         if self._data is None:
             if total > self.message_bytes:
                 raise WireError(f"a message of {total} bytes; at most {self.message_bytes} are accepted")
@@ -98,3 +109,20 @@ class Reader:
             return None
         data, self._data = self._data, None
         return decode(data)
+
+
+def to_frame(kind: str, fields: dict[str, Any]) -> bytes:
+    """A message without tensors, as the one frame of a call."""
+    return b"".join(Writer().frames(Message(kind, fields)))
+
+
+def from_frame(frame: bytes, kind: str) -> dict[str, Any]:
+    """The fields of a message that came as the one frame of a call.
+
+    Raises:
+        WireError: If it is not one of that kind.
+    """
+    message = Reader(2 * HEADER_BYTES).take(frame)
+    if message is None or message.kind != kind or message.tensors:
+        raise WireError(f"this call carries one frame, with a message of kind {kind!r} and no tensors")
+    return message.fields

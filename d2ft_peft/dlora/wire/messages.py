@@ -89,7 +89,7 @@ def decode(data: bytearray) -> Message:
         name, dtype, shape, packing = _checked(spec)
         size = packed_bytes(shape, dtype, packing)
         if size > len(payload) or name in tensors:
-            raise WireError(f"tensor {name!r} takes {size} bytes, {len(payload)} are left, or it is there twice")
+            raise WireError(f"tensor {name[:20]!r} takes {size} bytes, {len(payload)} are left, or it is there twice")
         tensors[name] = unpack(payload[:size], shape, dtype, packing)
         payload = payload[size:]
     if len(payload):
@@ -104,17 +104,10 @@ def _header(data: bytearray) -> tuple[dict[str, Any], memoryview]:
     if length > min(HEADER_BYTES, len(data) - _LENGTH.size):
         raise WireError(f"a header declares {length} bytes; that is more than there are, or than {HEADER_BYTES}")
     view = memoryview(data)
-    return read_json(bytes(view[_LENGTH.size : _LENGTH.size + length])), view[_LENGTH.size + length :]
+    return _read_json(bytes(view[_LENGTH.size : _LENGTH.size + length])), view[_LENGTH.size + length :]
 
 
-def read_json(data: bytes) -> dict[str, Any]:
-    """The JSON object in some bytes that a peer sent.
-
-    Raises:
-        WireError: If there is none, or it is too long.
-    """
-    if len(data) > HEADER_BYTES:
-        raise WireError(f"{len(data)} bytes of JSON; at most {HEADER_BYTES} are read")
+def _read_json(data: bytes) -> dict[str, Any]:
     try:
         found = json.loads(data)
     except (ValueError, RecursionError):
@@ -134,7 +127,7 @@ def _checked(spec: Any) -> tuple[str, torch.dtype, tuple[int, ...], str]:
         raise WireError(f"dtype {dtype[:20]!r} or packing {packing[:20]!r} is unknown")
     if not isinstance(shape, list) or len(shape) > _MOST_AXES:
         raise WireError(f"a shape is a list of at most {_MOST_AXES} sizes")
-    if any(type(size) is not int or size < 0 for size in shape) or math.prod(shape) > 1 << 40:
+    if any(type(size) is not int or size < 0 for size in shape) or math.prod(max(size, 1) for size in shape) > 1 << 40:
         raise WireError("sizes are whole numbers from zero on, and their product is bounded")
     if packing != "none" and (not DTYPES[dtype].is_floating_point or len(shape) < 2):
         raise WireError(f"only floating-point tensors of two axes or more are packed, not {dtype} {shape}")

@@ -13,6 +13,8 @@ VERSION = 1
 
 SERVICE = "d2ft_peft.dlora.v1.Cloud"
 OPEN, MICRO_BATCH, INSTALL, FACTORS, DECIDE, CLOSE = "Open", "MicroBatch", "Install", "Factors", "Decide", "Close"
+ANSWERS = {OPEN: "opened", INSTALL: "installed", DECIDE: "decided", CLOSE: "closed"}
+"""Kind of the message that a call is answered with; a call's own kind is its name."""
 
 SESSION_KEY, TOKEN_KEY, RETRY_KEY = "d2ft-session", "authorization", "d2ft-retry-after"
 
