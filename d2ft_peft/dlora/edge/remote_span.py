@@ -89,13 +89,14 @@ class RemoteSpan:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Hidden states [batch, tokens, width] after the whole span, from the arguments of a block."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        cache, trains = find_cache(args, kwargs), self._trains(hidden)
-        if cache is not None and not trains:
+        cache = find_cache(args, kwargs)
+        if cache is not None and not torch.is_grad_enabled():
             out = self._cached(hidden, cache)
         else:
             self._has_cache = cache is not None
-            out = self._uncached(hidden, trains)
-            if cache is not None:  # of a training pass: its length is all that anybody reads
+            out = self._uncached(hidden)
+            if cache is not None:  # its length is all that anybody reads in a pass of training
+                self._check_begun(cache)
                 write_rows(cache, self.span.start, hidden.shape[0], hidden.shape[1])
         if self.head is not None:
             self.head.out, out = out, hidden
@@ -112,16 +113,11 @@ class RemoteSpan:
             )
         self._mask, self._positions = mask, given.get("position_ids")
 
-    def _trains(self, hidden: Tensor) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        return hidden.requires_grad or bool(self.adapters.alive(training=True).trained)
-
-    def _uncached(self, hidden: Tensor, trains: bool) -> Tensor:
+    def _uncached(self, hidden: Tensor) -> Tensor:
         alive = self.adapters.alive(training=torch.is_grad_enabled())
         self.active_modules = len(alive.trained)
         self._hand_over(alive)
-        if trains:
+        if torch.is_grad_enabled() and (hidden.requires_grad or alive.trained):
             return _Span.apply(self, alive, hidden, *self.adapters.parameters(alive.trained))
         if self.cache is not None and self.head is None and not self.adapters.ever:
             return self.cache.outputs(hidden, self._mask, self._positions, lambda rows: self._run(hidden, rows, alive))
@@ -136,8 +132,8 @@ class RemoteSpan:
     def begin(self, hidden: Tensor, rows: Any, alive: Alive, mode: str, needs_grad: bool) -> list[RemotePass]:
         """The passes of some rows of a batch, none of them sent yet."""
         indices = torch.arange(hidden.shape[0])[rows]
-        random = RandomState(hidden)
         sent = self._noised(hidden)
+        random = RandomState(hidden)  # after the noise, which would be the same every time
         keeps = self.cache is not None and not needs_grad and self.head is None
         passes = []
         for part in indices.tensor_split(min(self._in_flight, len(indices))):
@@ -170,11 +166,8 @@ class RemoteSpan:
         """More tokens for a key/value cache."""
         index, rows = self.span.start, hidden.shape[0]
         length = cache.get_seq_length(index)
-        if length and cache not in self._caches:
-            raise ValueError(
-                "past_key_values holds tokens whose keys and values the cloud does not have (of a training pass, or of "
-                "another model); begin with an empty cache."
-            )
+        if cache not in self._caches:
+            self._check_begun(cache)
         passes = self._caches.setdefault(cache, CachedPasses(self.link, self.adapters))
         alive = self.adapters.alive(training=False)
         self._hand_over(alive)
@@ -185,6 +178,13 @@ class RemoteSpan:
             out = self.joined([passes.forward(request, alive)], hidden)
         write_rows(cache, index, rows, hidden.shape[1])
         return out
+
+    def _check_begun(self, cache: Cache) -> None:
+        if cache.get_seq_length(self.span.start):
+            raise ValueError(
+                "past_key_values holds tokens of which the cloud has no keys and values that a pass with gradients, or "
+                "after one of training, could go on from; begin with an empty cache, under torch.no_grad()."
+            )
 
     def _request(self, hidden: Tensor, part: Tensor, alive: Alive, mode: str, fields: dict[str, Any]) -> Message:
         tensors = {"hidden": hidden.detach()[part.to(hidden.device)]}
