@@ -76,10 +76,12 @@ class KillReviveCallback(TrainerCallback):
         before = set(kill_revive.state.active)
         if kill_revive.step():
             now = set(kill_revive.state.active)
+            due = control.should_log  # which any entry sets back, and this one is no substitute for the loss
             calling_trainer(self).log({
                 "kr_active": len(now), "kr_killed": len(before - now), "kr_revived": len(now - before),
                 "kr_share": kill_revive.share,
             })  # fmt: skip
+            control.should_log = due
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
