@@ -4,11 +4,11 @@
     python examples/benchmarks/kill_revive.py --table
 
 A run is a method of PEFT, a way to choose modules, a share of them and a seed. Ways: ``all`` modules; Kill-and-Revive
-with each kind of idle module (``probe``, ``last``, ``random``); its baselines ``fixed`` and ``redrawn`` at random and
-``top`` (all modules in the first interval, then those that changed most); ``low_rank`` (all modules at that share of the
-rank), ``fewer_steps`` (all modules on that share of the steps) and ``none`` (the head alone). ``:field=value`` behind a
-way sets other fields of the rule, or ``lr`` as a multiple of the task's. The result file gets one line a run; runs that
-it already holds are not made again.
+with each kind of idle module (``probe``, ``last``, ``random``; ``+warmup``: all modules train in a first interval); its
+baselines ``fixed`` and ``redrawn`` at random and ``top`` (all modules in the first interval, then those that changed
+most); ``low_rank`` (all modules at that share of the rank), ``fewer_steps`` (all modules on that share of the steps),
+``none`` (the head alone). ``:field=value`` behind a way sets other fields of the rule, or ``lr`` as a multiple of the
+task's. The result file gets one line a run; runs that it already holds are not made again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import peft
 import torch
 from rows import append_rows, command_line, read_rows
@@ -35,8 +36,10 @@ from d2ft_peft.report import format_table
 
 RESULTS = Path(__file__).parent / "results" / "kill_revive"
 SHARES = [1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
-WAYS = ["probe", "last", "random", "redrawn", "fixed", "top", "low_rank", "fewer_steps"]
-RANK, INTERVALS, WARMUP = 8, 25, 10
+WAYS = [
+    "probe", "last", "random", "probe+warmup", "random+warmup", "redrawn", "fixed", "top", "low_rank", "fewer_steps",
+]  # fmt: skip
+RANK, INTERVALS, WARMUP = 8, 15, 10
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,9 @@ class Setting:
 
 
 SETTINGS = {
-    "shakespeare": Setting(steps=400, batch_size=16, size=64, train=None, test=400),
-    "sst2": Setting(steps=125, batch_size=32, size=96, train=8000, test=2000),
-    "cifar10": Setting(steps=125, batch_size=32, size=64, train=4000, test=2000),
+    "shakespeare": Setting(steps=250, batch_size=16, size=64, train=None, test=400),
+    "sst2": Setting(steps=60, batch_size=16, size=96, train=8000, test=1000),
+    "cifar10": Setting(steps=80, batch_size=32, size=64, train=4000, test=2000),
 }
 METHODS = {
     "lora": (peft.LoraConfig, {"r": RANK, "lora_alpha": 2 * RANK}, 1),
@@ -67,13 +70,19 @@ METHODS = {
 """Configuration, its arguments, and the learning rate as a multiple of LoRA's."""
 
 
-def plan() -> list[tuple[str, str, float, int]]:
-    """All runs of a task: method, way, share, seed; what most depends on comes first."""
-    runs = [("lora", "all", 1.0, seed) for seed in range(3)]
-    runs += [("lora", way, 1 / 8, seed) for seed in range(3) for way in WAYS]
-    runs += [("lora", "probe", share, 0) for share in SHARES if share != 1 / 8] + [("lora", "none", 0.0, 0)]
-    others = [name for name in METHODS if name != "lora"]
-    return runs + [(name, *row, 0) for name in others for row in (("all", 1.0), ("probe", 1 / 8))]
+def plan(methods: list[str], seeds: list[int]) -> list[tuple[str, str, float, int]]:
+    """Runs of a task: method, way, share, seed. One seed has to do but for LoRA with all of the modules and 1/8."""
+    runs = []
+    for seed in seeds:
+        if "lora" in methods:
+            runs += [("lora", "all", 1.0, seed)] + [("lora", way, 1 / 8, seed) for way in WAYS]
+        if seed == 0:
+            if "lora" in methods:
+                runs += [("lora", "random+warmup", share, 0) for share in SHARES if share != 1 / 8]
+                runs += [("lora", "none", 0.0, 0)]
+            others = [name for name in methods if name != "lora"]
+            runs += [(name, *row, 0) for name in others for row in (("all", 1.0), ("random+warmup", 1 / 8))]
+    return runs
 
 
 def adapt(task: Task, method: str, way: str, share: float) -> torch.nn.Module:
@@ -98,8 +107,10 @@ def parse(way: str) -> tuple[str, dict]:
 def rule_of(way: str, share: float, modules: int, steps: int, seed: int) -> dict:
     """Arguments of `KillRevive` that a way stands for."""
     name, options = parse(way)
+    name, _, warmup = name.partition("+")
     choice = {"idle": name} if name in ("probe", "last", "random") else {"choose": name}
     options = {"interval": max(1, steps // INTERVALS), **options}
+    options.setdefault("warmup", options["interval"] if warmup else 0)
     options.pop("lr", None)
     return {"active": max(1, int(share * modules)), "seed": seed, **choice, **options}
 
@@ -138,10 +149,15 @@ def run(task: Task, name: str, method: str, way: str, share: float, seed: int) -
             kill_revive.step()
         optimizer.zero_grad()
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    modules = {"none": 0.0, "fewer_steps": share}.get(way, 1.0)
+    if kill_revive is not None:
+        activity, began = kill_revive.activity
+        modules = float(activity.mean(axis=1) @ np.diff([*began, steps])) / steps
     flops = count(model, task, kill_revive, steps)
     return {
         "task": name, "method": method, "way": way, "share": share, "seed": seed, "lr": lr, "steps": steps,
-        "metric": task.metric, "value": evaluate(model, task), "flops": flops, "seconds": seconds, "cpu_seconds": cpu,
+        "metric": task.metric, "value": evaluate(model, task),
+        "modules": modules, "flops": flops, "seconds": seconds, "cpu_seconds": cpu,
     }  # fmt: skip
 
 
@@ -176,7 +192,7 @@ def count(model: torch.nn.Module, task: Task, kill_revive: KillRevive | None, st
                 for parameter in module.parameters:
                     parameter.requires_grad_(bool(active))
             known[key] = once()
-        probes = rule.probes and end - start == rule.interval
+        probes = rule.probes and end < steps
         total += known[key] * (end - start - probes) + everything * probes
     return total
 
@@ -185,9 +201,11 @@ def count(model: torch.nn.Module, task: Task, kill_revive: KillRevive | None, st
 def evaluate(model: torch.nn.Module, task: Task) -> float:
     """Accuracy in per cent, or mean loss."""
     model.eval()
-    found = []
-    for start in range(0, len(task.test), 100):
-        batch = task.collate(task.test[start : start + 100])
+    found, test = [], task.test
+    if isinstance(test[0], dict):  # text: little padding
+        test = sorted(test, key=lambda sample: len(sample["input_ids"]))
+    for start in range(0, len(test), 100):
+        batch = task.collate(test[start : start + 100])
         outputs = model(**batch)
         if task.metric == "loss":
             found += [float(outputs.loss)] * len(batch["labels"])
@@ -204,15 +222,13 @@ def tables(rows: list[dict]) -> str:
         lines = []
         for key in dict.fromkeys((row["method"], row["way"], row["share"]) for row in of_task):
             runs = [row for row in of_task if (row["method"], row["way"], row["share"]) == key]
-            whole = [
-                r
-                for r in of_task
-                if (r["method"], r["way"]) == (key[0], "all") and r["seed"] in {q["seed"] for q in runs}
-            ]
+            seeds = {run["seed"] for run in runs}
+            whole = [r for r in of_task if (r["method"], r["way"]) == (key[0], "all") and r["seed"] in seeds]
             values = [run["value"] for run in sorted(runs, key=lambda run: run["seed"])]
             line = {"method": key[0], "way": key[1], "share": f"1/{round(1 / key[2])}" if key[2] else "0"}
             line[runs[0]["metric"]] = f"{mean(values):.3f}" if runs[0]["metric"] == "loss" else f"{mean(values):.2f}"
             line["seeds"] = ", ".join(f"{value:.3f}" if value < 20 else f"{value:.2f}" for value in values)
+            line["modules"] = f"{mean(run['modules'] for run in runs):.3f}"
             if whole:
                 for name, field in (("FLOPs", "flops"), ("time", "cpu_seconds")):
                     line[name] = f"{mean(r[field] for r in runs) / mean(r[field] for r in whole):.3f}"
@@ -225,9 +241,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line(__doc__)
     parser.add_argument("--assets", help="folder with models/ and data/")
     parser.add_argument("--task", choices=list(SETTINGS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--ways", nargs="+", default=None, help="runs of LoRA with these ways, instead of all runs")
     parser.add_argument("--shares", nargs="+", type=float, default=[1 / 8])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", default=str(RESULTS), help="folder of the result files")
     parser.add_argument("--table", action="store_true", help="show what the result files hold")
     args = parser.parse_args(argv)
@@ -242,9 +259,10 @@ def main(argv: list[str] | None = None) -> None:
     known = {(row["method"], row["way"], row["share"], row["seed"]) for row in read_rows(path)}
     setting = SETTINGS[args.task]
     task = load_task(args.task, args.assets, setting.size, setting.train, setting.test)
-    runs = (
-        plan() if args.ways is None else [("lora", w, h, s) for s in args.seeds for w in args.ways for h in args.shares]
-    )
+    if args.ways is None:
+        runs = plan(args.methods, args.seeds)
+    else:
+        runs = [("lora", way, share, seed) for seed in args.seeds for way in args.ways for share in args.shares]
     for key in runs:
         if key not in known:
             row = run(task, args.task, *key)
