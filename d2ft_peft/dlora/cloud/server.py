@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 import grpc
 
@@ -19,34 +17,17 @@ from ..wire.messages import Message, WireError
 from ..wire.protocol import Limits
 from .base_model import BaseModel
 from .decisions import decide
-from .edge_sessions import EdgeSession, EdgeSessions, OtherModel, UnknownSession
+from .edge_sessions import EdgeSession, EdgeSessions
 from .micro_batch_run import MicroBatchRun
+from .statuses import NotAdmitted, answering, streaming
 from .stream_ends import Incoming, Outgoing
-from .turns import NeverFits, Refused, Room, Turns
+from .turns import Room, Turns
 
 
-logger = logging.getLogger(__name__)
 _SPARE_CALLS = 64
 """Calls at a time besides micro-batches; above that, gRPC itself answers that there is no room."""
 _ARRIVING = 4
 """Messages of the greatest length that may be on their way at the same time."""
-_LONGEST_SENTENCE = 500
-
-
-class NotAdmitted(Exception):
-    """The call came without a token that the server knows."""
-
-
-_STATUS = {
-    Refused: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    FrameError: grpc.StatusCode.ABORTED,
-    WireError: grpc.StatusCode.INVALID_ARGUMENT,
-    NotAdmitted: grpc.StatusCode.UNAUTHENTICATED,
-    UnknownSession: grpc.StatusCode.NOT_FOUND,
-    OtherModel: grpc.StatusCode.FAILED_PRECONDITION,
-    NeverFits: grpc.StatusCode.FAILED_PRECONDITION,
-}
-"""What a call ends with; a subclass stands before its parent."""
 
 
 class Cloud:
@@ -131,12 +112,12 @@ class Cloud:
 
     def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         return {
-            protocol.OPEN: grpc.unary_unary_rpc_method_handler(_answering(self._open)),
-            protocol.DECIDE: grpc.unary_unary_rpc_method_handler(_answering(self._decide)),
-            protocol.CLOSE: grpc.unary_unary_rpc_method_handler(_answering(self._close)),
-            protocol.INSTALL: grpc.stream_unary_rpc_method_handler(_answering(self._install)),
-            protocol.FACTORS: grpc.unary_stream_rpc_method_handler(_streaming(self._factors)),
-            protocol.MICRO_BATCH: grpc.stream_stream_rpc_method_handler(_streaming(self._micro_batch)),
+            protocol.OPEN: grpc.unary_unary_rpc_method_handler(answering(self._open)),
+            protocol.DECIDE: grpc.unary_unary_rpc_method_handler(answering(self._decide)),
+            protocol.CLOSE: grpc.unary_unary_rpc_method_handler(answering(self._close)),
+            protocol.INSTALL: grpc.stream_unary_rpc_method_handler(answering(self._install)),
+            protocol.FACTORS: grpc.unary_stream_rpc_method_handler(streaming(self._factors)),
+            protocol.MICRO_BATCH: grpc.stream_stream_rpc_method_handler(streaming(self._micro_batch)),
         }
 
     def _open(self, request: bytes, context: grpc.ServicerContext) -> bytes:
@@ -148,7 +129,7 @@ class Cloud:
             "limits": self.limits.as_json(),
         }
         groups = [
-            {"number": number, "names": [name for name in group.names if name in session.targets]}
+            {"number": number, "block": group.block, "names": [name for name in group.names if name in session.targets]}
             for number, group in enumerate(self.base.groups)
             if session.targets.intersection(group.names)
         ]
@@ -183,53 +164,64 @@ class Cloud:
         if not session.targets.issuperset(names) or len(set(names)) != len(names):
             raise WireError("factors are of the session's targets, each asked for once")
         writer = Writer()
-        with session.streams.held():
+
+        def work(outgoing: Outgoing) -> None:
             for name in names:
                 with self.turns.held(session.name):
                     a, b = self.base.factors(name, session.rank)
                 for frame in writer.frames(Message("factors", {"name": name}, {"a": a, "b": b})):
-                    with self._watched(context):
-                        yield frame
+                    outgoing.put(frame)
+                with self._watched(context):
+                    outgoing.until_taken()
+
+        yield from self._worked(session, context, work)
 
     def _micro_batch(self, frames: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         session = self._session(context)
-        session.streams.take(1)
+        writer, incoming = Writer(session.packing), Incoming(frames, self.limits.message_bytes, self.arriving)
+
+        def work(outgoing: Outgoing) -> None:
+            def send(message: Message) -> None:
+                for frame in writer.frames(message):
+                    outgoing.put(frame)
+
+            def receive() -> Message | None:
+                with self._watched(context) as heard:
+                    outgoing.until_taken()
+                    outgoing.is_waited_for = False
+                    session.last_used = time.monotonic()
+                    message = incoming.receive(heard)
+                outgoing.is_waited_for = True
+                return message
+
+            with session.span_model(self.base) as span:
+                MicroBatchRun(self.base, session, span, self.turns, self.room, receive, send).serve()
+
+        yield from self._worked(session, context, work)
+
+    def _worked(
+        self, session: EdgeSession, context: grpc.ServicerContext, work: Callable[[Outgoing], None]
+    ) -> Iterator[bytes]:
+        """What work sends, done in a thread of its own: gRPC's passes it on meanwhile."""
         outgoing = Outgoing()
-        worker = threading.Thread(
-            target=self._serve, args=(session, frames, context, outgoing), name="d2ft-micro-batch", daemon=True
-        )
+
+        def run() -> None:
+            try:
+                work(outgoing)
+                outgoing.end()
+            except Exception as error:  # the thread's only way out
+                outgoing.end(error)
+            finally:
+                session.streams.give_back(1)
+
+        session.streams.take(1)
         try:
-            worker.start()
+            threading.Thread(target=run, name="d2ft-cloud-stream", daemon=True).start()
         except RuntimeError:  # no more threads
             session.streams.give_back(1)
             raise
         context.add_callback(outgoing.end)
-        yield from outgoing
-
-    def _serve(
-        self, session: EdgeSession, frames: Iterator[bytes], context: grpc.ServicerContext, outgoing: Outgoing
-    ) -> None:
-        """Run a stream in a thread of its own: what it sends on the way is passed on by gRPC's."""
-        writer, incoming = Writer(session.packing), Incoming(frames, self.limits.message_bytes, self.arriving)
-
-        def send(message: Message) -> None:
-            for frame in writer.frames(message):
-                outgoing.put(frame)
-
-        def receive() -> Message | None:
-            with self._watched(context) as heard:
-                outgoing.until_taken()
-                session.last_used = time.monotonic()
-                return incoming.receive(heard)
-
-        try:
-            with session.span_model(self.base) as span:
-                MicroBatchRun(self.base, session, span, self.turns, self.room, receive, send).serve()
-            outgoing.end()
-        except Exception as error:  # the thread's only way out
-            outgoing.end(error)
-        finally:
-            session.streams.give_back(1)
+        return iter(outgoing)
 
     def _token(self, context: grpc.ServicerContext) -> str | None:
         metadata = dict(context.invocation_metadata())
@@ -263,38 +255,3 @@ class Cloud:
                 if heard < before:
                     context.cancel()
             self.sessions.close_idle()
-
-
-def _answering(handle: Callable[[Any, grpc.ServicerContext], bytes]) -> Callable[[Any, grpc.ServicerContext], bytes]:
-    def call(request: Any, context: grpc.ServicerContext) -> bytes:
-        try:
-            return handle(request, context)
-        except Exception as error:
-            _abort(context, error)
-
-    return call
-
-
-def _streaming(
-    handle: Callable[[Any, grpc.ServicerContext], Iterator[bytes]],
-) -> Callable[[Any, grpc.ServicerContext], Iterator[bytes]]:
-    def call(request: Any, context: grpc.ServicerContext) -> Iterator[bytes]:
-        try:
-            yield from handle(request, context)
-        except Exception as error:
-            _abort(context, error)
-
-    return call
-
-
-def _abort(context: grpc.ServicerContext, error: Exception) -> None:
-    """End a call with a status and a sentence; details of what went wrong inside stay here."""
-    if isinstance(error, grpc.RpcError):
-        raise error  # the edge went away; gRPC knows
-    if isinstance(error, Refused):
-        context.set_trailing_metadata([(protocol.RETRY_KEY, f"{error.seconds:g}")])
-    for kind, status in _STATUS.items():
-        if isinstance(error, kind):
-            context.abort(status, str(error)[:_LONGEST_SENTENCE])
-    logger.error("a call failed", exc_info=error)
-    context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the server could not run this ({type(error).__name__})")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from ..wire.frames import FrameError, Reader
 from ..wire.messages import Message
+from ..wire.protocol import STILL_AT_IT, seconds_until_still_at_it
 from .turns import Room
 
 
@@ -16,11 +17,15 @@ class Outgoing:
 
     Without bound, since whoever computes must not wait while it holds a turn; it waits in `until_taken` before it
     serves on, so an edge that does not read gets no second answer.
+
+    Attributes:
+        is_waited_for: Whether the edge waits for an answer, and is told when that takes long.
     """
 
     def __init__(self) -> None:
         self._frames: deque[bytes] = deque()
         self._changed = threading.Condition()
+        self.is_waited_for = True
         self._ended = False
         self._error: Exception | None = None
 
@@ -44,15 +49,19 @@ class Outgoing:
     def __iter__(self) -> Iterator[bytes]:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._ended or self._frames)
-                if not self._frames:
+                self._changed.wait_for(lambda: self._ended or self._frames, seconds_until_still_at_it())
+                if not self._frames and not self._ended:
+                    frame = STILL_AT_IT
+                elif not self._frames:
                     error, self._error = self._error, None
                     if error is not None:
                         raise error
                     return
-                frame = self._frames.popleft()
-                self._changed.notify_all()
-            yield frame
+                else:
+                    frame = self._frames.popleft()
+                    self._changed.notify_all()
+            if frame != STILL_AT_IT or self.is_waited_for:
+                yield frame
 
 
 class Incoming:

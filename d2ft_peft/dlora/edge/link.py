@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import random
 import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,18 +19,17 @@ from ..wire.credentials import Certificates
 from ..wire.frames import FrameError, Reader, Writer, from_frame, to_frame
 from ..wire.messages import Message, WireError
 from .deadlines import Deadlines
+from .stream import Broken, Stream, taken
 
 
 T = TypeVar("T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
+_RANDOM = random.Random()
+"""Not the process's own, which a run may draw its samples from: a replay must not move those."""
 
 
 class CloudError(RuntimeError):
     """The cloud refused, or could not be reached for longer than the edge is patient."""
-
-
-class Broken(Exception):
-    """A stream ended before its time; what was asked on it is asked again."""
 
 
 @dataclass
@@ -125,16 +123,33 @@ class Link:
 
         def attempt() -> list[Message]:
             call = self._channel.unary_stream(protocol.method(protocol.FACTORS))
+            frames = call(to_frame("factors", {"names": names}), metadata=self._metadata())
             reader, found = Reader(protocol.MESSAGE_BYTES), []
-            for frame in call(to_frame("factors", {"names": names}), metadata=self._metadata(), timeout=self.patience):
-                self.traffic.received += len(frame)
-                if (message := _taken(reader, frame)) is not None:
+            while (frame := self.next_frame(frames, 0)) is not None:
+                if (message := taken(reader, frame)) is not None:
                     found.append(message)
             if [message.fields.get("name") for message in found] != names:
                 raise Broken("the stream of factors ended early")
             return found
 
         return self.replaying(attempt)
+
+    def next_frame(self, frames: Any, waited_bytes: int) -> bytes | None:
+        """The next frame of a call, or None at its end.
+
+        Args:
+            frames: The call.
+            waited_bytes: Bytes that have to cross before it can come.
+
+        Raises:
+            grpc.RpcError: If the call was broken off, or nothing came in time.
+        """
+        while True:
+            with self._watch.over(frames, protocol.seconds_for(waited_bytes)):
+                frame = next(frames, None)
+            if frame != protocol.STILL_AT_IT:
+                self.traffic.received += len(frame or b"")
+                return frame
 
     def stream(self) -> Stream:
         """A new stream of the session; to be used within `replaying`."""
@@ -209,73 +224,8 @@ class Link:
                 f"{self.address} gave no answer for {self.patience:g} s ({details}); start the server again and resume "
                 "from the last checkpoint, or raise patience."
             ) from error
-        time.sleep(asked if asked is not None else pause * random.uniform(0.5, 1.0))
+        time.sleep(asked if asked is not None else pause * _RANDOM.uniform(0.5, 1.0))
         return min(2 * pause, _LONGEST_PAUSE)
-
-
-class Stream:
-    """One micro-batch's stream: messages to the cloud and back.
-
-    Closed when nobody refers to it any more, and with it what the cloud keeps for it.
-    """
-
-    def __init__(self, call: Any, metadata: tuple, link: Link):
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
-        self._frames = call(_until_none(self._queue), metadata=metadata)
-        self._writer, self._reader = Writer(link.packing), Reader(protocol.MESSAGE_BYTES)
-        self._traffic, self._watch, self._sent = link.traffic, link._watch, 0
-        self.is_open = True
-        self._closing = weakref.finalize(self, _cancel, self._queue, self._frames)
-
-    def send(self, message: Message) -> None:
-        """Send a message; returns before it has arrived."""
-        for frame in self._writer.frames(message):
-            self._sent += len(frame)
-            self._traffic.sent += len(frame)
-            self._queue.put(frame)
-
-    def finish(self) -> None:
-        """Say that no more messages follow."""
-        self._queue.put(None)
-
-    def receive(self) -> Message:
-        """The next message.
-
-        Raises:
-            Broken, grpc.RpcError: If there is none, by whatever went wrong.
-        """
-        self._traffic.round_trips += 1
-        while True:
-            with self._watch.over(self._frames, protocol.seconds_for(self._sent)):
-                try:
-                    frame = next(self._frames)
-                except StopIteration:
-                    self.is_open = False
-                    raise Broken("the stream ended early") from None
-                except grpc.RpcError:
-                    self.is_open = False
-                    raise
-            self._traffic.received += len(frame)
-            try:
-                message = _taken(self._reader, frame)
-            except Broken:
-                self.close()
-                raise
-            if message is not None:
-                self._sent = 0
-                return message
-
-    def close(self) -> None:
-        """Break off."""
-        self.is_open = False
-        self._closing()
-
-
-def _taken(reader: Reader, frame: bytes) -> Message | None:
-    try:
-        return reader.take(frame)
-    except FrameError as error:
-        raise Broken(str(error)) from error
 
 
 def _unpacked(frame: bytes, kind: str) -> dict[str, Any]:
@@ -294,15 +244,6 @@ def _asked_seconds(error: Any) -> float | None:
             except ValueError:
                 return None
     return None
-
-
-def _until_none(items: queue.SimpleQueue) -> Iterator[bytes]:
-    yield from iter(items.get, None)
-
-
-def _cancel(items: queue.SimpleQueue, call: Any) -> None:
-    items.put(None)
-    call.cancel()
 
 
 def _close(channel: grpc.Channel, watch: Deadlines) -> None:

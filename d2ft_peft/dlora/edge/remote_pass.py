@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from ..wire.messages import Message
-from .link import CloudError, Link, Stream
+from .link import CloudError, Link
 from .local_adapters import Alive, Asked, LocalAdapters, check_answerable
 from .random_state import RandomState
+from .stream import Stream
 
 
 @dataclass(eq=False)

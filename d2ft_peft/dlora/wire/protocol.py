@@ -31,6 +31,9 @@ FIRST_ANSWER_SECONDS = 30.0
 SLOWEST_BYTES_PER_SECOND = 1 << 14
 """A peer is waited for this long, and as much longer as its bytes take over the slowest link that is put up with."""
 
+STILL_AT_IT = b""
+"""What a server sends on a stream instead of a frame, so that an edge goes on waiting while it computes or queues."""
+
 RETRIED = frozenset(
     {
         grpc.StatusCode.UNAVAILABLE,  # connection lost, server not there (yet)
@@ -79,6 +82,11 @@ def method(name: str) -> str:
 def seconds_for(num_bytes: int) -> float:
     """How long an answer is waited for, given the bytes of the question and of the answer."""
     return FIRST_ANSWER_SECONDS + num_bytes / SLOWEST_BYTES_PER_SECOND
+
+
+def seconds_until_still_at_it() -> float:
+    """After how long a server says so."""
+    return FIRST_ANSWER_SECONDS / 3
 
 
 @dataclass(frozen=True)
