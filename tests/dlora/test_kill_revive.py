@@ -337,11 +337,15 @@ def test_closing_lets_everything_train_again():
     assert {n for n, p in model.named_parameters() if p.grad is not None} == before
 
 
-def test_a_reference_pass_without_the_adapter_revives_nothing():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_reference_pass_without_the_adapter_revives_nothing(checkpointing):
     """PEFT makes all adapters trainable when such a pass ends; losses of preferences have one in every step."""
     plain, other = prepared(), prepared()
     train(*plain, 0, 4)
     model, optimizer, kill_revive = other
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
     for step in range(4):
         with torch.no_grad(), model.disable_adapter():
             model(**batch(seed=9))

@@ -13,6 +13,7 @@ from torch import nn
 
 from ... import processes
 from .adapted_modules import AdaptedModule, base_of, find_modules, train_only, unwrap
+from .gate import Gate, owner_of
 from .gradient_probe import GradientProbe, norms, square_of
 from .input_gradients import let_backward_end
 from .reducer import rebuild_reducer
@@ -99,9 +100,10 @@ class KillRevive:
                 "nothing is ever killed.",
                 stacklevel=2,
             )
-        self._base = base_of(model)
-        self._hook = self._base.register_forward_pre_hook(_Gate(self))
-        self._embeddings_hook = let_backward_end(self._base)
+        base = base_of(model)
+        self._gate = Gate(self)
+        self._gate.open(base)
+        self._embeddings_hook = let_backward_end(base)
         about = {
             **vars(self.rule), "warmup": self._warmup, "interval": self._interval, "names": self.names,
             "sizes": [module.size for module in self._modules],
@@ -171,7 +173,7 @@ class KillRevive:
             return
         self._closed = True
         self._end_probe()
-        self._hook.remove()
+        self._gate.close()
         if self._embeddings_hook is not None:
             self._embeddings_hook.remove()
         if train_only(self._modules, range(len(self._modules))) and self._ddp is not None:
@@ -214,7 +216,7 @@ class KillRevive:
         elif held is not self._saved.held:
             self._load(self.state.active)
 
-    def _before_forward(self) -> None:
+    def before_forward(self) -> None:
         """Before a forward pass of the model: freeze what PEFT's methods thawed, and begin or end a probe."""
         if not torch.is_grad_enabled() or any(module.layer.disable_adapters for module in self._modules):
             return
@@ -228,6 +230,11 @@ class KillRevive:
         last = self._gradient is None and is_due(self.steps + 1, self._warmup, self._interval)
         if last and self._probes:
             self._probe = GradientProbe(self._modules, self.state.active)
+
+    def before_backward(self) -> None:
+        """Before a backward pass of the model: freeze what PEFT's methods thawed since the forward pass."""
+        if self._probe is None:
+            train_only(self._modules, self.state.active)
 
     def _end_probe(self) -> None:
         if self._probe is not None:
@@ -269,29 +276,11 @@ class KillRevive:
                 )
 
 
-class _Gate:
-    """Forward pre-hook of a base model. A copy of the model, made to keep or to send it, has one that does nothing."""
-
-    def __init__(self, owner: KillRevive | None = None):
-        self.owner = owner
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        if self.owner is not None:
-            self.owner._before_forward()
-
-    def __deepcopy__(self, memo: dict) -> _Gate:
-        return _Gate()
-
-    def __reduce__(self) -> tuple:
-        return _Gate, ()
-
-
 def release(model: nn.Module) -> None:
     """Close what a run that broke off left on a model."""
-    for hook in list(base_of(model)._forward_pre_hooks.values()):
-        if isinstance(hook, _Gate) and hook.owner is not None:
-            hook.owner.close()
+    owner = owner_of(base_of(model))
+    if owner is not None:
+        owner.close()
 
 
 def _mean(values: Sequence[float | None]) -> list[float | None]:
