@@ -1,0 +1,319 @@
+"""Training across a slow link: tokens per second against the link's arithmetic limit.
+
+    sudo python examples/benchmarks/dlora_network.py --out examples/benchmarks/results/dlora/network.jsonl
+    python examples/benchmarks/dlora_network.py --table examples/benchmarks/results/dlora/network.jsonl
+
+Cloud and edge are two processes, each in a network namespace of its own. The link between them is `link_emulator.c`: packets of
+1,500 bytes wait for their share of the rate, then for half the round trip, and are lost by chance, in either direction;
+TCP is the kernel's. Making namespaces takes root rights, `ip` (iproute2), a C compiler and /dev/net/tun on Linux.
+
+The model is a small random Llama (`--hidden`, `--layers`): bytes grow with the width, FLOPs with its square, so a small one
+lets the link bind. ``limit`` is what `d2ft_peft.simulate.dlora_step.HomeLink` says: a step cannot be shorter, whoever
+sends the bytes. ``free`` is the same step without a limit of rate, delay or loss, which is what computing takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from rows import append_rows, command_line, read_rows
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from d2ft_peft.dlora import connect
+from d2ft_peft.report import format_table
+from d2ft_peft.simulate.dlora_step import HomeLink, Phase
+
+
+ADDRESSES = ("10.231.7.1", "10.231.7.2")
+PORT = 50051
+QUEUE_MS = 100
+FREE = (100_000.0, 0.0, 0.0)
+"""Mbit/s, ms and per cent of a link that costs nothing."""
+
+PLACEMENTS = ("u_shaped", "eighth", "all", "core")
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LENGTH, VOCABULARY = 64, 128
+TOKENS = {10.0: 512, 100.0: 2048, 1000.0: 8192}
+"""Tokens of a step by Mbit/s: so many that bytes take longer than a few round trips."""
+
+
+def plan() -> Iterator[tuple[float, float, float, str, str, str, int]]:
+    """Mbit/s, round trip in ms, loss in per cent, congestion control, placement, packing, in_flight."""
+    for rate in (10.0, 100.0, 1000.0):
+        for round_trip in (5.0, 50.0, 150.0):
+            for placement in ("u_shaped", "eighth", "all"):
+                for in_flight in (1, 8):
+                    yield rate, round_trip, 0.0, "cubic", placement, "none", in_flight
+    for in_flight in (2, 4):
+        for placement in ("eighth", "all"):
+            yield 100.0, 50.0, 0.0, "cubic", placement, "none", in_flight
+    for placement, packing in (
+        ("all", "bf16"),
+        ("all", "int8"),
+        ("u_shaped", "int8"),
+        ("core", "none"),
+        ("core", "int8"),
+    ):
+        yield 10.0, 50.0, 0.0, "cubic", placement, packing, 8
+    for control in ("cubic", "bbr"):
+        for rate, round_trip in ((10.0, 50.0), (100.0, 5.0), (100.0, 50.0), (100.0, 150.0), (1000.0, 50.0)):
+            for loss in (1.0, 5.0):
+                yield rate, round_trip, loss, control, "eighth", "none", 8
+
+
+def save_model(folder: str, hidden: int, layers: int) -> None:
+    """A random Llama of the proportions of stories260k."""
+    set_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=hidden * 43 // 16, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=4, vocab_size=VOCABULARY, max_position_embeddings=512,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+# ---------------------------------------------------------------- the edge, in a process of its own
+
+
+def connected(address: str, base: str, placement: str, packing: str, in_flight: int) -> Any:
+    """An edge's model in one of the placements; only what is alive in it can be trained."""
+    options: dict[str, Any] = {"r": 8, "target_modules": PROJECTIONS}
+    if placement == "core":
+        options["r"] = 16
+    blocks = (1, 1) if placement == "u_shaped" else (0, 0)
+    depth = LlamaConfig.from_pretrained(base).num_hidden_layers
+    if placement == "u_shaped":
+        options["layers_to_transform"] = [0, depth - 1]
+    model = connect(
+        address, base, LoraConfig(**options), edge_blocks=blocks, packing=packing, in_flight=in_flight,
+        crossing="core" if placement == "core" else "hidden", dtype=torch.float32,
+    )  # fmt: skip
+    if placement == "eighth":
+        layers = list(model.remote_span.adapters.layers.values())
+        for number, layer in enumerate(layers):
+            layer.requires_grad_(number % 8 == 0)
+    return model.train()
+
+
+def measure(address: str, base: str, variant: dict[str, Any]) -> dict[str, Any]:
+    """Steps of one variant: seconds, and what crossed in each phase of a step."""
+    set_seed(0)
+    model = connected(address, base, variant["placement"], variant["packing"], variant["in_flight"])
+    traffic = model.remote_span.link.traffic
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    ids = torch.randint(0, VOCABULARY, (variant["tokens"] // LENGTH, LENGTH))
+    seconds, phases = [], []
+    for step in range(variant["steps"] + variant["warm_up"]):
+        marks = [(traffic.sent, traffic.received, traffic.round_trips)]
+        begun = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        marks.append((traffic.sent, traffic.received, traffic.round_trips))
+        loss.backward()
+        marks.append((traffic.sent, traffic.received, traffic.round_trips))
+        optimizer.step()
+        optimizer.zero_grad()
+        if step >= variant["warm_up"]:
+            seconds.append(time.perf_counter() - begun)
+            phases.append([[b - a for a, b in zip(*pair, strict=True)] for pair in zip(marks, marks[1:], strict=False)])
+    replays = traffic.replays
+    model.disconnect()
+    # A gradient that wants no answer is received on the way, but nobody waits for its round trip.
+    silent = 0 if variant["placement"] == "u_shaped" else 1
+    phases = phases[-1]
+    phases[1][2] -= silent * variant["in_flight"]
+    return {
+        "seconds": statistics.median(seconds), "least": min(seconds), "most": max(seconds), "replays": replays,
+        "phases": [[up, down, trips // variant["in_flight"]] for up, down, trips in phases], "loss_value": loss.item(),
+    }  # fmt: skip
+
+
+def be_edge(address: str, base: str) -> None:
+    """Measure what comes in on the standard input, a line of JSON each."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(measure(address, base, json.loads(line))), flush=True)
+
+
+# ---------------------------------------------------------------- the link, and both processes
+
+
+def call(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+class Network:
+    """Two namespaces, whose link can be made anew."""
+
+    def __init__(self, folder: str):
+        self.names = [f"d2ft{os.getpid()}_{end}" for end in range(2)]
+        self.program = str(Path(folder) / "link_emulator")
+        self.link: subprocess.Popen | None = None
+        call("cc", "-O2", "-o", self.program, str(Path(__file__).with_name("link_emulator.c")))
+        for name in self.names:
+            call("ip", "netns", "add", name)
+            call("ip", "netns", "exec", name, "ip", "link", "set", "lo", "up")
+
+    def set(self, rate: float, round_trip: float, loss: float, control: str) -> None:
+        """Replace the link; connections across the former one break."""
+        self.cut()
+        words = [f"{value:g}" for value in (rate, round_trip / 2, loss, QUEUE_MS)]
+        self.link = subprocess.Popen([self.program, *self.names, *words], stdout=subprocess.PIPE, text=True)
+        assert self.link.stdout.readline() == "ready\n"
+        for end, name in enumerate(self.names):
+            inside = ("ip", "netns", "exec", name, "ip")
+            call(*inside, "addr", "add", f"{ADDRESSES[end]}/24", "dev", f"link{end}")
+            call(*inside, "link", "set", f"link{end}", "mtu", "1500", "txqueuelen", "10000", "up")
+            network = ADDRESSES[end].rpartition(".")[0] + ".0/24"
+            call(*inside, "route", "change", network, "dev", f"link{end}", "congctl", control)
+            call(*inside, "tcp_metrics", "flush", "all")  # what TCP learned of the former link
+
+    def start(self, end: int, *command: str, **streams: Any) -> subprocess.Popen:
+        """A Python process at one end."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        inside = ["ip", "netns", "exec", self.names[end], sys.executable, *command]
+        return subprocess.Popen(inside, env=environment, text=True, **streams)
+
+    def cut(self) -> None:
+        """Take the link away."""
+        if self.link is not None:
+            self.link.kill()
+            self.link.wait()
+
+    def close(self) -> None:
+        self.cut()
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@contextlib.contextmanager
+def both_ends(base: str, server: list[str]) -> Iterator[tuple[Network, subprocess.Popen]]:
+    """A network with a cloud at one end, and an edge at the other that takes variants on its standard input."""
+    with tempfile.TemporaryDirectory() as folder:
+        network, started = Network(folder), []
+        try:
+            network.set(*FREE, "cubic")
+            serve = ["-m", "d2ft_peft.dlora.cloud", base, "--host", ADDRESSES[0], "--port", str(PORT), "--insecure"]
+            cloud = network.start(0, *serve, "--dtype", "float32", *server, stdout=subprocess.PIPE)
+            started.append(cloud)
+            if not cloud.stdout.readline().startswith("serving"):
+                raise RuntimeError("the cloud did not start; see above.")
+            me = [__file__, "--edge", f"{ADDRESSES[0]}:{PORT}", "--base", base]
+            edge = network.start(1, *me, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            started.append(edge)
+            yield network, edge
+        finally:
+            for process in started:
+                process.terminate()
+            for process in started:
+                process.wait()
+            network.close()
+
+
+def ask(edge: subprocess.Popen, variant: dict[str, Any]) -> dict[str, Any]:
+    edge.stdin.write(json.dumps(variant) + "\n")
+    edge.stdin.flush()
+    line = edge.stdout.readline()
+    if not line:
+        raise RuntimeError(f"the edge ended in {variant}; see above.")
+    return json.loads(line)
+
+
+def with_limits(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the shortest step that its link allows, with so many parts in flight and with any number of them."""
+    link = HomeLink(row["rate_mbit"], row["rate_mbit"], row["round_trip_ms"] / 1000)
+    phases = [Phase(*phase) for phase in row["phases"]]
+    limits = {
+        "limit": sum(link.seconds(phase, row["in_flight"]) for phase in phases),
+        "limit_any": sum(link.seconds(phase, None) for phase in phases),
+    }
+    return {**row, **limits}
+
+
+def run(rows: list[tuple], base: str, out: str, args: argparse.Namespace) -> None:
+    """Measure some rows of the plan, and the same steps on a link that costs nothing."""
+    known = {tuple(row["key"]) for row in read_rows(out)}
+    free: dict[str, float] = {}
+    with both_ends(base, []) as (network, edge):
+        setting = None
+        for key in rows:
+            if key in known:
+                continue
+            rate, round_trip, loss, control, placement, packing, in_flight = key
+            variant = {"placement": placement, "packing": packing, "in_flight": in_flight, "tokens": TOKENS[rate]}
+            name = json.dumps(variant)
+            if name not in free:
+                network.set(*FREE, "cubic")
+                setting = None
+                free[name] = ask(edge, {**variant, "steps": 3, "warm_up": 1})["seconds"]
+            if key[:4] != setting:
+                network.set(*key[:4])
+                setting = key[:4]
+            found = ask(edge, {**variant, "steps": args.steps, "warm_up": args.warm_up})
+            row = with_limits({
+                "key": key, **variant, **found, "rate_mbit": rate, "round_trip_ms": round_trip, "loss_percent": loss,
+                "control": control, "free": free[name], "hidden": args.hidden, "layers": args.layers,
+            })  # fmt: skip
+            append_rows(out, [row])
+            print(table([row]).splitlines()[-1], flush=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a row: what was reached of the limit."""
+    lines = []
+    for row in rows:
+        seconds, tokens = row["seconds"], row["tokens"]
+        lines.append(
+            {
+                "Mbit/s": f"{row['rate_mbit']:g}", "RTT ms": f"{row['round_trip_ms']:g}",
+                "loss %": f"{row['loss_percent']:g}", "TCP": row["control"], "placement": row["placement"],
+                "packing": row["packing"], "in flight": row["in_flight"], "step s": f"{seconds:.2f}",
+                "free s": f"{row['free']:.2f}", "tokens/s": f"{tokens / seconds:.0f}",
+                "of limit": f"{row['limit'] / seconds:.2f}", "any in flight": f"{row['limit_any'] / seconds:.2f}",
+                "binds": "link" if row["limit"] > row["free"] else "compute",
+            }
+        )  # fmt: skip
+    return format_table(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--out", help="file that gets a line a row; rows that it holds are not measured again")
+    parser.add_argument("--table", help="show such a file")
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1)
+    parser.add_argument(
+        "--only", help="Python expression over rate, round_trip, loss, control, placement, packing, in_flight"
+    )
+    parser.add_argument("--edge", help=argparse.SUPPRESS)
+    parser.add_argument("--base", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.table:
+        print(table([with_limits(row) for row in read_rows(args.table)]))
+        return
+    if args.edge:
+        be_edge(args.edge, args.base)
+        return
+    names = ("rate", "round_trip", "loss", "control", "placement", "packing", "in_flight")
+    rows = [key for key in plan() if args.only is None or eval(args.only, {}, dict(zip(names, key, strict=True)))]
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as base:
+        save_model(base, args.hidden, args.layers)
+        run(rows, base, args.out, args)
+
+
+if __name__ == "__main__":
+    main()
