@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -111,14 +112,17 @@ class BaseModel:
     def factors(self, name: str, rank: int) -> tuple[Tensor, Tensor]:
         """Frozen A [rank, in] and B [out, rank] of a projection, for crossing at width `rank`.
 
-        They span the directions of the weight's largest singular values (LoRA-XS, arXiv 2405.17604), and are
-        orthonormal: the trained core holds every scale.
+        They span the directions of the weight's largest singular values (LoRA-XS, arXiv 2405.17604). A's rows are
+        orthonormal; B's columns are orthogonal and of length sqrt(out / (3 rank)). A step of Adam then changes the
+        projection as much as it does in LoRA, whose B has `out` rows where the core has `rank`, and whose A is drawn
+        with rows of length sqrt(1/3): so learning rates of LoRA serve cores too.
         """
         found = self._factors.get((name, rank))
         if found is None:
             layer = self.model.get_submodule(name)
             weight = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).double()
             left, _, right = torch.linalg.svd(weight, full_matrices=False)
+            left = left * math.sqrt(len(weight) / (3 * rank))
             found = (right[:rank].to(self.dtype).contiguous(), left[:, :rank].to(self.dtype).contiguous())
             self._keep(name, rank, found)
         return found

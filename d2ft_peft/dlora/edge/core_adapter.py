@@ -20,7 +20,7 @@ class CoreB(nn.Module):
     On disk it is what stands in its place there, B [out, r] of a plain LoRA adapter.
 
     Args:
-        factor: Frozen factor [out, r], its columns orthonormal.
+        factor: Frozen factor [out, r], its columns orthogonal and of one length.
     """
 
     def __init__(self, factor: Tensor):
@@ -50,8 +50,8 @@ class CoreB(nn.Module):
         if weight is None:
             missing.append(prefix + "weight")
             return
-        with torch.no_grad():  # the factor's columns are orthonormal: this is the core, but for rounding
-            self.core.copy_(self.factor.T @ weight.to(self.factor))
+        with torch.no_grad():  # the factor's columns are orthogonal: this is the core, but for rounding
+            self.core.copy_(self.factor.T @ weight.to(self.factor) / self.factor.square().sum(0)[:, None])
 
 
 class FrozenA(nn.Module):
