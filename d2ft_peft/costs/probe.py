@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..partition import Partition, base_model
+from ..partition import Partition, base_model, parts_elsewhere
 from .counter import flop_counter
 
 
@@ -140,7 +140,8 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, partition: Partition):
         super().__init__()
-        self.probe = Probe(unreached=tuple(partition.projections))
+        here = [name for name in partition.projections if not name.startswith(parts_elsewhere(model))]
+        self.probe = Probe(unreached=tuple(here))  # of blocks elsewhere the costs are known from their shapes
         self.counts: dict[Any, Callable] = flop_counter().flop_registry
         self.stack: list[_Frame] = []
         self.entries: dict[str | int, list[_Frame]] = {"below": [], "above": []}

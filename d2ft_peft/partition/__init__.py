@@ -1,7 +1,7 @@
 """What a subnet is: discovery of blocks, heads and projections in a transformers model."""
 
 from .architecture import Architecture, BranchSpec, register_architecture
-from .discovery import base_model, partition_model, unwrap
+from .discovery import base_model, partition_model, parts_elsewhere, unwrap
 from .partition import Branch, FeatureLayout, Partition, Projection, Subnet
 
 
@@ -15,6 +15,7 @@ __all__ = [
     "Subnet",
     "base_model",
     "partition_model",
+    "parts_elsewhere",
     "register_architecture",
     "unwrap",
 ]

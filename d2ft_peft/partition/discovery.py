@@ -194,3 +194,8 @@ def _boundary(module: nn.Module, prefix: str, projections: set[str]) -> list[str
 def base_model(model: nn.Module) -> nn.Module:
     """The transformers model under PEFT's wrapper, whose paths the partition names."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def parts_elsewhere(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the paths of modules that run on another machine: here they have names and shapes, and no weights."""
+    return tuple(f"{name}." for name, part in base_model(model).named_modules() if hasattr(part, "elsewhere"))

@@ -14,6 +14,7 @@ that of the projections themselves, since LoRA's B starts at zero.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..costs.probe import inference
 from ..engine.subset_linear import HeadAxis
-from ..partition import Partition, Projection, base_model, unwrap
+from ..partition import Partition, Projection, base_model, parts_elsewhere, unwrap
 from ..tuners import D2FTLayer
 
 
@@ -36,7 +37,21 @@ GRADIENT_SCORES = ("fisher", "gradient_magnitude", "taylor")
 
 @torch.no_grad()
 def weight_magnitude(model: nn.Module, partition: Partition) -> np.ndarray:
-    """Sum of the absolute weights of every subnet, float [K]; those of half precision are added up in float32."""
+    """Sum of the absolute weights of every subnet, float [K]; those of half precision are added up in float32.
+
+    Where blocks run elsewhere nothing is known of their weights: with a warning, the number of weights of every subnet.
+    """
+    if elsewhere := parts_elsewhere(model):
+        warnings.warn(
+            f"weights of {len(elsewhere)} blocks are elsewhere, so that a subnet's size stands in for the magnitude of "
+            "its weights; choose a score that follows training, such as backward_score='loss'.",
+            stacklevel=2,
+        )
+        sizes = {b: sum(p.in_features * p.out_features / b.heads for p in b.projections) for b in partition.branches}
+        blocks = [
+            sum(size for b, size in sizes.items() if b.block == s.block) * len(s.heads) for s in partition.subnets
+        ]
+        return np.array(blocks)
     base = base_model(model)
     heads = _HeadSums(partition)
     for index, branch in enumerate(partition.branches):

@@ -24,6 +24,7 @@ class Pass:
         copies: Frozen adapters that take part here, A [r, in] and B [out, r] by path.
         factors: Frozen A and B of projections that cross at width r, by path; empty where whole hidden states cross.
         skipped: Indices of blocks that only the residual stream passes.
+        constant: Indices of blocks whose contribution is a constant for autograd.
         ask: Sends a message to the edge and returns its answer.
         tell: Sends a message to the edge.
         given: Answers that came with the question, by index of the group: its input is known to the edge.
@@ -34,6 +35,7 @@ class Pass:
     copies: dict[str, tuple[Tensor, Tensor]]
     factors: dict[str, tuple[Tensor, Tensor]]
     skipped: frozenset[int]
+    constant: frozenset[int]
     ask: Callable[[Message], Message]
     tell: Callable[[Message], None]
     given: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class SpanModel:
             if index not in span:
                 blocks[index] = Passage(index, base.returns_tuple)
             else:
-                blocks[index].forward = _Skippable(self, blocks[index], Passage(index, base.returns_tuple))
+                blocks[index].forward = _Planned(self, blocks[index], Passage(index, base.returns_tuple))
         blocks[span.start].register_forward_pre_hook(self._enter, with_kwargs=True)
         blocks[span.stop - 1].register_forward_hook(self._leave)
         for number, group in enumerate(base.groups):
@@ -126,16 +128,35 @@ class SpanModel:
         self._out = out[0] if type(out) is tuple else out
 
 
-class _Skippable:
-    """A block's forward, or only the residual stream where the pass says so."""
+class _Planned:
+    """A block's forward, in full, as a constant for autograd, or only the residual stream, as the pass says."""
 
     def __init__(self, span: SpanModel, block: nn.Module, passage: Passage):
         self.span, self.block, self.passage = span, block, passage
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.passage.index in self.span.now.skipped:
+        now, index = self.span.now, self.passage.index
+        if index in now.skipped:
             return self.passage(*args, **kwargs)
-        return type(self.block).forward(self.block, *args, **kwargs)
+        if index not in now.constant or not torch.is_grad_enabled():
+            return type(self.block).forward(self.block, *args, **kwargs)
+        with torch.no_grad():
+            out = type(self.block).forward(self.block, *args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        value = _Through.apply(hidden, out[0] if type(out) is tuple else out)
+        return (value, *out[1:]) if type(out) is tuple else value
+
+
+class _Through(torch.autograd.Function):
+    """The output of a block whose own contribution has no gradient: what comes back passes on to its input."""
+
+    @staticmethod
+    def forward(ctx, hidden, out):
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
 
 
 class _Adapted:

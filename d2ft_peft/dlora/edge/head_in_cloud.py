@@ -53,7 +53,7 @@ class HeadInCloud:
 def _items(labels: Tensor | None, items: Any) -> float:
     """What the summed loss is divided by: the model's own rule, over the whole batch."""
     if items is not None:
-        return float(items)
+        return float(items * 1)  # computed with, as the loss does that the cloud computes: some look whether it is
     if labels is None:
         return 1.0
     return float(torch.count_nonzero(labels[:, _PREDICTED_FROM:] != -100).clamp(min=1))

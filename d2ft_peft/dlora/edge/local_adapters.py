@@ -46,13 +46,14 @@ class LocalAdapters:
     Args:
         model: The transformers model, with PEFT's layers in it.
         names: Paths of the projections.
-        groups: What the server told of its groups: number and the names in each.
+        groups: What the server told of its groups: number, block, and the names in each.
         killed: One of `KILLED`.
     """
 
     def __init__(self, model: nn.Module, names: list[str], groups: list[dict[str, Any]], killed: str):
         self.layers: dict[str, LoraLayer] = {name: model.get_submodule(name) for name in names}
         self.groups = {group["number"]: [name for name in group["names"] if name in self.layers] for group in groups}
+        self.block_of = {name: group["block"] for group in groups for name in group["names"]}
         self.killed = killed
         self.ever: set[str] = set()
         """Projections that ever had a say: below the lowest of them the cloud's hidden states never change."""

@@ -16,6 +16,7 @@ from ..blocks import Passage, bound_arguments, find_cache, read_rows, write_rows
 from ..wire.messages import Message
 from .link import Link
 from .local_adapters import Alive, LocalAdapters
+from .planned_blocks import PlannedBlocks, planned_blocks
 from .random_state import RandomState
 from .remote_pass import CachedPasses, RemotePass
 from .sample_cache import SampleCache
@@ -56,7 +57,6 @@ class RemoteSpan:
 
     Attributes:
         head: What the next pass asks of the head in the cloud; None where the head is here.
-        skipped: Indices of blocks that the next passes skip.
         active_modules: How many modules were trained in the last pass.
     """
 
@@ -67,12 +67,12 @@ class RemoteSpan:
         self.link, self.adapters, self.span = link, adapters, span
         self.noise, self.cache = noise, cache
         self.head: Head | None = None
-        self.skipped: frozenset[int] = frozenset()
         self.active_modules = 0
         self._returns_tuple, self._in_flight = returns_tuple, in_flight
         self._mask: Tensor | None = None
         self._positions: Tensor | None = None
         self._has_cache = False
+        self._planned = PlannedBlocks()
         self._caches: weakref.WeakKeyDictionary[Cache, CachedPasses] = weakref.WeakKeyDictionary()
         self._threads = ThreadPoolExecutor(in_flight, "d2ft-in-flight") if in_flight > 1 else None
         self._handed: dict[str, Any] = {}
@@ -84,6 +84,7 @@ class RemoteSpan:
         blocks = model.get_submodule(stack)
         for index in self.span:
             blocks[index].run = self if index == self.span.start else Passage(index, self._returns_tuple).forward
+        self._model = model
         model.base_model.register_forward_pre_hook(self._enter, with_kwargs=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,7 +115,9 @@ class RemoteSpan:
         self._mask, self._positions = mask, given.get("position_ids")
 
     def _uncached(self, hidden: Tensor) -> Tensor:
+        self._planned = planned_blocks(self._model, self.span, *hidden.shape[:2])
         alive = self.adapters.alive(training=torch.is_grad_enabled())
+        alive = self._planned.of(alive, self.adapters.block_of)
         self.active_modules = len(alive.trained)
         self._hand_over(alive)
         if torch.is_grad_enabled() and (hidden.requires_grad or alive.trained):
@@ -169,6 +172,7 @@ class RemoteSpan:
         if cache not in self._caches:
             self._check_begun(cache)
         passes = self._caches.setdefault(cache, CachedPasses(self.link, self.adapters))
+        self._planned = PlannedBlocks()
         alive = self.adapters.alive(training=False)
         self._hand_over(alive)
         with torch.no_grad():
@@ -195,8 +199,7 @@ class RemoteSpan:
         fields = {"mode": mode, "alive": list(alive.exchanged), "has_cache": self._has_cache, **fields}
         if alive.copied:
             fields |= {"copies": list(alive.copied), "version": self._version}
-        if self.skipped:
-            fields["skipped"] = sorted(self.skipped)
+        fields |= self._planned.fields()
         if self.head is not None:
             fields |= {"items": self.head.items, "keep": self.head.keep}
             if self.head.labels is not None:

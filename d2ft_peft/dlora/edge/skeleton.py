@@ -58,6 +58,7 @@ class Skeleton(nn.Module):
         for name, child in block.named_children():
             self.add_module(name, child)
         self.run: Callable[..., Any] | None = None
+        self.elsewhere = True  # by which costs are counted
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What stands here is run by whoever connects the model; arguments are those of a block."""
