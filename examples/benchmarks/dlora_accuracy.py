@@ -74,7 +74,7 @@ ROWS = {
     "local LoRA, r = 32": Row(32, None),
     "1/8 active, cloud_copy": Row(link={"killed": "cloud_copy"}, like="1/8 active, exchange", share=1 / 8),
     "1/8 active, exchange": Row(link={"killed": "exchange"}, share=1 / 8),
-    "1/8 active, drop": Row(link={"killed": "drop"}, share=1 / 8),
+    "1/8 active, drop": Row(link={"killed": "drop"}, like="1/8 active, exchange", share=1 / 8),
     "1/8 active, cloud_copy, probed": Row(
         link={"killed": "cloud_copy"}, like="1/8 active, exchange", share=1 / 8, idle="probe"
     ),
@@ -88,18 +88,17 @@ ROWS = {
     "noise 0.1": Row(link={"noise": 0.1}, like="local LoRA, r = 8"),
     "noise 0.3": Row(link={"noise": 0.3}, like="local LoRA, r = 8"),
     "noise 1": Row(link={"noise": 1.0}),
-    "noise 3": Row(link={"noise": 3.0}),
-    "noise 0.1, edge_blocks=(2, 0)": Row(link={"noise": 0.1, "edge_blocks": (2, 0)}, like="local LoRA, r = 8"),
-    "noise 0.3, edge_blocks=(2, 0)": Row(link={"noise": 0.3, "edge_blocks": (2, 0)}, like="local LoRA, r = 8"),
+    "noise 3": Row(link={"noise": 3.0}, like="noise 1"),
     "noise 1, edge_blocks=(2, 0)": Row(link={"noise": 1.0, "edge_blocks": (2, 0)}, like="noise 1"),
-    "noise 3, edge_blocks=(2, 0)": Row(link={"noise": 3.0, "edge_blocks": (2, 0)}, like="noise 3"),
+    "noise 3, edge_blocks=(2, 0)": Row(link={"noise": 3.0, "edge_blocks": (2, 0)}, like="noise 1"),
 }
 
 
 def adapter(row: Row) -> LoraConfig:
-    """LoRA on all projections; a scale of 2 whatever the rank."""
+    """LoRA on all projections, with a scale of 2 whatever the rank; of cores, 16 / r."""
     where = None if row.blocks is None else list(row.blocks)
-    return LoraConfig(r=row.rank, lora_alpha=2 * row.rank, target_modules=PROJECTIONS, layers_to_transform=where)
+    alpha = 16 if row.link and row.link.get("crossing") == "core" else 2 * row.rank
+    return LoraConfig(r=row.rank, lora_alpha=alpha, target_modules=PROJECTIONS, layers_to_transform=where)
 
 
 def train(model: torch.nn.Module, row: Row, task: Task, blocks: list, rate: float, seed: int, steps: int) -> None:
