@@ -17,6 +17,7 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
     names = ddp._build_debug_param_to_name_mapping(parameters)
     ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
     if ddp.static_graph:
+        ddp._static_graph_delay_allreduce_enqueued = False  # the first pass of a reducer reduces at its end
         ddp.reducer._set_static_graph()
         ddp.logger._set_static_graph()
     for hook, state in ddp._comm_hooks:
