@@ -16,6 +16,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
 from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import d2ft_peft
@@ -75,6 +76,10 @@ CALLS = [
     (BaseTuner._cast_adapter_dtype, "self name", "autocast_adapter_dtype"),
     (BaseTuner._remap_adapter_state_dict_for_load.__func__, "cls model config name state_dict", ""),
     (Variable._execution_engine.queue_callback, "callback", ""),
+    (DistributedDataParallel._build_params_for_reducer, "self", ""),
+    (DistributedDataParallel._build_debug_param_to_name_mapping, "self parameters", ""),
+    (DistributedDataParallel._ddp_init_helper, "self parameters sparse names static_graph", ""),
+    (torch.distributed._register_comm_hook, "reducer state hook", ""),
 ]
 """What we call: (function, names of the arguments that are given by position, names of those given by name)."""
 
@@ -83,6 +88,9 @@ ARGUMENTS = [
                "current_gradient_accumulation_steps", "current_flos"]),
     (TrainingArguments, ["average_tokens_across_devices", "accelerator_config", "ddp_find_unused_parameters",
                          "ddp_broadcast_buffers", "ddp_timeout", "auto_find_batch_size"]),
+    (DistributedDataParallel, ["_comm_hooks", "_static_graph_delay_allreduce_enqueued", "static_graph"]),
+    (PreTrainedModel, ["_gradient_checkpointing_func"]),
+    (BaseTunerLayer, ["disable_adapters", "active_adapters", "merged"]),
     (LoraConfig, ["fan_in_fan_out", "layers_to_transform", "layers_pattern", "exclude_modules"]),
 ]  # fmt: skip
 """Names that are read from a class's instances, and must be set by its code."""
