@@ -31,7 +31,7 @@ from transformers import get_linear_schedule_with_warmup, set_seed
 from d2ft_peft import D2FTConfig, partition_model
 from d2ft_peft.costs import flop_counter
 from d2ft_peft.dlora import KillRevive
-from d2ft_peft.report import format_table
+from d2ft_peft.report import format_table, plot_activity
 
 
 RESULTS = Path(__file__).parent / "results" / "kill_revive"
@@ -115,8 +115,8 @@ def rule_of(way: str, share: float, modules: int, steps: int, seed: int) -> dict
     return {"active": max(1, int(share * modules)), "seed": seed, **choice, **options}
 
 
-def run(task: Task, name: str, method: str, way: str, share: float, seed: int) -> dict:
-    """One run: its setting, what it reached, and what it cost."""
+def run(task: Task, name: str, method: str, way: str, share: float, seed: int, picture: str | None = None) -> dict:
+    """One run: its setting, what it reached, and what it cost; and a picture of which modules were active."""
     setting = SETTINGS[name]
     set_seed(seed)
     model = adapt(task, method, way, share)
@@ -153,6 +153,8 @@ def run(task: Task, name: str, method: str, way: str, share: float, seed: int) -
     if kill_revive is not None:
         activity, began = kill_revive.activity
         modules = float(activity.mean(axis=1) @ np.diff([*began, steps])) / steps
+        if picture:
+            plot_activity(activity, kill_revive.names, picture, began)
     flops = count(model, task, kill_revive, steps)
     return {
         "task": name, "method": method, "way": way, "share": share, "seed": seed, "lr": lr, "steps": steps,
@@ -246,6 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=[1 / 8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", default=str(RESULTS), help="folder of the result files")
+    parser.add_argument("--picture", help="file that shows which modules were active in the last run")
     parser.add_argument("--table", action="store_true", help="show what the result files hold")
     args = parser.parse_args(argv)
     folder = Path(args.results)
@@ -265,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = [("lora", way, share, seed) for seed in args.seeds for way in args.ways for share in args.shares]
     for key in runs:
         if key not in known:
-            row = run(task, args.task, *key)
+            row = run(task, args.task, *key, picture=args.picture)
             append_rows(path, [row])
             print(f"{args.task} {key}: {row['value']:.3f} ({row['seconds']:.0f} s)", flush=True)
 
