@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ..schedule import Operation
-from .figures import OPERATION_COLORS, _new_figure, _set_title, save_figure
+from .figures import _TEXT, OPERATION_COLORS, _new_figure, _set_title, save_figure
 
 
 _MOST_LABELS = 40
@@ -61,7 +61,8 @@ def activity_figure(activity: np.ndarray, names: Sequence[str], began: Sequence[
     axes.set(xlim=(edges[0], edges[-1]), xlabel="optimizer step" if began is not None else "interval")
     axes.set_ylim(modules - 0.5, -0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labelcolor=_TEXT)
+    axes.tick_params(axis="x", labelsize=9)
     axes.spines[:].set_visible(False)
     ever, now = int(activity.any(axis=0).sum()), int(activity[-1].sum())
     _set_title(axes, f"{now} of {modules} modules active at a time, {ever} were at some time", figure.get_figwidth())

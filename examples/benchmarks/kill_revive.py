@@ -56,7 +56,7 @@ class Setting:
 SETTINGS = {
     "shakespeare": Setting(steps=250, batch_size=16, size=64, train=None, test=400),
     "sst2": Setting(steps=60, batch_size=16, size=96, train=8000, test=1000),
-    "cifar10": Setting(steps=80, batch_size=32, size=64, train=4000, test=2000),
+    "cifar10": Setting(steps=60, batch_size=32, size=64, train=4000, test=1000),
 }
 METHODS = {
     "lora": (peft.LoraConfig, {"r": RANK, "lora_alpha": 2 * RANK}, 1),
@@ -265,7 +265,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.ways is None:
         runs = plan(args.methods, args.seeds)
     else:
-        runs = [("lora", way, share, seed) for seed in args.seeds for way in args.ways for share in args.shares]
+        shares = {"all": [1.0], "none": [0.0]}
+        runs = [("lora", w, h, s) for s in args.seeds for w in args.ways for h in shares.get(w, args.shares)]
     for key in runs:
         if key not in known:
             row = run(task, args.task, *key, picture=args.picture)
