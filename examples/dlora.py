@@ -89,7 +89,7 @@ def text_blocks(base: str, path: Path | None) -> tuple[list, list]:
 def training(folder: Path, steps: int, rate: float) -> TrainingArguments:
     """Settings of both runs."""
     return TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=16, learning_rate=rate, warmup_steps=5,
+        folder, max_steps=steps, per_device_train_batch_size=8, learning_rate=rate, warmup_steps=5,
         lr_scheduler_type="cosine", logging_steps=10, report_to=[], save_strategy="no", use_cpu=True,
         per_device_eval_batch_size=16, dataloader_pin_memory=False,
     )  # fmt: skip
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--text", type=Path, help="text file to learn; Python's library without it")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--pre-training-steps", type=int, default=150)
-    parser.add_argument("--learning-rate", type=float, default=5e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-2)
     parser.add_argument("--active", type=int, default=5, help="modules that are alive at a time")
     parser.add_argument("--packing", default="none", choices=["none", "bf16", "int8"])
     parser.add_argument("--restart", type=int, help="kill the cloud after this step, and start it again")
