@@ -101,6 +101,35 @@ def test_a_loaded_adapter_goes_on_training(llama, tmp_path):
     check_close(step(edge, ragged())[1], step(local, ragged())[1])
 
 
+def test_a_second_adapter_with_other_modules(llama, tmp_path):
+    base, address = llama
+    config = adapter(target_modules=["q_proj"])
+    local = whole(base, config)
+    edge = edge_like(local, address, base, adapter(target_modules=["q_proj"]))
+    step(edge, ragged())
+    torch.manual_seed(1)
+    other = whole(base, adapter(target_modules=["v_proj", "up_proj"], r=2))
+    other.save_pretrained(tmp_path)
+    for model in (local, edge):
+        model.load_adapter(tmp_path, "other", is_trainable=True)
+        model.set_adapter("other")
+    check_close(step(edge, ragged())[1], step(local, ragged())[1])
+    with pytest.raises(ValueError, match="use_dora=True"):
+        edge.add_adapter("third", adapter(use_dora=True))
+
+
+def test_autocast(llama):
+    base, address = llama
+    local = whole(base, adapter(), dtype=torch.float32)
+    edge = edge_like(local, address, base, adapter(), dtype=torch.float32)
+    found = []
+    for model in (local, edge):
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(step(model, ragged()))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0.02, atol=0.02)
+    assert {grad.dtype for grad in found[1][1].values()} == {torch.float32}
+
+
 def test_cores_are_lora_with_frozen_factors(llama):
     base, address = llama
     edge = connect(address, base, adapter(r=3, lora_alpha=5), dtype=torch.float64, crossing="core")

@@ -14,6 +14,7 @@ from ..wire.credentials import Certificates
 from ..wire.fingerprint import fingerprint
 from ..wire.messages import DTYPES
 from ..wire.protocol import VERSION
+from .across_link import check_adapter, modules_across
 from .core_adapter import make_core
 from .edge_model import EdgeModel
 from .head_in_cloud import HeadInCloud
@@ -23,9 +24,6 @@ from .local_adapters import KILLED, LocalAdapters
 from .remote_span import RemoteSpan
 from .sample_cache import SampleCache
 from .skeleton import load_skeleton
-
-
-_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
 
 def connect(
@@ -89,13 +87,14 @@ def connect(
         ValueError: If an argument, or the adapter's configuration, cannot be.
         CloudError: If the cloud refuses, holds another base model, or cannot be reached.
     """
-    _check(config, head, crossing, killed, packing, in_flight, noise, cache_dir)
+    _check(head, crossing, killed, packing, in_flight, noise, cache_dir)
+    check_adapter(config, in_flight, crossing)
     hub = {name: from_pretrained[name] for name in ("revision", "cache_dir", "token") if name in from_pretrained}
     base_config = AutoConfig.from_pretrained(base, **hub)
     prints = fingerprint(base, base_config, **hub)
     model, stack, span = load_skeleton(base, edge_blocks, model_class, head == "cloud", **from_pretrained)
     peft_model = get_peft_model(model, config, adapter_name)
-    targets = _targets(peft_model, stack, span)
+    targets = modules_across(peft_model, stack, span)
     wish = {
         "protocol": VERSION, "base": {**prints, "dtype": _dtype_name(model.dtype)}, "edge_blocks": list(edge_blocks),
         "targets": targets, "rank": config.r if crossing == "core" else None, "with_head": head == "cloud",
@@ -114,14 +113,10 @@ def connect(
     remote.attach(model, stack)
     if head == "cloud":
         HeadInCloud(model, remote).install()
-    return EdgeModel.adopt(peft_model, remote)
+    return EdgeModel.adopt(peft_model, remote, stack)
 
 
-def _check(
-    config: Any, head: str, crossing: str, killed: str, packing: str, in_flight: int, noise: float, cache_dir: Any
-) -> None:
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"config is a {type(config).__name__}; adapters across a link are LoRA's, give a LoraConfig.")
+def _check(head: str, crossing: str, killed: str, packing: str, in_flight: int, noise: float, cache_dir: Any) -> None:
     for name, value, choices in (
         ("head", head, ("edge", "cloud")), ("crossing", crossing, ("hidden", "core")), ("killed", killed, KILLED),
         ("packing", packing, PACKINGS),
@@ -134,40 +129,6 @@ def _check(
         raise ValueError(f"noise={noise!r} must be a finite number, at least 0; 0 adds none.")
     if noise and cache_dir is not None:
         raise ValueError(f"noise={noise} makes hidden states of every epoch others; leave cache_dir out.")
-    if config.lora_dropout and in_flight > 1:
-        raise ValueError(
-            f"lora_dropout={config.lora_dropout} with in_flight={in_flight}: parts of a batch would draw in any order, "
-            "and no run could be repeated; leave one of them out."
-        )
-    if config.use_dora or config.init_lora_weights not in _INITIALIZATIONS:
-        raise ValueError(
-            f"use_dora={config.use_dora}, init_lora_weights={config.init_lora_weights!r} look at weights that only the "
-            f"cloud has; use plain LoRA, initialized with one of {', '.join(map(repr, _INITIALIZATIONS))}."
-        )
-    if config.bias != "none" or config.target_parameters:
-        raise ValueError(
-            f"bias={config.bias!r}, target_parameters={config.target_parameters!r} train what the cloud owns; leave "
-            "them out."
-        )
-    if crossing == "core" and (config.lora_dropout or config.rank_pattern):
-        raise ValueError(
-            f"lora_dropout={config.lora_dropout}, rank_pattern={config.rank_pattern}: cores have one rank, and their "
-            "input is made in the cloud, without dropout; leave both out."
-        )
-
-
-def _targets(model: PeftModel, stack: str, span: range) -> list[str]:
-    """Paths of adapted projections in the span."""
-    prefixes = tuple(f"{stack}.{index}." for index in span)
-    base = model.get_base_model()
-    names = [name for name, module in base.named_modules() if name.startswith(prefixes) and hasattr(module, "lora_A")]
-    other = [
-        name for name, parameter in base.named_parameters()
-        if name.startswith(prefixes) and parameter.requires_grad and "lora_" not in name
-    ]  # fmt: skip
-    if other:
-        raise ValueError(f"{other[0]} would be trained, and belongs to the cloud; leave it out of modules_to_save.")
-    return names
 
 
 def _make_cores(model: PeftModel, link: Link, adapter_name: str) -> None:

@@ -7,12 +7,13 @@ import os
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 
 from ...whole_files import reading, replacing
 from ..kill_revive.rule import KillReviveRule, KillReviveState, Observations
 from ..wire import protocol
+from .across_link import check_adapter, modules_across
 from .core_adapter import CoreB
 from .remote_span import RemoteSpan
 
@@ -30,11 +31,27 @@ class EdgeModel:
     remote_span: RemoteSpan
 
     @classmethod
-    def adopt(cls, model: PeftModel, remote: RemoteSpan) -> PeftModel:
-        """Make a PEFT model an edge's."""
+    def adopt(cls, model: PeftModel, remote: RemoteSpan, stack: str) -> PeftModel:
+        """Make a PEFT model an edge's; `stack` is the path of its blocks."""
         model.__class__ = type(f"Edge{type(model).__name__}", (cls, type(model)), {})
-        model.__dict__["remote_span"] = remote
+        model.__dict__.update(remote_span=remote, _stack=stack)
         return model
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; if it has modules in the cloud's blocks that no other one has, the session is opened anew.
+
+        Raises:
+            ValueError: If it cannot live across a link.
+        """
+        remote = self.remote_span
+        if self._cores():
+            raise ValueError(f"adapter_name={adapter_name!r}: cores are made by connect, one adapter a model.")
+        check_adapter(peft_config, remote.in_flight, "hidden")
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        names = modules_across(self, self._stack, remote.span)
+        if set(names) != set(remote.adapters.layers):
+            told = remote.link.open(targets=names)
+            remote.adapters.take(self.get_base_model(), names, told["groups"])
 
     def on_modules_changed(self, killed: list[str], revived: list[str]) -> None:
         """Kill-and-Revive chose other modules: under ``killed="drop"`` the killed ones go back to adding nothing.
@@ -77,9 +94,6 @@ class EdgeModel:
 
     def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load a plain LoRA adapter; onto cores what they can express of it."""
-        known = adapter_name in self.peft_config
-        if not known and self._cores():
-            raise ValueError(f"adapter_name={adapter_name!r}: cores are made by connect, one adapter a model.")
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         path = os.path.join(model_id, _CORES)
         if self._cores() and os.path.isfile(path):

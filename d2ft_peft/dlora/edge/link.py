@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import secrets
 import threading
@@ -23,7 +24,8 @@ from .stream import Broken, Stream, taken
 
 
 T = TypeVar("T")
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
+logger = logging.getLogger(__name__)
+_FIRST_PAUSE, _WORTH_TELLING, _LONGEST_PAUSE = 0.05, 1.0, 5.0
 _RANDOM = random.Random()
 """Not the process's own, which a run may draw its samples from: a replay must not move those."""
 
@@ -84,12 +86,18 @@ class Link:
         self._watch = Deadlines()
         weakref.finalize(self, _close, self._channel, self._watch)
 
-    def open(self) -> dict[str, Any]:
+    def open(self, **wish: Any) -> dict[str, Any]:
         """Open the session if there is none; what the server told of itself.
+
+        Args:
+            wish: What is wished for otherwise than before: then the session is opened anew.
 
         Raises:
             CloudError: If it refuses, or cannot be reached.
         """
+        if wish:
+            with self._lock:
+                self.wish, self._session = {**self.wish, **wish}, None
         self.replaying(lambda: None)
         return self.told
 
@@ -190,7 +198,11 @@ class Link:
             if not self._installed:
                 message = self.install()
                 if message is not None:
-                    self._install(message)
+                    try:
+                        self._install(message)
+                    except grpc.RpcError as error:
+                        self._forget(error, self._session)
+                        raise
                 self._installed = True
             return self._session
 
@@ -203,21 +215,29 @@ class Link:
         if _unpacked(answer, protocol.ANSWERS[protocol.INSTALL]).get("version") != message.fields["version"]:
             raise Broken("other copies were installed")
 
+    def _forget(self, error: Exception, session: str | None) -> None:
+        """Open a session anew if this one is unknown, unless another thread has done so meanwhile."""
+        if isinstance(error, grpc.RpcError) and error.code() is grpc.StatusCode.NOT_FOUND:
+            with self._lock:
+                if self._session == session:
+                    self._session = None
+
     def _after(self, error: grpc.RpcError | Broken, pause: float, since: float, session: str | None) -> float:
         """Wait before the next attempt, or give up; the next pause."""
         status = error.code() if isinstance(error, grpc.RpcError) else None
         details = error.details() if isinstance(error, grpc.RpcError) else str(error)
         if status is not None and status not in protocol.RETRIED:
             raise CloudError(f"{self.address} refuses: {details} ({status.name})") from error
-        if status is grpc.StatusCode.NOT_FOUND:
-            with self._lock:
-                if self._session == session:  # else another thread has opened one meanwhile
-                    self._session = None
+        self._forget(error, session)
         if status is grpc.StatusCode.RESOURCE_EXHAUSTED:
             # What this edge keeps in the cloud may be what it waits for, or what another edge waits for that keeps
             # what this one waits for.
             for one in list(self.holding):
                 one.let_go()
+        logger.log(
+            logging.INFO if pause < _WORTH_TELLING else logging.WARNING,
+            "%s: %s; trying again, for up to %g s", self.address, details or status, self.patience,
+        )  # fmt: skip
         asked = _asked_seconds(error)
         if time.monotonic() - since > self.patience:
             raise CloudError(

@@ -51,12 +51,16 @@ class LocalAdapters:
     """
 
     def __init__(self, model: nn.Module, names: list[str], groups: list[dict[str, Any]], killed: str):
-        self.layers: dict[str, LoraLayer] = {name: model.get_submodule(name) for name in names}
-        self.groups = {group["number"]: [name for name in group["names"] if name in self.layers] for group in groups}
-        self.block_of = {name: group["block"] for group in groups for name in group["names"]}
         self.killed = killed
         self.ever: set[str] = set()
         """Projections that ever had a say: below the lowest of them the cloud's hidden states never change."""
+        self.take(model, names, groups)
+
+    def take(self, model: nn.Module, names: list[str], groups: list[dict[str, Any]]) -> None:
+        """Serve these projections from now on; arguments as of the class."""
+        self.layers: dict[str, LoraLayer] = {name: model.get_submodule(name) for name in names}
+        self.groups = {group["number"]: [name for name in group["names"] if name in self.layers] for group in groups}
+        self.block_of = {name: group["block"] for group in groups for name in group["names"]}
 
     @property
     def crosses_at_rank(self) -> bool:

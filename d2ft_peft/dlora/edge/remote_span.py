@@ -68,7 +68,7 @@ class RemoteSpan:
         self.noise, self.cache = noise, cache
         self.head: Head | None = None
         self.active_modules = 0
-        self._returns_tuple, self._in_flight = returns_tuple, in_flight
+        self._returns_tuple, self.in_flight = returns_tuple, in_flight
         self._mask: Tensor | None = None
         self._positions: Tensor | None = None
         self._has_cache = False
@@ -87,6 +87,7 @@ class RemoteSpan:
         self._model = model
         model.base_model.register_forward_pre_hook(self._enter, with_kwargs=True)
 
+    @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Hidden states [batch, tokens, width] after the whole span, from the arguments of a block."""
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -139,7 +140,7 @@ class RemoteSpan:
         random = RandomState(hidden)  # after the noise, which would be the same every time
         keeps = self.cache is not None and not needs_grad and self.head is None
         passes = []
-        for part in indices.tensor_split(min(self._in_flight, len(indices))):
+        for part in indices.tensor_split(min(self.in_flight, len(indices))):
             request = self._request(sent, part, alive, mode, {"hidden_gradient": needs_grad})
             one = RemotePass(self.link, self.adapters, alive, request, random)
             if keeps and (group := self.adapters.lowest_group()) is not None:
