@@ -17,10 +17,16 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from torch.utils.checkpoint import get_device_states, set_device_states
+from transformers import Cache, DynamicCache, PreTrainedModel, Trainer, TrainingArguments
+from transformers.cache_utils import DynamicLayer
+from transformers.utils import cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 import d2ft_peft
 from d2ft_peft import D2FTConfig, D2FTLoraModel, D2FTModel, D2FTTrainerMixin
+from d2ft_peft.dlora.edge.edge_model import EdgeModel
+from d2ft_peft.dlora.edge.skeleton import _LoadsOwn
 from d2ft_peft.head_parallel.storage.loading import _LoadsParts
 from d2ft_peft.training.head_parallel_engine import _HeadParallelism
 from d2ft_peft.tuners.layer import D2FTLayer
@@ -48,6 +54,10 @@ OVERRIDES = {
     D2FTConfig: (PeftConfig, {"to_dict", "save_pretrained", "from_pretrained"}),
     _HeadParallelism: (ParallelismConfig, {"_validate_accelerator"}),
     _LoadsParts: (PreTrainedModel, {"_load_pretrained_model"}),
+    _LoadsOwn: (PreTrainedModel, {"_load_pretrained_model"}),
+    EdgeModel: (PeftModel, {
+        "add_adapter", "load_adapter", "save_pretrained",
+    }),
 }  # fmt: skip
 """What ours puts before theirs, by class: (theirs, names)."""
 
@@ -75,6 +85,12 @@ CALLS = [
     (PeftModel.save_pretrained, "self folder", ""),
     (BaseTuner._cast_adapter_dtype, "self name", "autocast_adapter_dtype"),
     (BaseTuner._remap_adapter_state_dict_for_load.__func__, "cls model config name state_dict", ""),
+    (get_device_states, "tensor", ""),
+    (set_device_states, "devices states", ""),
+    (cached_file, "base name", "revision _raise_exceptions_for_missing_entries"),
+    (get_checkpoint_shard_files, "base index", "revision"),
+    (DynamicCache.batch_select_indices, "self indices", ""),
+    (DynamicCache.crop, "self tokens", ""),
     (Variable._execution_engine.queue_callback, "callback", ""),
     (DistributedDataParallel._build_params_for_reducer, "self", ""),
     (DistributedDataParallel._build_debug_param_to_name_mapping, "self parameters", ""),
@@ -89,7 +105,9 @@ ARGUMENTS = [
     (TrainingArguments, ["average_tokens_across_devices", "accelerator_config", "ddp_find_unused_parameters",
                          "ddp_broadcast_buffers", "ddp_timeout", "auto_find_batch_size"]),
     (DistributedDataParallel, ["_comm_hooks", "_static_graph_delay_allreduce_enqueued", "static_graph"]),
-    (PreTrainedModel, ["_gradient_checkpointing_func"]),
+    (PreTrainedModel, ["_gradient_checkpointing_func", "_keys_to_ignore_on_load_unexpected", "main_input_name"]),
+    (DynamicLayer, ["keys", "values"]),
+    (Cache, ["layers"]),
     (BaseTunerLayer, ["disable_adapters", "active_adapters", "merged"]),
     (LoraConfig, ["fan_in_fan_out", "layers_to_transform", "layers_pattern", "exclude_modules"]),
 ]  # fmt: skip
