@@ -83,6 +83,22 @@ def test_copies_are_not_asked_and_cross_once(llama):
     assert trips["cloud_copy"] < trips["exchange"] and sent["cloud_copy"] < sent["exchange"] / 2
 
 
+def test_backward_ends_below_the_lowest_module_that_learns(llama):
+    base, address = llama
+    edge = connect(address, base, adapter(), dtype=torch.float64, killed="exchange")
+    freeze(edge, "layers.0.", "layers.1.", "layers.2.self_attn")
+    received = edge.remote_span.link.traffic.received
+    step(edge, ragged())
+    after_step = edge.remote_span.link.traffic.received
+    with torch.no_grad():
+        edge(**ragged())
+    of_forward = edge.remote_span.link.traffic.received - after_step
+    # Besides what a forward pass brings: gradients of gate and up, of down, and an end; nothing of what is below.
+    width, wide = 32, 48
+    expected = 3 * 7 * (2 * wide + width) * 8
+    assert expected < after_step - received - of_forward < expected + 1000
+
+
 def test_a_copy_follows_its_module(llama):
     base, address = llama
     local = whole(base, adapter())

@@ -157,7 +157,7 @@ class MicroBatchRun:
 
     def _pass(self, message: Message, hidden: Tensor) -> tuple[Pass, dict[str, Any]]:
         fields = message.fields
-        alive, copies = (_listed(fields, name, str) for name in ("alive", "copies"))
+        alive, frozen, copies = (_listed(fields, name, str) for name in ("alive", "frozen", "copies"))
         skipped, constant = (frozenset(_listed(fields, name, int)) for name in ("skipped", "constant"))
         if not self.session.targets.issuperset(alive) or set(alive) & set(copies):
             raise WireError("alive projections are some of the session's targets, and are not copies as well")
@@ -168,8 +168,8 @@ class MicroBatchRun:
         rank = self.session.rank
         factors = {} if rank is None else {name: self.base.factors(name, rank) for name in alive}
         now = Pass(
-            frozenset(alive), {name: self._copies[name] for name in copies}, factors, skipped, constant,
-            self._ask, self.send, self._given(message, hidden, frozenset(alive)),
+            frozenset(alive), frozenset(frozen), {name: self._copies[name] for name in copies}, factors,
+            skipped, constant, self._ask, self.send, self._given(message, hidden, frozenset(alive)),
         )  # fmt: skip
         return now, _arguments(message, hidden, self.base, self.cache)
 

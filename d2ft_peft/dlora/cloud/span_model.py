@@ -21,6 +21,7 @@ class Pass:
 
     Attributes:
         alive: Projections whose adapters live on the edge and take part, by path.
+        frozen: Those of them that do not learn: where no other one is below, backward need not go there.
         copies: Frozen adapters that take part here, A [r, in] and B [out, r] by path.
         factors: Frozen A and B of projections that cross at width r, by path; empty where whole hidden states cross.
         skipped: Indices of blocks that only the residual stream passes.
@@ -32,6 +33,7 @@ class Pass:
     """
 
     alive: frozenset[str]
+    frozen: frozenset[str]
     copies: dict[str, tuple[Tensor, Tensor]]
     factors: dict[str, tuple[Tensor, Tensor]]
     skipped: frozenset[int]
@@ -181,7 +183,8 @@ class _Adapted:
         rank = now.factors[self.name][0].shape[0] if now.factors else None
         widths = answer_widths(self.group, now.alive, rank)
         inputs = [x @ now.factors[name][0].T for name in widths] if now.factors else [x]
-        anchor = x.new_zeros((), requires_grad=torch.is_grad_enabled())
+        learns = torch.is_grad_enabled() and not now.frozen.issuperset(widths)
+        anchor = x.new_zeros((), requires_grad=learns)
         answers = _Exchange.apply(now, self.number, tuple(widths.values()), anchor, *inputs)
         for name, answer in zip(widths, answers, strict=True):
             now.pending[name] = answer @ now.factors[name][1].T if now.factors else answer
@@ -190,7 +193,7 @@ class _Adapted:
 class _Exchange(torch.autograd.Function):
     """What the adapters of a group make of their input, computed by the edge; backward likewise.
 
-    The anchor makes backward pass here even where the input needs no gradient: the edge's adapters do.
+    The anchor makes backward pass here even where the input needs no gradient: adapters that learn do.
     """
 
     @staticmethod

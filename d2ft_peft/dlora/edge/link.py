@@ -185,7 +185,7 @@ class Link:
         call = self._channel.unary_unary(protocol.method(name))
         answer = call(data, metadata=self._metadata(), timeout=protocol.seconds_for(len(data)))
         self.traffic.sent += len(data)
-        self.traffic.received += len(answer)
+        self.traffic.received += len(answer or b"")
         self.traffic.round_trips += 1
         return _unpacked(answer, protocol.ANSWERS[name])
 
@@ -248,7 +248,9 @@ class Link:
         return min(2 * pause, _LONGEST_PAUSE)
 
 
-def _unpacked(frame: bytes, kind: str) -> dict[str, Any]:
+def _unpacked(frame: bytes | None, kind: str) -> dict[str, Any]:
+    if frame is None:
+        raise Broken("the call ended without an answer")
     try:
         return from_frame(frame, kind)
     except FrameError as error:

@@ -108,7 +108,9 @@ class LocalAdapters:
             asked: Is given the graph, if there is to be one.
             needs_grad: Whether backward will ask for the gradient of the inputs.
         """
+        device = _own(self.layers[names[0]])[0].device
         with torch.set_grad_enabled(asked is not None):
+            inputs = [value.to(device) for value in inputs]
             if asked is not None:
                 inputs = [value.requires_grad_(needs_grad) for value in inputs]
             if self.crosses_at_rank:

@@ -144,7 +144,7 @@ class RemotePass:
             number = check_answerable(message, self.adapters.groups)
             needed = message.fields.get("answer") is True
             grads = [
-                value.to(out.dtype)
+                value.to(out.device, out.dtype)
                 for value, out in zip(message.tensors.values(), self._asked[number].outputs, strict=True)
             ]
             answers = self.adapters.backward(self._names(number), self._asked[number], grads, needed, found)

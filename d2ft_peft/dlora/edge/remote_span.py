@@ -200,6 +200,8 @@ class RemoteSpan:
         fields = {"mode": mode, "alive": list(alive.exchanged), "has_cache": self._has_cache, **fields}
         if alive.copied:
             fields |= {"copies": list(alive.copied), "version": self._version}
+        if mode == "train" and (frozen := [name for name in alive.exchanged if name not in alive.trained]):
+            fields["frozen"] = frozen
         fields |= self._planned.fields()
         if self.head is not None:
             fields |= {"items": self.head.items, "keep": self.head.keep}
@@ -228,8 +230,7 @@ class _Span(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, span, alive, hidden, *parameters):
-        ctx.span, ctx.shape, ctx.like = span, hidden.shape, hidden
-        ctx.parameters = parameters
+        ctx.span, ctx.parameters, ctx.place = span, parameters, (hidden.device, hidden.dtype)
         ctx.passes = span.begin(hidden, slice(None), alive, "train", ctx.needs_input_grad[2])
         return span.joined(span.each(RemotePass.forward, ctx.passes), hidden)
 
@@ -243,7 +244,7 @@ class _Span(torch.autograd.Function):
         ctx.passes = []
         hidden = None
         if ctx.needs_input_grad[2]:
-            hidden = torch.cat([part for part, _ in found]).to(ctx.like.device, ctx.like.dtype)
+            hidden = torch.cat([part for part, _ in found]).to(*ctx.place)
         sums = []
         for parameter in ctx.parameters:
             parts = [of_part[id(parameter)] for _, of_part in found if id(parameter) in of_part]
