@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from d2ft_peft.dlora import CloudProgressCallback, connect
+from d2ft_peft.dlora.cloud import singular_vectors
+from d2ft_peft.dlora.cloud.singular_vectors import leading_directions
 from d2ft_peft.dlora.edge.link import CloudError
 
 from ..models import TINY
@@ -150,10 +152,37 @@ def test_cores_are_lora_with_frozen_factors(llama):
         )
 
 
-@pytest.mark.parametrize(("packing", "tolerance"), [("bf16", 0.03), ("int8", 0.15)])
+def test_factors_are_the_leading_directions_of_weights_of_any_width(monkeypatch):
+    spectrum = 0.8 ** torch.arange(40, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(n, 40, generator=generator, dtype=torch.float64)).Q for n in (60, 50))
+    weight = left @ torch.diag(spectrum) @ right.T
+    exact = leading_directions(weight, 8)
+    monkeypatch.setattr(singular_vectors, "_WHOLE", 10)
+    for by_iteration, whole_one in zip(leading_directions(weight, 8), exact, strict=True):
+        torch.testing.assert_close(by_iteration, whole_one, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(by_iteration.T @ by_iteration, torch.eye(8, dtype=torch.float64))
+    torch.testing.assert_close(exact[0].abs(), left[:, :8].abs())
+
+
+def test_a_core_goes_on_between_its_own_factors_only(llama, tmp_path):
+    base, address = llama
+    edge = connect(address, base, adapter(), dtype=torch.float64, crossing="core")
+    whole(base, adapter()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="another one than the frozen factor"):
+        edge.load_adapter(tmp_path, "default")
+    edge.remote_span.link._session = None
+    layer = next(iter(edge.remote_span.adapters.layers.values()))
+    layer.lora_B["default"].factor.add_(1)
+    with pytest.raises(CloudError, match="has other factors"):
+        step(edge, ragged())
+
+
+@pytest.mark.parametrize(("packing", "tolerance"), [("bf16", 0.05), ("int8", 0.15)])
 @pytest.mark.parametrize("options", [{}, {"crossing": "core"}, {"head": "cloud"}, {"edge_blocks": (1, 1)}], ids=str)
 def test_packing_rounds_and_saves(llama, packing, tolerance, options):
     base, address = llama
+    torch.manual_seed(0)
     exact = connect(address, base, adapter(), dtype=torch.float64, **options)
     packed = connect(address, base, adapter(), dtype=torch.float64, packing=packing, **options)
     copy_adapters(exact, packed)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..blocks import find_stack
 from ..wire.fingerprint import fingerprint, name_of
+from .singular_vectors import leading_directions
 
 
 _PROBED_TOKENS = 8
@@ -120,10 +121,10 @@ class BaseModel:
         found = self._factors.get((name, rank))
         if found is None:
             layer = self.model.get_submodule(name)
-            weight = (layer.weight.T if isinstance(layer, Conv1D) else layer.weight).double()
-            left, _, right = torch.linalg.svd(weight, full_matrices=False)
+            weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+            left, right = leading_directions(weight, rank)
             left = left * math.sqrt(len(weight) / (3 * rank))
-            found = (right[:rank].to(self.dtype).contiguous(), left[:, :rank].to(self.dtype).contiguous())
+            found = (right.T.to(self.dtype).contiguous(), left.to(self.dtype).contiguous())
             self._keep(name, rank, found)
         return found
 

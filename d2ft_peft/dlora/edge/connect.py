@@ -15,11 +15,11 @@ from ..wire.fingerprint import fingerprint
 from ..wire.messages import DTYPES
 from ..wire.protocol import VERSION
 from .across_link import check_adapter, modules_across
-from .core_adapter import make_core
+from .core_adapter import is_alike, make_core
 from .edge_model import EdgeModel
 from .head_in_cloud import HeadInCloud
 from .hidden_cache import HiddenCache
-from .link import Link
+from .link import CloudError, Link
 from .local_adapters import KILLED, LocalAdapters
 from .remote_span import RemoteSpan
 from .sample_cache import SampleCache
@@ -148,6 +148,17 @@ def _make_cores(model: PeftModel, link: Link, adapter_name: str) -> None:
         if (tuple(a.shape), tuple(b.shape)) != expected:
             raise ValueError(f"the cloud sent factors of shapes {list(a.shape)} and {list(b.shape)}, not {expected}.")
         make_core(layer, adapter_name, a.clone(), b.clone())
+
+    def compare() -> None:
+        for message in link.fetch_factors(sorted(inside)):
+            layer = layers[message.fields["name"]]
+            ours = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].factor
+            if not all(map(is_alike, (message.tensors["a"], message.tensors["b"]), ours)):
+                raise CloudError(
+                    f"{link.address} has other factors of {message.fields['name']} than before it was away."
+                )
+
+    link.opened = compare
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

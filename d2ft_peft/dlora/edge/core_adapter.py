@@ -69,6 +69,19 @@ class FrozenA(nn.Module):
         """[..., in] to [..., r]."""
         return F.linear(x, self.weight)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        weight = state_dict.get(prefix + "weight")
+        if weight is not None and not is_alike(weight, self.weight):
+            raise ValueError(
+                f"{prefix}weight of the adapter is another one than the frozen factor in the cloud: a core can go on "
+                "from what was trained as a core of the same rank on the same base model; use crossing='hidden'."
+            )
+
+
+def is_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two factors are the same but for what another machine rounds otherwise."""
+    return one.shape == other.shape and torch.allclose(one.to(other), other, rtol=1e-3, atol=1e-4)
+
 
 def make_core(layer: LoraLayer, adapter: str, a: Tensor, b: Tensor) -> None:
     """Let a LoRA layer train a core between frozen factors.

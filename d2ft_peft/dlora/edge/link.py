@@ -72,6 +72,8 @@ class Link:
         self.traffic = Traffic()
         self.told: dict[str, Any] = {}
         self.install: Callable[[], Message | None] = lambda: None
+        self.opened: Callable[[], None] = lambda: None
+        """Is called whenever the session was opened anew."""
         self.holding: weakref.WeakSet[Any] = weakref.WeakSet()
         """Whoever has something in the cloud that can be made again: is asked to `let_go` when there is no room."""
         self._token = {} if token is None else {protocol.TOKEN_KEY: f"Bearer {token}"}
@@ -128,19 +130,19 @@ class Link:
 
     def factors(self, names: list[str]) -> list[Message]:
         """Frozen factors of projections, one message for each."""
+        return self.replaying(lambda: self.fetch_factors(names))
 
-        def attempt() -> list[Message]:
-            call = self._channel.unary_stream(protocol.method(protocol.FACTORS))
-            frames = call(to_frame("factors", {"names": names}), metadata=self._metadata())
-            reader, found = Reader(protocol.MESSAGE_BYTES), []
-            while (frame := self.next_frame(frames, 0)) is not None:
-                if (message := taken(reader, frame)) is not None:
-                    found.append(message)
-            if [message.fields.get("name") for message in found] != names:
-                raise Broken("the stream of factors ended early")
-            return found
-
-        return self.replaying(attempt)
+    def fetch_factors(self, names: list[str]) -> list[Message]:
+        """The same, to be used within `replaying`."""
+        call = self._channel.unary_stream(protocol.method(protocol.FACTORS))
+        frames = call(to_frame("factors", {"names": names}), metadata=self._metadata())
+        reader, found = Reader(protocol.MESSAGE_BYTES), []
+        while (frame := self.next_frame(frames, 0)) is not None:
+            if (message := taken(reader, frame)) is not None:
+                found.append(message)
+        if [message.fields.get("name") for message in found] != names:
+            raise Broken("the stream of factors ended early")
+        return found
 
     def next_frame(self, frames: Any, waited_bytes: int) -> bytes | None:
         """The next frame of a call, or None at its end.
@@ -195,6 +197,11 @@ class Link:
             if self._session is None:
                 self.told = self._call(protocol.OPEN, self.wish)
                 self._session, self._installed = str(self.told.get("session")), False
+                try:
+                    self.opened()
+                except BaseException:
+                    self._session = None  # not looked at yet
+                    raise
             if not self._installed:
                 message = self.install()
                 if message is not None:
