@@ -339,6 +339,14 @@ def test_closing_lets_everything_train_again():
     assert {n for n, p in model.named_parameters() if p.grad is not None} == before
 
 
+def test_closing_between_the_passes_lets_everything_train_too():
+    model, _, kill_revive = prepared()
+    loss = model(**batch()).loss
+    kill_revive.close()
+    loss.backward()
+    assert len([p for p in model.parameters() if p.requires_grad]) == 18
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_reference_pass_without_the_adapter_revives_nothing(checkpointing):
     """PEFT makes all adapters trainable when such a pass ends; losses of preferences have one in every step."""

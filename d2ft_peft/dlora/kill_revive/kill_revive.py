@@ -233,7 +233,7 @@ class KillRevive:
 
     def before_backward(self) -> None:
         """Before a backward pass of the model: freeze what PEFT's methods thawed since the forward pass."""
-        if self._probe is None:
+        if self._probe is None and not self._closed:
             train_only(self._modules, self.state.active)
 
     def _end_probe(self) -> None:
