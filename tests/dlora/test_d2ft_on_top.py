@@ -58,12 +58,17 @@ BY_BLOCK = {
 }
 
 
-@pytest.mark.parametrize("placement", [{}, {"edge_blocks": (1, 1)}, {"in_flight": 2}, {"head": "cloud"}], ids=str)
-@pytest.mark.parametrize("options", BY_BLOCK.values(), ids=BY_BLOCK)
-def test_a_scheduled_run_is_the_local_one(llama, tmp_path, options, placement):
-    by_loss = options.get("policy") == "importance" or "backward_score" in options
-    if by_loss and placement == {"head": "cloud"}:
-        pytest.skip("scores that follow training are read from logits, which are the cloud's here")
+PLACEMENTS = {
+    "head in the cloud": ({"head": "cloud"}, ["fewer samples", "blocks left out"]),
+    "edge blocks": ({"edge_blocks": (1, 1)}, ["from a depth up", "blocks that train in turns"]),
+    "parts in flight": ({"in_flight": 2}, ["constant for a part"]),
+}
+CASES = [(name, {}) for name in BY_BLOCK] + [(name, where) for where, names in PLACEMENTS.values() for name in names]
+
+
+@pytest.mark.parametrize(("name", "placement"), CASES, ids=str)
+def test_a_scheduled_run_is_the_local_one(llama, tmp_path, name, placement):
+    options = BY_BLOCK[name]
     local, edge = both(llama, options, **placement)
     logs = []
     for model in (local, edge):
