@@ -3,13 +3,14 @@
     sudo python examples/benchmarks/dlora_network.py --out examples/benchmarks/results/dlora/network.jsonl
     python examples/benchmarks/dlora_network.py --table examples/benchmarks/results/dlora/network.jsonl
 
-Cloud and edge are two processes, each in a network namespace of its own. The link between them is `link_emulator.c`: packets of
-1,500 bytes wait for their share of the rate, then for half the round trip, and are lost by chance, in either direction;
-TCP is the kernel's. Making namespaces takes root rights, `ip` (iproute2), a C compiler and /dev/net/tun on Linux.
+Cloud and edge are two processes, each in a network namespace of its own. The link between them is `link_emulator.c`:
+packets of 1,500 bytes wait for their share of the rate, then for half the round trip, and are lost by chance, in
+either direction; TCP is the kernel's. Making namespaces takes root rights, `ip` (iproute2), a C compiler and
+/dev/net/tun on Linux.
 
-The model is a small random Llama (`--hidden`, `--layers`): bytes grow with the width, FLOPs with its square, so a small one
-lets the link bind. ``limit`` is what `d2ft_peft.simulate.dlora_step.HomeLink` says: a step cannot be shorter, whoever
-sends the bytes. ``free`` is the same step without a limit of rate, delay or loss, which is what computing takes.
+The model is a small random Llama: bytes grow with the width, FLOPs with its square, so a small one lets the link bind.
+``limit`` is what `d2ft_peft.simulate.dlora_step.HomeLink` says: a step cannot be shorter, whoever sends the bytes.
+``free`` is the same step without a limit of rate, delay or loss, measured just before: what computing takes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -43,35 +44,43 @@ QUEUE_MS = 100
 FREE = (100_000.0, 0.0, 0.0)
 """Mbit/s, ms and per cent of a link that costs nothing."""
 
-PLACEMENTS = ("u_shaped", "eighth", "all", "core")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LENGTH, VOCABULARY = 64, 128
-TOKENS = {10.0: 512, 100.0: 2048, 1000.0: 8192}
+TOKENS = {100.0: 4096, 10.0: 1024, 1000.0: 8192}
 """Tokens of a step by Mbit/s: so many that bytes take longer than a few round trips."""
 
 
-def plan() -> Iterator[tuple[float, float, float, str, str, str, int]]:
-    """Mbit/s, round trip in ms, loss in per cent, congestion control, placement, packing, in_flight."""
-    for rate in (10.0, 100.0, 1000.0):
+class Key(NamedTuple):
+    """What is measured: Mbit/s, ms, per cent, congestion control of TCP, and the arguments of `connected`."""
+
+    rate: float
+    round_trip: float
+    loss: float
+    control: str
+    placement: str
+    packing: str
+    in_flight: int
+
+
+def plan() -> Iterator[Key]:
+    """The rows, those of a link together."""
+    for rate in TOKENS:
         for round_trip in (5.0, 50.0, 150.0):
+            link = (rate, round_trip, 0.0, "cubic")
             for placement in ("u_shaped", "eighth", "all"):
-                for in_flight in (1, 8):
-                    yield rate, round_trip, 0.0, "cubic", placement, "none", in_flight
-    for in_flight in (2, 4):
-        for placement in ("eighth", "all"):
-            yield 100.0, 50.0, 0.0, "cubic", placement, "none", in_flight
-    for placement, packing in (
-        ("all", "bf16"),
-        ("all", "int8"),
-        ("u_shaped", "int8"),
-        ("core", "none"),
-        ("core", "int8"),
-    ):
-        yield 10.0, 50.0, 0.0, "cubic", placement, packing, 8
-    for control in ("cubic", "bbr"):
-        for rate, round_trip in ((10.0, 50.0), (100.0, 5.0), (100.0, 50.0), (100.0, 150.0), (1000.0, 50.0)):
-            for loss in (1.0, 5.0):
-                yield rate, round_trip, loss, control, "eighth", "none", 8
+                if placement != "all" or rate > 10 or round_trip == 50:
+                    yield Key(*link, placement, "none", 8)
+            yield Key(*link, "eighth", "none", 1)
+            if round_trip == 50:
+                for in_flight in (2, 4):
+                    yield Key(*link, "eighth", "none", in_flight)
+                for placement, packing in (("all", "bf16"), ("all", "int8"), ("core", "none"), ("core", "int8")):
+                    yield Key(*link, placement, packing, 8)
+    for rate, round_trip in ((100.0, 50.0), (10.0, 50.0), (100.0, 5.0), (100.0, 150.0), (1000.0, 50.0)):
+        for loss in (1.0, 5.0):
+            yield Key(rate, round_trip, loss, "bbr", "eighth", "none", 8)
+    yield Key(10.0, 50.0, 1.0, "cubic", "eighth", "none", 8)
+    yield Key(100.0, 50.0, 1.0, "cubic", "eighth", "none", 8)
 
 
 def save_model(folder: str, hidden: int, layers: int) -> None:
@@ -198,14 +207,14 @@ class Network:
 
 
 @contextlib.contextmanager
-def both_ends(base: str, server: list[str]) -> Iterator[tuple[Network, subprocess.Popen]]:
+def both_ends(base: str) -> Iterator[tuple[Network, subprocess.Popen]]:
     """A network with a cloud at one end, and an edge at the other that takes variants on its standard input."""
     with tempfile.TemporaryDirectory() as folder:
         network, started = Network(folder), []
         try:
             network.set(*FREE, "cubic")
             serve = ["-m", "d2ft_peft.dlora.cloud", base, "--host", ADDRESSES[0], "--port", str(PORT), "--insecure"]
-            cloud = network.start(0, *serve, "--dtype", "float32", *server, stdout=subprocess.PIPE)
+            cloud = network.start(0, *serve, "--dtype", "float32", stdout=subprocess.PIPE)
             started.append(cloud)
             if not cloud.stdout.readline().startswith("serving"):
                 raise RuntimeError("the cloud did not start; see above.")
@@ -232,7 +241,8 @@ def ask(edge: subprocess.Popen, variant: dict[str, Any]) -> dict[str, Any]:
 
 def with_limits(row: dict[str, Any]) -> dict[str, Any]:
     """A row with the shortest step that its link allows, with so many parts in flight and with any number of them."""
-    link = HomeLink(row["rate_mbit"], row["rate_mbit"], row["round_trip_ms"] / 1000)
+    key = Key(*row["key"])
+    link = HomeLink(key.rate, key.rate, key.round_trip / 1000)
     phases = [Phase(*phase) for phase in row["phases"]]
     limits = {
         "limit": sum(link.seconds(phase, row["in_flight"]) for phase in phases),
@@ -241,30 +251,32 @@ def with_limits(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **limits}
 
 
-def run(rows: list[tuple], base: str, out: str, args: argparse.Namespace) -> None:
-    """Measure some rows of the plan, and the same steps on a link that costs nothing."""
-    known = {tuple(row["key"]) for row in read_rows(out)}
-    free: dict[str, float] = {}
-    with both_ends(base, []) as (network, edge):
-        setting = None
+def run(rows: list[Key], base: str, out: str, args: argparse.Namespace) -> None:
+    """Measure some rows of the plan, and just before each the same step on a link that costs nothing."""
+    known = {Key(*row["key"]) for row in read_rows(out)}
+    with both_ends(base) as (network, edge):
         for key in rows:
             if key in known:
                 continue
-            rate, round_trip, loss, control, placement, packing, in_flight = key
-            variant = {"placement": placement, "packing": packing, "in_flight": in_flight, "tokens": TOKENS[rate]}
-            name = json.dumps(variant)
-            if name not in free:
-                network.set(*FREE, "cubic")
-                setting = None
-                free[name] = ask(edge, {**variant, "steps": 3, "warm_up": 1})["seconds"]
-            if key[:4] != setting:
-                network.set(*key[:4])
-                setting = key[:4]
-            found = ask(edge, {**variant, "steps": args.steps, "warm_up": args.warm_up})
-            row = with_limits({
-                "key": key, **variant, **found, "rate_mbit": rate, "round_trip_ms": round_trip, "loss_percent": loss,
-                "control": control, "free": free[name], "hidden": args.hidden, "layers": args.layers,
-            })  # fmt: skip
+            variant = {
+                "placement": key.placement, "packing": key.packing, "in_flight": key.in_flight,
+                "tokens": TOKENS[key.rate], "steps": args.steps if key.loss == 0 or key.control == "bbr" else 1, "warm_up": 1,
+            }  # fmt: skip
+            network.set(*FREE, "cubic")
+            free = ask(edge, variant)["seconds"]
+            network.set(*key[:4])
+            found = ask(edge, variant)
+            row = with_limits(
+                {
+                    "key": key,
+                    **variant,
+                    **found,
+                    "free": free,
+                    "load": os.getloadavg()[0],
+                    "hidden": args.hidden,
+                    "layers": args.layers,
+                }
+            )
             append_rows(out, [row])
             print(table([row]).splitlines()[-1], flush=True)
 
@@ -273,15 +285,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     """A line a row: what was reached of the limit."""
     lines = []
     for row in rows:
-        seconds, tokens = row["seconds"], row["tokens"]
+        key, seconds = Key(*row["key"]), row["seconds"]
         lines.append(
             {
-                "Mbit/s": f"{row['rate_mbit']:g}", "RTT ms": f"{row['round_trip_ms']:g}",
-                "loss %": f"{row['loss_percent']:g}", "TCP": row["control"], "placement": row["placement"],
-                "packing": row["packing"], "in flight": row["in_flight"], "step s": f"{seconds:.2f}",
-                "free s": f"{row['free']:.2f}", "tokens/s": f"{tokens / seconds:.0f}",
-                "of limit": f"{row['limit'] / seconds:.2f}", "any in flight": f"{row['limit_any'] / seconds:.2f}",
-                "binds": "link" if row["limit"] > row["free"] else "compute",
+                "Mbit/s": f"{key.rate:g}", "RTT ms": f"{key.round_trip:g}", "loss %": f"{key.loss:g}",
+                "TCP": key.control, "placement": key.placement, "packing": key.packing, "in flight": key.in_flight,
+                "tokens": row["tokens"], "step s": f"{seconds:.2f}", "free s": f"{row['free']:.2f}",
+                "limit s": f"{row['limit']:.2f}", "load": f"{row['load']:.0f}", "tokens/s": f"{row['tokens'] / seconds:.0f}",
+                "of limit": f"{row['limit'] / seconds:.2f}", "of any in flight": f"{row['limit_any'] / seconds:.2f}",
             }
         )  # fmt: skip
     return format_table(lines)
@@ -294,10 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--warm-up", type=int, default=1)
-    parser.add_argument(
-        "--only", help="Python expression over rate, round_trip, loss, control, placement, packing, in_flight"
-    )
+    parser.add_argument("--only", help="Python expression over the fields of Key")
     parser.add_argument("--edge", help=argparse.SUPPRESS)
     parser.add_argument("--base", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -307,8 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.edge:
         be_edge(args.edge, args.base)
         return
-    names = ("rate", "round_trip", "loss", "control", "placement", "packing", "in_flight")
-    rows = [key for key in plan() if args.only is None or eval(args.only, {}, dict(zip(names, key, strict=True)))]
+    rows = [key for key in plan() if args.only is None or eval(args.only, {}, key._asdict())]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as base:
         save_model(base, args.hidden, args.layers)
