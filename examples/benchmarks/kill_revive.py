@@ -55,8 +55,8 @@ class Setting:
 
 SETTINGS = {
     "shakespeare": Setting(steps=250, batch_size=16, size=64, train=None, test=400),
-    "sst2": Setting(steps=60, batch_size=16, size=96, train=8000, test=1000),
-    "cifar10": Setting(steps=60, batch_size=32, size=64, train=4000, test=1000),
+    "sst2": Setting(steps=250, batch_size=8, size=96, train=8000, test=1000),
+    "cifar10": Setting(steps=200, batch_size=16, size=64, train=4000, test=1000),
 }
 METHODS = {
     "lora": (peft.LoraConfig, {"r": RANK, "lora_alpha": 2 * RANK}, 1),
