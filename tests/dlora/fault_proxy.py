@@ -224,6 +224,8 @@ class _Relay:
         elif kind == "damaged":
             bit = zlib.crc32(frame) % (8 * len(frame))
             frame = frame[: bit // 8] + bytes([frame[bit // 8] ^ 1 << bit % 8]) + frame[bit // 8 + 1 :]
+        elif kind == "dropped" and self.method != protocol.MICRO_BATCH:  # the only one of its call
+            self.silent.set()
         if kind not in ("half-open", "dropped"):
             yield frame
 

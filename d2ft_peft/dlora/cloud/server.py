@@ -19,7 +19,7 @@ from .base_model import BaseModel
 from .decisions import decide
 from .edge_sessions import EdgeSession, EdgeSessions
 from .micro_batch_run import MicroBatchRun
-from .statuses import NotAdmitted, answering, streaming
+from .statuses import NotAdmitted, answering, for_the_edge, streaming
 from .stream_ends import Incoming, Outgoing
 from .turns import Room, Turns
 
@@ -210,7 +210,7 @@ class Cloud:
                 work(outgoing)
                 outgoing.end()
             except Exception as error:  # the thread's only way out
-                outgoing.end(error)
+                outgoing.end(for_the_edge(error))
             finally:
                 session.streams.give_back(1)
 

@@ -185,7 +185,7 @@ class _Adapted:
         inputs = [x @ now.factors[name][0].T for name in widths] if now.factors else [x]
         learns = torch.is_grad_enabled() and not now.frozen.issuperset(widths)
         anchor = x.new_zeros((), requires_grad=learns)
-        answers = _Exchange.apply(now, self.number, tuple(widths.values()), anchor, *inputs)
+        answers = _Exchange.apply(now, self.number, _answers(now, self.number, inputs, widths), anchor, *inputs)
         for name, answer in zip(widths, answers, strict=True):
             now.pending[name] = answer @ now.factors[name][1].T if now.factors else answer
 
@@ -193,18 +193,14 @@ class _Adapted:
 class _Exchange(torch.autograd.Function):
     """What the adapters of a group make of their input, computed by the edge; backward likewise.
 
-    The anchor makes backward pass here even where the input needs no gradient: adapters that learn do.
+    The anchor makes backward pass here even where the input needs no gradient: adapters that learn do. The answers are
+    there already: a forward that raises keeps the graph before it for ever.
     """
 
     @staticmethod
-    def forward(ctx, now, number, widths, anchor, *inputs):
+    def forward(ctx, now, number, answers, anchor, *inputs):
         ctx.now, ctx.number, ctx.shapes = now, number, [value.shape for value in inputs]
-        answers = now.given.pop(number, None)
-        if answers is None:
-            question = Message("exchange", {"group": number}, _numbered(inputs))
-            answers = list(now.ask(question).tensors.values())
-        shapes = [(*inputs[0].shape[:-1], width) for width in widths]
-        return tuple(checked(answers, shapes, inputs[0]))
+        return tuple(answers)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -221,6 +217,15 @@ def answer_widths(group: Group, alive: frozenset[str], rank: int | None) -> dict
     """Widths of the answers of a group, by path of the projection."""
     widths = dict(zip(group.names, group.out_features, strict=True))
     return {name: width if rank is None else rank for name, width in widths.items() if name in alive}
+
+
+def _answers(now: Pass, number: int, inputs: list[Tensor], widths: dict[str, int]) -> list[Tensor]:
+    """Answers of a group: those that came with the question, or what the edge says now."""
+    answers = now.given.pop(number, None)
+    if answers is None:
+        question = Message("exchange", {"group": number}, _numbered(inputs))
+        answers = list(now.ask(question).tensors.values())
+    return checked(answers, [(*inputs[0].shape[:-1], width) for width in widths.values()], inputs[0])
 
 
 def _numbered(tensors: Any) -> dict[str, Tensor]:

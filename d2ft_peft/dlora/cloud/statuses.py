@@ -23,6 +23,10 @@ class NotAdmitted(Exception):
     """The call came without a token that the server knows."""
 
 
+class Failed(Exception):
+    """Something went wrong inside, and the log says what."""
+
+
 _STATUS = {
     Refused: grpc.StatusCode.RESOURCE_EXHAUSTED,
     FrameError: grpc.StatusCode.ABORTED,
@@ -31,8 +35,21 @@ _STATUS = {
     UnknownSession: grpc.StatusCode.NOT_FOUND,
     OtherModel: grpc.StatusCode.FAILED_PRECONDITION,
     NeverFits: grpc.StatusCode.FAILED_PRECONDITION,
+    Failed: grpc.StatusCode.INVALID_ARGUMENT,
 }
 """What a call ends with; a subclass stands before its parent."""
+
+
+def for_the_edge(error: Exception) -> Exception:
+    """An error without its traceback; one that is none of the edge's business is logged, and another one returned.
+
+    Frames of a traceback hold a graph, and the graph holds what holds the error: no collector sees through that ring.
+    """
+    if not isinstance(error, (grpc.RpcError, *_STATUS)):
+        logger.error("a call failed", exc_info=error)
+        error = Failed(f"the server could not run this ({type(error).__name__})")
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 def answering(handle: Callable[[Any, grpc.ServicerContext], bytes]) -> Callable[[Any, grpc.ServicerContext], bytes]:
@@ -63,12 +80,10 @@ def streaming(
 
 def _abort(context: grpc.ServicerContext, error: Exception) -> None:
     """End a call with a status and a sentence; details of what went wrong inside stay here."""
+    error = for_the_edge(error)
     if isinstance(error, grpc.RpcError):
         raise error  # the edge went away; gRPC knows
     if isinstance(error, Refused):
         context.set_trailing_metadata([(protocol.RETRY_KEY, f"{error.seconds:g}")])
-    for kind, status in _STATUS.items():
-        if isinstance(error, kind):
-            context.abort(status, str(error)[:_LONGEST_SENTENCE])
-    logger.error("a call failed", exc_info=error)
-    context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the server could not run this ({type(error).__name__})")
+    status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
+    context.abort(status, str(error)[:_LONGEST_SENTENCE])
