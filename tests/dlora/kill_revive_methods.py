@@ -87,6 +87,9 @@ REFUSED = {
     ),
     "Uni-LoRA": (on_projections(peft.UniLoraConfig, r=4), "neither can be killed without the other"),
     "TinyLoRA": (on_projections(peft.TinyLoraConfig, r=4), "neither can be killed without the other"),
+    "D2FT on several processes": (
+        partial(D2FTConfig, policy="all_full", head_parallel=True), "head_parallel=True puts the parts of a module on",
+    ),
     "D2FT with tied embeddings": (
         partial(D2FTConfig, policy="all_full", train_boundary=True), "model.embed_tokens and lm_head share a trainable",
     ),

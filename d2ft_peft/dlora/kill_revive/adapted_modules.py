@@ -75,14 +75,7 @@ def find_modules(model: nn.Module) -> list[AdaptedModule]:
     Raises:
         ValueError: If there is none, or their parameters do not belong to one layer each.
     """
-    configs = getattr(model, "peft_config", {}).values()
-    allocates = callable(getattr(getattr(model, "base_model", None), "update_and_allocate", None))
-    if allocates and any(getattr(config, "use_asa", True) for config in configs):  # AdaMSS can do without
-        raise ValueError(
-            f"{type(model.base_model).__name__} cannot be killed in parts: after each step its update_and_allocate "
-            "reads a gradient of every module and moves ranks between them, which is a choice of its own; use a method "
-            "without it, such as LoRA."
-        )
+    _check_method(model)
     base = base_of(model)
     layers = {name: layer for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)}
     for name, wrapper in base.named_modules():
@@ -96,11 +89,6 @@ def find_modules(model: nn.Module) -> list[AdaptedModule]:
     if not found:
         raise ValueError(_why_none(model, bool(layers)))
     _check_not_shared(found)
-    if any(getattr(config, "head_parallel", False) for config in configs):
-        raise ValueError(
-            "head_parallel=True puts the parts of a module on different processes, which must not choose apart; use "
-            "head_parallel=False."
-        )
     return found
 
 
@@ -130,6 +118,23 @@ def _own_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
         stack += [
             child for child in module.children() if not isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         ]
+
+
+def _check_method(model: nn.Module) -> None:
+    """Raise ValueError where something else decides on parts of a model as well."""
+    configs = getattr(model, "peft_config", {}).values()
+    allocates = callable(getattr(getattr(model, "base_model", None), "update_and_allocate", None))
+    if allocates and any(getattr(config, "use_asa", True) for config in configs):  # AdaMSS can do without
+        raise ValueError(
+            f"{type(model.base_model).__name__} cannot be killed in parts: after each step its update_and_allocate "
+            "reads a gradient of every module and moves ranks between them, which is a choice of its own; use a method "
+            "without it, such as LoRA."
+        )
+    if any(getattr(config, "head_parallel", False) for config in configs):
+        raise ValueError(
+            "head_parallel=True puts the parts of a module on different processes, which must not choose apart; use "
+            "head_parallel=False."
+        )
 
 
 def _why_none(model: nn.Module, has_layers: bool) -> str:

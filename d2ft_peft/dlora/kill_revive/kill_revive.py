@@ -17,16 +17,8 @@ from .gate import Gate, owner_of
 from .gradient_probe import GradientProbe, norms, square_of
 from .input_gradients import let_backward_end
 from .reducer import rebuild_reducer
-from .rule import (
-    Decision,
-    KillReviveRule,
-    KillReviveState,
-    Observations,
-    check_decision,
-    decide,
-    first_state,
-    is_due,
-)
+from .rule import Decision, KillReviveRule, KillReviveState, Observations, check_decision, first_state, is_due
+from .rule import decide as decide_here
 from .saved_state import KEY, SavedState
 
 
@@ -56,7 +48,7 @@ class KillRevive:
         resume: Whether to go on from the state that the optimizer holds; None: if it holds one.
         on_change: Called with the names of killed and revived modules after each change, the first one included; None
             calls the model's own ``on_modules_changed``, if it has one.
-        decide: Makes decisions in the place of `rule.decide`, with the same arguments and results.
+        decide: Makes decisions in the place of `rule.decide`, with the same arguments and results; None: that one.
         **rule: Fields of `KillReviveRule`: ``active``, ``interval``, ``idle``, ...
 
     Attributes:
@@ -78,7 +70,7 @@ class KillRevive:
         steps_per_epoch: int | None = None,
         resume: bool | None = None,
         on_change: Callable[[list[str], list[str]], None] | None = None,
-        decide: Callable[[KillReviveRule, KillReviveState, Observations], Decision] = decide,
+        decide: Callable[[KillReviveRule, KillReviveState, Observations], Decision] | None = None,
         **rule: Any,
     ):
         self.rule = KillReviveRule(**rule)
@@ -88,7 +80,7 @@ class KillRevive:
         self._modules = find_modules(model)
         self.names = [module.name for module in self._modules]
         _check_optimizer(optimizer, self._modules)
-        self._optimizer, self._decide = optimizer, decide
+        self._optimizer, self._decide = optimizer, decide or decide_here
         self._on_change = on_change or getattr(model, "on_modules_changed", None)
         self._probes = self.rule.probes and self.rule.active < len(self._modules)
         self._probe: GradientProbe | None = None

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ...training.callback import calling_trainer
 from .adapted_modules import unwrap
 from .kill_revive import KillRevive, release
-from .rule import Decision, KillReviveRule, KillReviveState, Observations, decide
+from .rule import Decision, KillReviveRule, KillReviveState, Observations
 
 
 class KillReviveCallback(TrainerCallback):
@@ -38,7 +38,7 @@ class KillReviveCallback(TrainerCallback):
         *,
         plot: bool = False,
         on_change: Callable[[list[str], list[str]], None] | None = None,
-        decide: Callable[[KillReviveRule, KillReviveState, Observations], Decision] = decide,
+        decide: Callable[[KillReviveRule, KillReviveState, Observations], Decision] | None = None,
         **rule: Any,
     ):
         self.rule, self._draw = KillReviveRule(**rule), _drawing() if plot else None
