@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 
@@ -30,6 +31,28 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"({', '.join(name for name, _ in found) or 'none'}); DLoRA cuts models with exactly one."
         )
     return found[0]
+
+
+def find_body(model: nn.Module, stack: str) -> PreTrainedModel:
+    """The innermost model around a stack: what its blocks get, it makes of hidden states, mask and positions.
+
+    Models with a head do not always call `base_model`, but one that is within it.
+    """
+    parts = stack.split(".")
+    around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts) - 1, -1, -1))
+    return next(module for module in around if isinstance(module, PreTrainedModel))
+
+
+def plain_facts(block: nn.Module) -> dict[str, Any]:
+    """What is said of a block beside its modules and weights: models look at it between their blocks."""
+    return {
+        name: value
+        for name, value in vars(block).items()
+        if name not in _OF_EVERY_MODULE and type(value) in (str, int, float, bool, type(None))
+    }
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def check_span(edge_blocks: tuple[int, int], depth: int) -> range:
@@ -56,10 +79,12 @@ class Passage(nn.Module):
     Args:
         index: Index of the block.
         returns_tuple: Whether the blocks of this model return a tuple.
+        facts: See `plain_facts`.
     """
 
-    def __init__(self, index: int, returns_tuple: bool = False):
+    def __init__(self, index: int, returns_tuple: bool = False, facts: dict[str, Any] | None = None):
         super().__init__()
+        self.__dict__.update(facts or {})
         self.index, self.returns_tuple = index, returns_tuple
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

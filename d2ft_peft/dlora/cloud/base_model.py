@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,12 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks import find_stack
+from ..blocks import find_body, find_stack
 from ..wire.fingerprint import fingerprint, name_of
+from .cut_check import check_cut
 from .singular_vectors import leading_directions
-
-
-_PROBED_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -138,43 +137,50 @@ class BaseModel:
 
     def body(self, model: PreTrainedModel) -> nn.Module:
         """The module of a copy that runs embedding, blocks and final norm."""
-        body = model.base_model
-        return body if self.stack.startswith(_path_of(model, body)) else model
+        return find_body(model, self.stack)
 
     def dummy_inputs(self, hidden: Tensor) -> dict[str, Tensor]:
         """Arguments under which the body reaches its blocks; what it makes of them is put aside there."""
-        if self.model.main_input_name == "pixel_values":
-            config = self.model.config
-            size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
-            return {"pixel_values": hidden.new_zeros(1, config.num_channels, *size)}
-        return {"inputs_embeds": hidden.detach()}
+        if self.takes_pixels:
+            return {"pixel_values": hidden.new_zeros(self.pixels)}
+        width = getattr(self.body(self.model).get_input_embeddings(), "embedding_dim", self.width)
+        return {"inputs_embeds": hidden.new_zeros(*hidden.shape[:2], width)}
 
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether the model sees images."""
+        return self.body(self.model).main_input_name == "pixel_values"
 
-def _path_of(model: nn.Module, part: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is part)
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """Shape of one image, as a batch."""
+        config = self.body(self.model).config
+        size = config.image_size if isinstance(config.image_size, (list, tuple)) else [config.image_size] * 2
+        return (1, config.num_channels, *size)
 
 
 def _probe(base: BaseModel) -> None:
-    """Run a few tokens, and note which projections share an input, and what autograd keeps."""
+    """Run a few tokens, and note which projections share an input, and what autograd keeps.
+
+    Raises:
+        ValueError: If the blocks cannot be run from hidden states alone.
+    """
     model = base.copy()
-    blocks = model.get_submodule(base.stack)
     inputs: list[tuple[Tensor, str, nn.Module]] = []
-    returned: list[bool] = []
     handles = [
         module.register_forward_hook(lambda module, args, out, name=name: inputs.append((args[0], name, module)))
         for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) and name.startswith(base.stack + ".")
+        if isinstance(module, (nn.Linear, Conv1D)) and name.startswith(base.stack + ".")
     ]
-    handles += [block.register_forward_hook(lambda m, a, out: returned.append(type(out) is tuple)) for block in blocks]
-    hidden = torch.randn(1, _PROBED_TOKENS, base.width, dtype=base.dtype, device=model.device).requires_grad_()
-    handles.append(blocks[0].register_forward_pre_hook(lambda module, args: (hidden, *args[1:])))
-    with _kept_bytes() as kept, torch.enable_grad():
-        base.body(model)(**base.dummy_inputs(hidden))
+    with _kept_bytes() as kept:
+        hidden, base.returns_tuple = check_cut(base, model)
     for handle in handles:
         handle.remove()
     together: dict[int, list[tuple[Tensor, str, nn.Module]]] = {}
+    calls = Counter(name for _, name, _ in inputs)
     for entry in inputs:
-        together.setdefault(id(entry[0]), []).append(entry)
+        if calls[entry[1]] == 1:  # one that runs again within a block would be asked for what it was not
+            together.setdefault(id(entry[0]), []).append(entry)
     base.groups = tuple(
         Group(
             int(entries[0][1].removeprefix(base.stack + ".").split(".")[0]),
@@ -184,8 +190,7 @@ def _probe(base: BaseModel) -> None:
         )
         for entries in together.values()
     )
-    base.returns_tuple = returned[0]
-    base.bytes_per_token = max(1, sum(kept.values()) // _PROBED_TOKENS)
+    base.bytes_per_token = max(1, sum(kept.values()) // hidden.shape[1])
 
 
 @contextmanager

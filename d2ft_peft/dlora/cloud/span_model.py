@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..blocks import Passage
+from ..blocks import Passage, plain_facts
 from ..wire.messages import Message, WireError
 from .base_model import BaseModel, Group
 
@@ -61,10 +61,11 @@ class SpanModel:
         self._out: Tensor | None = None
         blocks = self.model.get_submodule(base.stack)
         for index in range(len(blocks)):
+            passage = Passage(index, base.returns_tuple, plain_facts(blocks[index]))
             if index not in span:
-                blocks[index] = Passage(index, base.returns_tuple)
+                blocks[index] = passage
             else:
-                blocks[index].forward = _Planned(self, blocks[index], Passage(index, base.returns_tuple))
+                blocks[index].forward = _Planned(self, blocks[index], passage)
         blocks[span.start].register_forward_pre_hook(self._enter, with_kwargs=True)
         blocks[span.stop - 1].register_forward_hook(self._leave)
         for number, group in enumerate(base.groups):
@@ -110,7 +111,7 @@ class SpanModel:
         known = {name: value for name, value in arguments.items() if value is not None}
         if cache is not None:
             known["past_key_values"] = cache
-        if self.model.main_input_name != "pixel_values":
+        if not self.base.takes_pixels:
             known["use_cache"] = cache is not None
         try:
             return module(**self.base.dummy_inputs(hidden), **known)

@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
 
 
 _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 """Those of LoRA that do not look at the weights."""
+_OF_EVERY_BLOCK = ("output_hidden_states", "output_attentions", "output_router_logits")
+"""What a model answers of every single block."""
+_CROSSES = {"self", "attention_mask", "position_ids", "past_key_values", "labels", "num_items_in_batch"}
+_USED_BELOW = {"input_ids", "inputs_embeds", "pixel_values", "token_type_ids", "bool_masked_pos"}
+_SAID_BY_POSITIONS = {"cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+"""Arguments that blocks do without: they cross, or the embedding uses them, or positions say the same."""
 
 
 def check_adapter(config: Any, in_flight: int, crossing: str) -> None:
@@ -39,6 +46,28 @@ def check_adapter(config: Any, in_flight: int, crossing: str) -> None:
             f"lora_dropout={config.lora_dropout}, rank_pattern={config.rank_pattern}: cores have one rank, and their "
             "input is made in the cloud, without dropout; leave both out."
         )
+
+
+def check_arguments(given: dict[str, Any], body: nn.Module) -> None:
+    """Refuse arguments of a model that its blocks would get, or would have to answer, where some are in the cloud.
+
+    Args:
+        given: Arguments of the model around the blocks, by name.
+        body: That model.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for name in _OF_EVERY_BLOCK:
+        value = given.get(name)
+        if value is None:
+            value = getattr(body.config, name, False)
+        if value is not None and value is not False:
+            raise ValueError(f"{name}={value!r}: of the blocks in the cloud only the last output comes; leave it out.")
+    known = _CROSSES | _USED_BELOW | _SAID_BY_POSITIONS
+    for name, value in given.items():
+        if name not in known and isinstance(value, (Tensor, list, tuple, dict)):
+            raise ValueError(f"{name} would reach blocks that are in the cloud, and does not cross; leave it out.")
 
 
 def modules_across(model: PeftModel, stack: str, span: range) -> list[str]:

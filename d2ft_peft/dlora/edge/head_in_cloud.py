@@ -43,7 +43,7 @@ class HeadInCloud:
             raise ValueError("logits_to_keep is a tensor; with the head in the cloud give the number of last tokens.")
         head = self.remote.head = Head(labels, _items(labels, items), keep)
         try:
-            body = self.model.base_model(**given)
+            body = (self.remote.body if self.model.base_model is self.model else self.model.base_model)(**given)
         finally:
             self.remote.head = None
         loss, logits = (head.out, None) if labels is not None else (None, head.out)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..blocks import Passage, bound_arguments, find_cache, read_rows, write_rows
+from ..blocks import Passage, bound_arguments, find_body, find_cache, read_rows, write_rows
 from ..wire.messages import Message
+from .across_link import check_arguments
 from .link import Link
 from .local_adapters import Alive, LocalAdapters
 from .planned_blocks import PlannedBlocks, planned_blocks
@@ -71,7 +72,7 @@ class RemoteSpan:
         self._returns_tuple, self.in_flight = returns_tuple, in_flight
         self._mask: Tensor | None = None
         self._positions: Tensor | None = None
-        self._has_cache = False
+        self._has_cache = self._entered = False
         self._planned = PlannedBlocks()
         self._caches: weakref.WeakKeyDictionary[Cache, CachedPasses] = weakref.WeakKeyDictionary()
         self._threads = ThreadPoolExecutor(in_flight, "d2ft-in-flight") if in_flight > 1 else None
@@ -85,11 +86,15 @@ class RemoteSpan:
         for index in self.span:
             blocks[index].run = self if index == self.span.start else Passage(index, self._returns_tuple).forward
         self._model = model
-        model.base_model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        self.body = find_body(model, stack)
+        self.body.register_forward_pre_hook(self._enter, with_kwargs=True)
+        self.body.register_forward_hook(self._exit, always_call=True)
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Hidden states [batch, tokens, width] after the whole span, from the arguments of a block."""
+        if not self._entered:
+            raise ValueError("the model's blocks were run by something else than its forward; call that.")
         hidden = args[0] if args else kwargs.pop("hidden_states")
         cache = find_cache(args, kwargs)
         if cache is not None and not torch.is_grad_enabled():
@@ -107,6 +112,7 @@ class RemoteSpan:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Note mask and positions as the model got them: what its blocks get is made of these, in the cloud too."""
         given = bound_arguments(type(module).forward, (module, *args), kwargs)
+        check_arguments(given, module)
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ValueError(
@@ -114,6 +120,10 @@ class RemoteSpan:
                 "cloud makes its own."
             )
         self._mask, self._positions = mask, given.get("position_ids")
+        self._entered = True
+
+    def _exit(self, module: nn.Module, args: tuple, out: Any) -> None:
+        self._entered = False
 
     def _uncached(self, hidden: Tensor) -> Tensor:
         self._planned = planned_blocks(self._model, self.span, *hidden.shape[:2])

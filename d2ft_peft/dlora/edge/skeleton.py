@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks import check_span, find_stack
+from ..blocks import check_span, find_stack, plain_facts
 
 
 def load_skeleton(
@@ -39,7 +39,9 @@ def load_skeleton(
         ValueError: If the model has no stack of blocks, or the edge would own all of them.
     """
     concrete = _concrete(model_class, AutoConfig.from_pretrained(base, **_of_config(hub)))
-    loads = type(concrete.__name__, (_LoadsOwn, concrete), {"edge_blocks": edge_blocks, "with_head": with_head})
+    # Under the module's name too: weights of what is not transformers' own are not renamed on loading.
+    own = {"edge_blocks": edge_blocks, "with_head": with_head, "__module__": concrete.__module__}
+    loads = type(concrete.__name__, (_LoadsOwn, concrete), own)
     model = loads.from_pretrained(base, use_safetensors=True, **hub)
     model.__class__ = concrete
     stack, span, taken = model.__dict__.pop("_taken_out")
@@ -57,6 +59,7 @@ class Skeleton(nn.Module):
         super().__init__()
         for name, child in block.named_children():
             self.add_module(name, child)
+        self.__dict__.update(plain_facts(block))
         self.run: Callable[..., Any] | None = None
         self.elsewhere = True  # by which costs are counted
 
@@ -100,7 +103,7 @@ def _empty(module: nn.Module) -> None:
         for name, buffer in part.named_buffers(recurse=False):
             part.register_buffer(name, _shown(buffer), persistent=False)
         part._apply = _KeepsEmpty(part)
-        if type(part) in (nn.Linear, Conv1D):
+        if isinstance(part, (nn.Linear, Conv1D)):
             part.forward = _Nothing(part.nf if isinstance(part, Conv1D) else part.out_features)
 
 
