@@ -3,7 +3,7 @@
     python examples/benchmarks/dlora_load.py --out examples/benchmarks/results/dlora/load.jsonl
     python examples/benchmarks/dlora_load.py --table examples/benchmarks/results/dlora/load.jsonl
 
-The cloud is a process of its own, on one core. The edges are light: threads of a second process, each with a model,
+The cloud is a process of its own, on one core. The edges are light: threads of two more processes, each with a model,
 a session, a connection and an optimizer of its own; head and loss are the cloud's, and the adapters are those of one
 block (q and v), so that what an edge computes is small beside what it asks for. All of them begin together, train for
 the same seconds, and count the micro-batches that they finish. Numbers of edges take turns in every repeat.
@@ -83,20 +83,21 @@ class Edge(threading.Thread):
 def be_edges(args: argparse.Namespace) -> None:
     """Run some edges, and print what they did."""
     torch.set_num_threads(1)
-    begin = threading.Barrier(args.edges[0])
+    begin = threading.Barrier(args.edges[0] + 1)
     edges = [Edge(number, args, begin) for number in range(args.edges[0])]
     for edge in edges:
         edge.start()
+    while begin.n_waiting < len(edges):
+        time.sleep(0.01)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    cpu = time.process_time()
+    begin.wait()
     for edge in edges:
         edge.join()
-    traffic = edges[0].model.remote_span.link.traffic
-    found = {
-        "finished": [len(edge.took) * edge.micro_batches for edge in edges], "replays": traffic.replays,
-        "p50": float(np.percentile([t for edge in edges for t in edge.took], 50)),
-        "p95": float(np.percentile([t for edge in edges for t in edge.took], 95)),
-        "edge_cpu": time.process_time(),
-    }  # fmt: skip
-    print(json.dumps(found), flush=True)
+    cpu = time.process_time() - cpu
+    replays = sum(edge.model.remote_span.link.traffic.replays for edge in edges)
+    print(json.dumps({"took": [edge.took for edge in edges], "replays": replays, "cpu": cpu}), flush=True)
     for edge in edges:
         edge.model.disconnect()
 
@@ -117,20 +118,41 @@ def cloud(base: str) -> Iterator[str]:
         process.wait()
 
 
+def load(address: str, base: str, number: int, args: argparse.Namespace) -> dict:
+    """Let some edges train at the same time, and sum up."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    processes = min(args.processes, number)
+    me = [sys.executable, __file__, *args.given, "--address", address, "--base", base, "--edges"]
+    shares = [number // processes + (process < number % processes) for process in range(processes)]
+    started = [
+        subprocess.Popen([*me, str(s)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for s in shares
+    ]
+    if any(process.stdout.readline() != "ready\n" for process in started):
+        raise RuntimeError("the edges did not start; see above.")
+    for process in started:
+        process.stdin.write("begin\n")
+        process.stdin.flush()
+    found = [json.loads(process.communicate()[0]) for process in started]
+    took = [times for of in found for times in of["took"]]
+    together = [seconds for times in took for seconds in times]
+    return {
+        "finished": [len(times) * args.in_flight for times in took], "replays": sum(of["replays"] for of in found),
+        "p50": float(np.percentile(together, 50)), "p95": float(np.percentile(together, 95)),
+        "edge_cpu": sum(of["cpu"] for of in found), "load": os.getloadavg()[0],
+    }  # fmt: skip
+
+
 def run(args: argparse.Namespace) -> None:
     """Let numbers of edges take turns on one cloud."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as base:
         save_model(base, args.hidden, args.layers)
         with cloud(base) as address:
             for _ in range(args.repeats):
                 for number in args.edges:
-                    me = [sys.executable, __file__, *args.given, "--edges", str(number)]
-                    me += ["--address", address, "--base", base]
-                    output = subprocess.run(me, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
                     row = {"edges": number, "seconds": args.seconds, "in_flight": args.in_flight,
                            "tokens": args.rows * args.length, "hidden": args.hidden, "layers": args.layers,
-                           **json.loads(output.splitlines()[-1])}  # fmt: skip
+                           **load(address, base, number, args)}  # fmt: skip
                     append_rows(args.out, [row])
                     print(table([row]).splitlines()[-1], flush=True)
 
@@ -161,11 +183,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--edges", type=int, nargs="+", default=[1, 4, 32])
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=2, help="of the edges")
     parser.add_argument("--in-flight", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--rows", type=int, default=2)
+    parser.add_argument("--length", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     parser.add_argument("--base", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
