@@ -5,7 +5,6 @@ The graph between forward and backward lives as long as its stream, and so does 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,8 @@ from .turns import Room, Turns
 _TENSORS = ("hidden", "mask", "positions", "labels")
 _IGNORED = -100
 """A label that nobody predicts."""
+_MOST_ITEMS = 1 << 53
+"""Whole numbers above it are no floating-point numbers."""
 
 
 class MicroBatchRun:
@@ -226,7 +227,7 @@ def _checked_labels(message: Message, hidden: Tensor, base: BaseModel) -> Tensor
     vocabulary = base.model.config.get_text_config().vocab_size
     if ((labels != _IGNORED) & ((labels < 0) | (labels >= vocabulary))).any():
         raise WireError(f"labels are {_IGNORED}, or from 0 to {vocabulary - 1}")
-    if type(items) not in (int, float) or not 0 < items < math.inf:
+    if type(items) not in (int, float) or not 0 < items < _MOST_ITEMS:
         raise WireError("items is what the summed loss is divided by, above zero")
     return labels.to(hidden.device)
 
