@@ -136,7 +136,7 @@ def fit(
         chosen = torch.randint(len(states), (batch,))
         real = mask[chosen]
         wanted = tokens[chosen][real]
-        features = inverter.features(disturb(states[chosen]), real)[real]
+        features = inverter.features(disturb(states[chosen].float()), real)[real]
         if vocabulary <= 2 * negatives:
             loss = F.cross_entropy(inverter.logits(features), wanted)
         else:

@@ -30,7 +30,7 @@ from dlora_attacks import (
     two_groups,
     unigram,
 )
-from dlora_subjects import SUBJECTS, Attacker, Stage, Subject, Texts, learn, send
+from dlora_subjects import DEPTHS, SUBJECTS, Attacker, Stage, Subject, Texts, learn, send
 from rows import command_line, pyplot, read_rows, save
 from torch import Tensor
 
@@ -39,7 +39,6 @@ from d2ft_peft.report import format_table
 
 
 RESULTS = Path(__file__).parent / "results" / "dlora"
-DEPTHS = (0, 1, 2, 3)
 
 
 def tokens(stage: Stage) -> None:
@@ -47,9 +46,10 @@ def tokens(stage: Stage) -> None:
     subject, attacker, victim = stage.subject, stage.attacker, stage.subject.victim
     guess = unigram(subject.public.ids, subject.public.mask, victim.ids, victim.mask)
     stage.note(guess, what="tokens", attack="most frequent token")
-    settings = [(depth, 0.0, "none") for depth in DEPTHS] + [(depth, 1.0, "none") for depth in DEPTHS]
+    settings = [(depth, noise, "none") for noise in (0.0, 1.0) for depth in DEPTHS]
     settings += [(depth, noise, "none") for noise in (3.0, 0.3) for depth in (0, 2)] + [(2, 0.0, "int8")]
-    if subject.name == "llama":
+    small = subject.name == "llama"  # there is time for more
+    if small:
         settings += [(depth, noise, "none") for noise in (3.0, 0.3) for depth in (1, 3)]
         settings += [(0, 0.1, "none"), (0, 0.0, "int8")]
     for depth, noise, packing in settings:
@@ -65,10 +65,10 @@ def tokens(stage: Stage) -> None:
         ) -> float:
             return attacker.read(states, victim, attacker.states(depth, kin), context, kin, disturb)
 
-        if packing == "none" and noise in (0.0, 1.0) and (not noise or subject.name == "llama"):
+        if small and packing == "none" and noise in (0.0, 1.0):
             stage.note(partial(read, False), **row, attack="alone")
         stage.note(partial(read, True), **row, attack="context")
-        if depth == 2 and packing == "none" and noise in (0.0, 1.0):
+        if small and depth == 2 and packing == "none" and noise in (0.0, 1.0):
             stage.note(partial(read, True, True), **row, attack="context, text like the victim's")
 
 
@@ -132,6 +132,9 @@ def next_tokens(stage: Stage) -> None:
     subject, attacker, victim = stage.subject, stage.attacker, stage.subject.victim
     head, norm = attacker.model.get_input_embeddings().weight.detach(), attacker.model.norm
     labels = Texts(victim.ids[:, 1:], victim.mask[:, 1:])
+    with torch.no_grad():
+        guessed = (attacker.model(victim.ids).last_hidden_state @ head.T).argmax(-1)[:, :-1]
+    stage.note(_share(guessed, labels.ids), what="labels", attack="the public model's own guess")
     for above in (0, 1, 2):
         own = public = None
         if above:

@@ -18,6 +18,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from d2ft_peft.dlora import connect
 
 
+DEPTHS = (0, 1, 2, 3)
+"""Numbers of blocks that the edge owns below the cloud's."""
+
+
 @dataclass
 class Texts:
     """Tokens [texts, tokens], and which of them are text and not padding or marks of the tokenizer."""
@@ -97,7 +101,7 @@ def minilm(assets: Path, victim: int = 256, public: int = 2000) -> Subject:
     return Subject(
         "minilm", str(base), AutoModelForSequenceClassification, ["query", "value"],
         encode("sst2", "validation", "sentence", victim), encode("ag_news", "train", "text", public),
-        encode("sst2", "train", "sentence", public), 256, 16, 250,
+        encode("sst2", "train", "sentence", public), 256, 16, 200,
     )  # fmt: skip
 
 
@@ -107,20 +111,22 @@ class Attacker:
     def __init__(self, subject: Subject):
         self.subject = subject
         self.model = AutoModel.from_pretrained(subject.base, dtype=torch.float32).eval()
-        self._known: tuple[tuple[int, bool], Tensor] | None = None
+        self._known: dict[bool, list[Tensor]] = {}
         self.rows = self.model.get_input_embeddings().weight.detach()
 
     @torch.no_grad()
     def states(self, depth: int, kin: bool = False) -> Tensor:
-        """Hidden states of the attacker's text after some blocks."""
-        if self._known is None or self._known[0] != (depth, kin):
-            texts = self.subject.kin if kin else self.subject.public
-            parts = [
-                self.model(ids, attention_mask=_attended(self.subject, ids), output_hidden_states=True).hidden_states
-                for ids in texts.ids.split(50)
-            ]
-            self._known = (depth, kin), torch.cat([part[depth] for part in parts])
-        return self._known[1]
+        """Hidden states of the attacker's text after some blocks, in half precision."""
+        if kin not in self._known:
+            ids = (self.subject.kin if kin else self.subject.public).ids
+            found: list[list[Tensor]] = [[] for _ in range(max(DEPTHS) + 1)]
+            for part in ids.split(50):
+                mask = _attended(self.subject, part)
+                states = self.model(part, attention_mask=mask, output_hidden_states=True).hidden_states
+                for kept, of_depth in zip(found, states, strict=False):
+                    kept.append(of_depth.half())
+            self._known[kin] = [torch.cat(parts) for parts in found]
+        return self._known[kin][depth]
 
     @torch.no_grad()
     def rows_at(self, position: int) -> Tensor:
