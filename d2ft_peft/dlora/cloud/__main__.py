@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import threading
 
 from ..wire.credentials import Certificates, read_tokens
 from ..wire.protocol import Limits
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     port = cloud.start(args.port, args.host, certificates, args.insecure)
     print(f"serving {cloud.base.name} ({cloud.base.depth} blocks) on {args.host}:{port}", flush=True)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: cloud.stop())
+        # In a thread of its own: a handler interrupts the main thread wherever it is, and must wait for nothing there.
+        signal.signal(number, lambda *_: threading.Thread(target=cloud.stop).start())
     cloud.wait()
 
 

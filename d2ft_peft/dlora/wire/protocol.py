@@ -62,7 +62,6 @@ _KEEP_ALIVE = [
 CHANNEL_OPTIONS = [
     *_KEEP_ALIVE,
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),  # replays are ours: only the edge knows what a micro-batch is
