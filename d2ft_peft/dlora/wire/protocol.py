@@ -49,7 +49,15 @@ RETRIED = frozenset(
 )
 """What a micro-batch is replayed after; any other status is final."""
 
-_KEEP_ALIVE = [
+_STREAM_WINDOW = 1 << 22
+"""Bytes of a stream that may be under way unread: 250 Mbit/s over 130 ms, with one micro-batch in flight. What gRPC
+measures for itself instead starts at 64 kB and follows single messages badly: each of them then takes one round trip
+more, and its probes can end a lossy connection (too_many_pings)."""
+
+_CONNECTION = [
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", _STREAM_WINDOW),
+    ("grpc.http2.max_frame_size", CHUNK_BYTES),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -60,16 +68,17 @@ _KEEP_ALIVE = [
 ]
 
 CHANNEL_OPTIONS = [
-    *_KEEP_ALIVE,
+    *_CONNECTION,
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_retries", 0),  # replays are ours: only the edge knows what a micro-batch is
 ]
 SERVER_OPTIONS = [
-    *_KEEP_ALIVE,
+    *_CONNECTION,
     ("grpc.so_reuseport", 0),  # a port that is taken is an error
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),  # an edge that breaks off many streams pings for each hundredth of them
 ]
 
 
