@@ -34,13 +34,17 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def find_body(model: nn.Module, stack: str) -> PreTrainedModel:
-    """The innermost model around a stack: what its blocks get, it makes of hidden states, mask and positions.
+    """The innermost model around a stack that embeds its inputs itself: of mask and positions it makes what blocks get.
 
     Models with a head do not always call `base_model`, but one that is within it.
     """
     parts = stack.split(".")
     around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts) - 1, -1, -1))
-    return next(module for module in around if isinstance(module, PreTrainedModel))
+    return next(module for module in around if isinstance(module, PreTrainedModel) and _embeds(module))
+
+
+def _embeds(module: nn.Module) -> bool:
+    return not {"input_ids", "pixel_values"}.isdisjoint(inspect.signature(module.forward).parameters)
 
 
 def plain_facts(block: nn.Module) -> dict[str, Any]:

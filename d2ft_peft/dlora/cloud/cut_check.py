@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,35 +35,32 @@ def check_cut(base: BaseModel, model: nn.Module) -> tuple[Tensor, bool]:
     name = type(base.model).__name__
     if _has_recurrence(base):
         raise ValueError(f"{name} has recurrent blocks, which remember more than keys and values; DLoRA cannot cut it.")
-    whole = base.copy()
+    middle, upper = base.depth // 2, base.copy()
     try:
         with torch.no_grad():
-            hidden, expected, _ = _observed(base, whole, _example(base))
-        hidden.requires_grad_()
+            first = _observed(base, base.copy(), _example(base), middle)
+        first.before.requires_grad_()
         with torch.enable_grad():
-            _, found, returned = _observed(base, model, base.dummy_inputs(hidden), hidden)
-        _cut(base, whole, type(returned) is tuple)
+            again = _observed(base, model, base.dummy_inputs(first.before), middle, first.before)
+        _leave_out(base, upper, middle, again.is_tuple)
         with torch.no_grad():
-            _observed(base, whole, base.dummy_inputs(hidden), hidden)
+            half = _observed(base, upper, base.dummy_inputs(first.between), middle, first.between)
     except Exception as error:
         raise ValueError(
             f"{name} does not run from hidden states alone ({type(error).__name__}: {str(error)[:200]}); DLoRA cannot "
             "cut it."
         ) from error
-    parts = returned if type(returned) is tuple else (returned,)
-    if not isinstance(parts[0], Tensor) or any(part is not None for part in parts[1:]):
-        raise ValueError(f"blocks of {name} hand on more than hidden states; DLoRA cannot cut it.")
-    rounding = torch.finfo(base.dtype).eps ** 0.5
-    if (found - expected).norm() > rounding * expected.norm():
-        raise ValueError(f"blocks of {name} read more than hidden states, mask and positions; DLoRA cannot cut it.")
-    return hidden, type(returned) is tuple
+    for found, what in ((again, "read more than hidden states, mask and positions"), (half, "hand on more than those")):
+        if (found.after - first.after).norm() > torch.finfo(base.dtype).eps ** 0.5 * first.after.norm():
+            raise ValueError(f"blocks of {name} {what}; DLoRA cannot cut it.")
+    return first.before, again.is_tuple
 
 
-def _cut(base: BaseModel, model: nn.Module, returns_tuple: bool) -> None:
-    """Leave a copy the uppermost block alone."""
+def _leave_out(base: BaseModel, model: nn.Module, below: int, returns_tuple: bool) -> None:
+    """Leave a copy its upper blocks only."""
     blocks = model.get_submodule(base.stack)
-    for index, block in enumerate(blocks[:-1]):
-        blocks[index] = Passage(index, returns_tuple, plain_facts(block))
+    for index in range(below):
+        blocks[index] = Passage(index, returns_tuple, plain_facts(blocks[index]))
 
 
 def _has_recurrence(base: BaseModel) -> bool:
@@ -78,24 +76,41 @@ def _example(base: BaseModel) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(vocabulary, (1, _TOKENS), generator=generator).to(base.model.device)}
 
 
+@dataclass
+class _Observed:
+    """Hidden states before the blocks, before the middle one and after all; whether they came in a tuple."""
+
+    before: Tensor | None = None
+    between: Tensor | None = None
+    after: Tensor | None = None
+    is_tuple: bool = False
+
+
 def _observed(
-    base: BaseModel, model: nn.Module, inputs: dict[str, Tensor], hidden: Tensor | None = None
-) -> tuple[Tensor, Tensor, Any]:
-    """Hidden states before the blocks and after them, and what the last block returned."""
-    blocks, seen = model.get_submodule(base.stack), {}
+    base: BaseModel, model: nn.Module, inputs: dict[str, Tensor], middle: int, hidden: Tensor | None = None
+) -> _Observed:
+    """Run a model, with `hidden` before its blocks if it is given."""
+    blocks, seen = model.get_submodule(base.stack), _Observed()
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-        seen["hidden"] = args[0] if args else kwargs["hidden_states"]
+        seen.before = (args[0] if args else kwargs["hidden_states"]).detach().clone()
         if hidden is None:
             return None
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
+    def between(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.between = (args[0] if args else kwargs["hidden_states"]).detach().clone()
+
+    def leave(module: nn.Module, args: tuple, out: Any) -> None:
+        seen.is_tuple = type(out) is tuple
+        seen.after = out[0] if seen.is_tuple else out
+
     handles = [
         blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
-        blocks[-1].register_forward_hook(lambda module, args, out: seen.update(returned=out)),
+        blocks[middle].register_forward_pre_hook(between, with_kwargs=True),
+        blocks[-1].register_forward_hook(leave),
     ]
     base.body(model)(**inputs)
     for handle in handles:
         handle.remove()
-    returned = seen["returned"]
-    return seen["hidden"].detach().clone(), (returned[0] if type(returned) is tuple else returned), returned
+    return seen

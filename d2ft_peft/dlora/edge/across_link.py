@@ -70,6 +70,23 @@ def check_arguments(given: dict[str, Any], body: nn.Module) -> None:
             raise ValueError(f"{name} would reach blocks that are in the cloud, and does not cross; leave it out.")
 
 
+def check_head_in_cloud(model: PeftModel, stack: str) -> None:
+    """Refuse what would train above the blocks, where norm and head are the cloud's.
+
+    Raises:
+        ValueError: If there is such a parameter.
+    """
+    base = model.get_base_model()
+    embedding = base.get_input_embeddings()
+    below = set() if base.config.get_text_config().tie_word_embeddings else set(embedding.parameters())
+    for name, parameter in base.named_parameters():
+        if parameter.requires_grad and not name.startswith(f"{stack}.") and parameter not in below:
+            raise ValueError(
+                f"head='cloud': {name} would be trained, of which the head in the cloud would learn nothing; leave it "
+                "out of the adapter, or use head='edge'."
+            )
+
+
 def modules_across(model: PeftModel, stack: str, span: range) -> list[str]:
     """Paths of adapted projections in the span.
 

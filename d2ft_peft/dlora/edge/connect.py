@@ -14,7 +14,7 @@ from ..wire.credentials import Certificates
 from ..wire.fingerprint import fingerprint
 from ..wire.messages import DTYPES
 from ..wire.protocol import VERSION
-from .across_link import check_adapter, modules_across
+from .across_link import check_adapter, check_head_in_cloud, modules_across
 from .core_adapter import is_alike, make_core
 from .edge_model import EdgeModel
 from .head_in_cloud import HeadInCloud
@@ -94,6 +94,8 @@ def connect(
     prints = fingerprint(base, base_config, **hub)
     model, stack, span = load_skeleton(base, edge_blocks, model_class, head == "cloud", **from_pretrained)
     peft_model = get_peft_model(model, config, adapter_name)
+    if head == "cloud":
+        check_head_in_cloud(peft_model, stack)
     targets = modules_across(peft_model, stack, span)
     wish = {
         "protocol": VERSION, "base": {**prints, "dtype": _dtype_name(model.dtype)}, "edge_blocks": list(edge_blocks),

@@ -17,6 +17,16 @@ _PREDICTED_FROM = 1
 """A token is predicted from the one before it, so the first label of a row is nobody's."""
 
 
+class LogitsInCloud:
+    """In the place of logits that did not come back: not None, for which an evaluation would leave its metrics out."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"logits have no {name!r} here: with the head in the cloud a pass with labels brings back its loss alone; "
+            "for metrics of predictions use head='edge', or leave the labels out."
+        )
+
+
 class HeadInCloud:
     """Stands before the forward of a model.
 
@@ -46,7 +56,7 @@ class HeadInCloud:
             body = (self.remote.body if self.model.base_model is self.model else self.model.base_model)(**given)
         finally:
             self.remote.head = None
-        loss, logits = (head.out, None) if labels is not None else (None, head.out)
+        loss, logits = (head.out, LogitsInCloud()) if labels is not None else (None, head.out)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=body.past_key_values)
 
 

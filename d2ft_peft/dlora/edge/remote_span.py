@@ -126,12 +126,18 @@ class RemoteSpan:
         self._entered = False
 
     def _uncached(self, hidden: Tensor) -> Tensor:
+        hidden = self._noised(hidden)
         self._planned = planned_blocks(self._model, self.span, *hidden.shape[:2])
         alive = self.adapters.alive(training=torch.is_grad_enabled())
         alive = self._planned.of(alive, self.adapters.block_of)
         self.active_modules = len(alive.trained)
         self._hand_over(alive)
         if torch.is_grad_enabled() and (hidden.requires_grad or alive.trained):
+            if self.head is not None and self.head.labels is None:
+                raise ValueError(
+                    "labels are missing: the head in the cloud computes the loss, and no logits with gradients come "
+                    "back; for a loss of another kind (label smoothing, compute_loss_func, TRL's) use head='edge'."
+                )
             return _Span.apply(self, alive, hidden, *self.adapters.parameters(alive.trained))
         if self.cache is not None and self.head is None and not self.adapters.ever:
             return self.cache.outputs(hidden, self._mask, self._positions, lambda rows: self._run(hidden, rows, alive))
@@ -146,12 +152,11 @@ class RemoteSpan:
     def begin(self, hidden: Tensor, rows: Any, alive: Alive, mode: str, needs_grad: bool) -> list[RemotePass]:
         """The passes of some rows of a batch, none of them sent yet."""
         indices = torch.arange(hidden.shape[0])[rows]
-        sent = self._noised(hidden)
-        random = RandomState(hidden)  # after the noise, which would be the same every time
+        random = RandomState(hidden)
         keeps = self.cache is not None and not needs_grad and self.head is None
         passes = []
         for part in indices.tensor_split(min(self.in_flight, len(indices))):
-            request = self._request(sent, part, alive, mode, {"hidden_gradient": needs_grad})
+            request = self._request(hidden, part, alive, mode, {"hidden_gradient": needs_grad})
             one = RemotePass(self.link, self.adapters, alive, request, random)
             if keeps and (group := self.adapters.lowest_group()) is not None:
                 self.cache.bind(one, group, hidden[part], _rows_of(self._mask, part), _rows_of(self._positions, part))
@@ -222,8 +227,10 @@ class RemoteSpan:
     def _noised(self, hidden: Tensor) -> Tensor:
         if not self.noise:
             return hidden
-        scale = self.noise * hidden.detach().float().square().mean(-1, keepdim=True).sqrt()
-        return hidden.detach() + (scale * torch.randn_like(hidden, dtype=torch.float32)).to(hidden.dtype)
+        # Autograd sees that larger states get larger noise: adapters on the edge would else grow them to drown it.
+        square = hidden.float().square().mean(-1, keepdim=True)
+        scale = self.noise * square.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+        return hidden + (scale * torch.randn_like(hidden, dtype=torch.float32)).to(hidden.dtype)
 
     def _hand_over(self, alive: Alive) -> None:
         """Let the cloud have copies of what was killed, before a pass counts on them."""
