@@ -62,14 +62,14 @@ def test_with_tls_an_edge_trusts_its_authority_only(llama, authorities, serving)
     address = serving(certificates=Certificates(None, *ours.sign("server")))
     assert trains(address, base, certificates=Certificates(ours.path))
     for wrong in (Certificates(theirs.path), Certificates(), None):
-        with pytest.raises(CloudError, match="gave no answer"):
+        with pytest.raises(CloudError, match="(?i)gave no answer.*(ssl|tls|certificate|handshake|socket closed)"):
             trains(address, base, certificates=wrong, patience=0.1)
 
 
 def test_a_server_that_is_not_who_it_says_is_not_trusted(llama, authorities, serving):
     ours, theirs = authorities
     address = serving(certificates=Certificates(None, *theirs.sign("server")))
-    with pytest.raises(CloudError, match="gave no answer"):
+    with pytest.raises(CloudError, match="(?i)gave no answer.*(ssl|tls|certificate|handshake|socket closed)"):
         trains(address, llama[0], certificates=Certificates(ours.path), patience=0.1)
 
 
@@ -79,7 +79,7 @@ def test_with_mutual_tls_an_edge_needs_a_certificate_of_the_authority(llama, aut
     address = serving(certificates=Certificates(ours.path, *ours.sign("server")))
     assert trains(address, base, certificates=Certificates(ours.path, *ours.sign("edge")))
     for wrong in (Certificates(ours.path), Certificates(ours.path, *theirs.sign("edge"))):
-        with pytest.raises(CloudError, match="gave no answer"):
+        with pytest.raises(CloudError, match="(?i)gave no answer.*(ssl|tls|certificate|handshake|socket closed)"):
             trains(address, base, certificates=wrong, patience=0.1)
 
 
@@ -184,7 +184,7 @@ def test_the_command_serves_with_all_of_it_until_it_is_told_to_end(llama, author
         assert trains(address, base, certificates=mutual, token=FIRST)
         with pytest.raises(CloudError, match="UNAUTHENTICATED"):
             trains(address, base, certificates=mutual, token=SECOND)
-        with pytest.raises(CloudError, match="gave no answer"):
+        with pytest.raises(CloudError, match="(?i)gave no answer.*(ssl|tls|certificate|handshake|socket closed)"):
             trains(address, base, token=FIRST, patience=0.1)
         cloud.send_signal(number)
         assert cloud.wait(60) == 0
