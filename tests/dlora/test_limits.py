@@ -27,15 +27,29 @@ def llama(tmp_path_factory):
     return base, BaseModel.load(base, torch.float64)
 
 
+class Waited(list):
+    """After how many seconds the server asked to come back, each time."""
+
+    def __init__(self):
+        self.refused = threading.Event()
+
+    def then(self, do):
+        """Do something as soon as somebody was refused."""
+        thread = threading.Thread(target=lambda: (self.refused.wait(20), do()))
+        thread.start()
+        return thread
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Whoever is told to come back after seconds comes back after moments, and says so."""
-    waited = []
+    waited = Waited()
     asked = link._asked_seconds
 
     def briefly(error):
         seconds = asked(error)
         waited.append(seconds)
+        waited.refused.set()
         return seconds and min(seconds, 0.02)
 
     monkeypatch.setattr(link, "_asked_seconds", briefly)
@@ -54,12 +68,6 @@ def eventually(condition, seconds=20):
     return condition()
 
 
-def later(do, seconds=0.1):
-    timer = threading.Timer(seconds, do)
-    timer.start()
-    return timer
-
-
 def test_an_edge_too_many_waits_for_a_session(llama, quick):
     base, model = llama
     cloud, address = start(model, limits=Limits(sessions=1))
@@ -68,7 +76,7 @@ def test_an_edge_too_many_waits_for_a_session(llama, quick):
         refused = raw.open()
         assert refused.status is FULL
         assert refused.sentence == "1 edges have a session, which is the limit; try again in 5 s"
-    leaves = later(first.disconnect)
+    leaves = quick.then(first.disconnect)
     second = connect(address, base, adapter(), dtype=torch.float64)
     assert 5.0 in quick and step(second, ragged())[0] > 0
     leaves.join()
@@ -106,7 +114,7 @@ def test_a_batch_waits_until_others_have_left(llama, quick):
         assert refused.status is FULL and refused.sentence == (
             f"{TOKENS} of {TOKENS} tokens in flight are in use, 1 more asked for; try again in 1 s"
         )
-    backward = later(out.loss.backward)
+    backward = quick.then(out.loss.backward)
     assert step(other, ragged())[0] > 0 and 1.0 in quick
     backward.join()
     assert eventually(lambda: cloud.room.used == 0)
@@ -229,11 +237,10 @@ def test_a_server_that_computes_for_long_is_waited_for(llama, monkeypatch):
     cloud, address = start(model, limits=Limits(idle_seconds=0.1))
     edge = connect(address, base, adapter(), dtype=torch.float64)
     with cloud.turns.held("somebody else"):
-        release = later(lambda: None, 0.8)
         results = []
         trains = threading.Thread(target=lambda: results.append(step(edge, ragged())))
         trains.start()
-        release.join()
+        time.sleep(0.8)
         assert not results
     trains.join()
     assert results and edge.remote_span.link.traffic.replays == 0
