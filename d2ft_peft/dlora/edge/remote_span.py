@@ -113,6 +113,11 @@ class RemoteSpan:
         """Note mask and positions as the model got them: what its blocks get is made of these, in the cloud too."""
         given = bound_arguments(type(module).forward, (module, *args), kwargs)
         check_arguments(given, module)
+        if self.head is None and self.link.wish["with_head"]:
+            raise ValueError(
+                "hidden states are asked for, and the span ends with the head in the cloud: who computes a loss from "
+                "them (TRL's trainers do) needs head='edge'."
+            )
         mask = given.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ValueError(
