@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -69,6 +70,7 @@ class Server:
 @contextmanager
 def through(base, plan, **options):
     """A server and a proxy before it; afterwards nothing of them is left."""
+    before = set(threading.enumerate())
     server = Server(base, **options)
     try:
         with FaultProxy(server.address, plan, server.restart) as proxy:
@@ -77,7 +79,7 @@ def through(base, plan, **options):
             assert eventually(lambda: server.in_use() == 0 and proxy.open_calls == 0)
     finally:
         server.cloud.stop()
-    assert eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("d2ft-cloud")])
+    assert eventually(lambda: not [t for t in set(threading.enumerate()) - before if t.name.startswith("d2ft-cloud")])
 
 
 def no_fault(method):
@@ -217,6 +219,22 @@ def test_generation_goes_on_after_its_cache_is_lost(llama, kind, beams):
         assert torch.equal(edge.generate(ids, **asked), local.generate(ids, **asked))
         assert proxy.injected["MicroBatch", kind] == 1
         edge.disconnect()
+
+
+def test_a_replay_leaves_the_random_numbers_of_the_run_alone(llama):
+    base, model = llama
+    after = []
+    for plan in (no_fault, Plan(0.7, seed=2)):
+        with through(model, plan) as (_, proxy):
+            edge = connect(proxy.address, base, adapter(lora_dropout=0.5), dtype=torch.float64)
+            torch.manual_seed(3)
+            random.seed(3)
+            for _ in range(4):
+                step(edge, ragged())
+            after.append((random.getstate(), torch.get_rng_state().tolist()))
+            assert plan is no_fault or edge.remote_span.link.traffic.replays > 2
+            edge.disconnect()
+    assert after[0] == after[1]
 
 
 def test_an_output_that_is_dropped_leaves_nothing_in_the_cloud(llama):

@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from d2ft_peft.dlora import BaseModel, Cloud, CloudError, Limits, connect
+from d2ft_peft.dlora.cloud import micro_batch_run
 from d2ft_peft.dlora.cloud.turns import NeverFits, Refused, Room, Turns
 from d2ft_peft.dlora.edge import link
 from d2ft_peft.dlora.wire import frames, protocol
 
 from .cases import adapter, edge_like, ragged, serve, step, tiny_base, whole
-from .raw_edge import RawEdge, frame_of
+from .raw_edge import RawEdge, frame_of, numbered
 
 
 OK, FULL, NEVER = grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION
@@ -199,6 +200,24 @@ def test_messages_on_their_way_are_bounded_together(llama):
             one.cancel()
         ended.set()
         assert eventually(lambda: cloud.arriving.used == 0)
+    cloud.stop()
+
+
+def test_an_edge_that_does_not_read_is_not_computed_for(llama, monkeypatch):
+    _, model = llama
+    computed = []
+    forward = micro_batch_run.MicroBatchRun._forward
+    monkeypatch.setattr(micro_batch_run.MicroBatchRun, "_forward", lambda *args: (computed.append(1), forward(*args)))
+    cloud, address = start(model)
+    with RawEdge(address, model) as raw:
+        raw.open()
+        messages = [raw.forward("infer", (8, 20))] * 400  # 40 kB of answer each
+        call = raw.channel.stream_stream(protocol.method("MicroBatch"))
+        unread = call(numbered(messages), metadata=[(protocol.SESSION_KEY, raw.session)])
+        assert eventually(lambda: computed)
+        time.sleep(1)
+        assert len(computed) < 200  # what fits into the buffers between
+        unread.cancel()
     cloud.stop()
 
 
