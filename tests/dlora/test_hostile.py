@@ -53,8 +53,8 @@ def check_refused(answer, *statuses):
 
 NESTED = "[" * 20_000 + "]" * 20_000
 JSON = [
-    None, True, -1, 0, 1, 1.5, 1 << 31, 1 << 64, 10**300, float("nan"), float("inf"), "", "x", "x" * 5000, "\x00",
-    "../../etc/passwd", [], [[]], [None], [0, 0], [1 << 70, 1], ["x"], [["q"]], {}, {"a": []}, [0] * 5000,
+    None, True, -1, 0, 1, 1.5, 1 << 31, 1 << 64, 10**300, float("nan"), float("inf"), "", "x", "x" * 5000,
+    "\x00\ud800\n", "../../etc/passwd", [], [[]], [None], [0, 0], [1 << 70, 1], ["x"], [["q"]], {}, {"a": []}, [0] * 5000,
 ]  # fmt: skip
 
 
@@ -72,6 +72,15 @@ def test_a_session_is_opened_with_what_makes_sense_only(edge, field):
             check_refused(answer, INVALID, grpc.StatusCode.FAILED_PRECONDITION)
         else:
             assert value in VALID[field]
+
+
+@pytest.mark.parametrize("part", ["config", "weights", "dtype"])
+def test_a_base_model_is_named_by_hashes(edge, part):
+    for value in JSON:
+        base = {**edge.model.prints, "dtype": "f64", part: value}
+        answer = edge.call("Open", [framed(Message("open", edge.wish(base=base, edge="f" * 32)))])
+        if not (part == "dtype" and value is None):
+            check_refused(answer, INVALID, grpc.StatusCode.FAILED_PRECONDITION)
 
 
 FRAMES = {

@@ -210,7 +210,7 @@ def _check_base(base: BaseModel, theirs: Any) -> None:
                 f"the server holds {base.name!r}, the edge another model: their {part} differ "
                 f"({ours[:12]} and {theirs[part][:12]}); load the same checkpoint on both sides"
             )
-    if theirs.get("dtype") is not None and theirs["dtype"] not in DTYPES:
+    if theirs.get("dtype") not in (None, *DTYPES):
         raise WireError("the dtype of hidden states is unknown")
 
 

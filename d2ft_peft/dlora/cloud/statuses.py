@@ -86,4 +86,5 @@ def _abort(context: grpc.ServicerContext, error: Exception) -> None:
     if isinstance(error, Refused):
         context.set_trailing_metadata([(protocol.RETRY_KEY, f"{error.seconds:g}")])
     status = next(status for kind, status in _STATUS.items() if isinstance(error, kind))
-    context.abort(status, str(error)[:_LONGEST_SENTENCE])
+    # What an edge sent may stand in it, and is not always text.
+    context.abort(status, str(error).encode("unicode_escape").decode()[:_LONGEST_SENTENCE])
