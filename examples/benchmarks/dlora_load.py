@@ -88,6 +88,8 @@ def be_edges(args: argparse.Namespace) -> None:
     for edge in edges:
         edge.start()
     while begin.n_waiting < len(edges):
+        if not all(edge.is_alive() for edge in edges):
+            raise RuntimeError("an edge ended before its time; see above.")
         time.sleep(0.01)
     print("ready", flush=True)
     sys.stdin.readline()

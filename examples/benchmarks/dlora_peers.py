@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -132,7 +131,7 @@ def measure(name: str, address: str, assets: str, steps: int) -> dict[str, Any]:
     return {
         "row": name, "lr": rate, "steps": steps, "sent": sent, "received": received, "trips": trips,
         "seconds": seconds, "parameters": sum(p.numel() for p in parameters), "loss": evaluate(model, task),
-        "edge_bytes": storage_bytes(model), "peak_rss": peak(),
+        "edge_bytes": storage_bytes(model),
     }  # fmt: skip
 
 
@@ -151,8 +150,9 @@ def storage_bytes(model: nn.Module) -> int:
 
 
 def peak() -> int:
-    """Most bytes of resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Most bytes of resident memory of this program so far; `getrusage` would include its parent's before the fork."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 # ---------------------------------------------------------------- memory of loading
@@ -211,7 +211,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 "round trips": row["trips"], "seconds": f"{row['seconds']:.1f}",
                 f"s on {DOWN}/{UP}": f"{wait:.0f}", "trained": row["parameters"],
                 "edge tensors kB": f"{row['edge_bytes'] / 1e3:.0f}",
-                "peak RSS MB": f"{row['peak_rss'] / 1e6:.0f}", "loss": f"{row['loss']:.3f}",
+                "loss": f"{row['loss']:.3f}",
                 "against local": f"{row['loss'] - first['loss']:+.3f}",
             }
         )  # fmt: skip

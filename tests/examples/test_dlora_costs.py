@@ -1,8 +1,17 @@
 """What the formulas of a step foresee, against bytes and FLOPs that a real edge and cloud counted."""
 
-import dlora_arithmetic
-import pytest
+import json
+from io import StringIO
+from types import SimpleNamespace
 
+import dlora_arithmetic
+import dlora_load
+import dlora_network
+import dlora_peers
+import pytest
+import torch
+
+from d2ft_peft.dlora import BaseModel, Cloud
 from d2ft_peft.simulate.dlora_step import LLAMA_7B, HomeLink, LlamaShape, Phase, Placement, crossing, edge_flops
 
 
@@ -75,3 +84,53 @@ def test_tables_and_picture_of_large_models(capsys, tmp_path):
     dlora_arithmetic.main(["--png", str(tmp_path / "bytes.png")])
     assert "cores r = 16, all, int8" in capsys.readouterr().out
     assert (tmp_path / "bytes.png").stat().st_size > 10_000
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    base = str(tmp_path_factory.mktemp("base"))
+    dlora_load.save_model(base, 64, 3)
+    cloud = Cloud(BaseModel.load(base, torch.float32))
+    yield f"localhost:{cloud.start()}", base
+    cloud.stop()
+
+
+@pytest.mark.parametrize(("placement", "trips"), [("all", [13, 12]), ("eighth", [4, 3]), ("u_shaped", [1, 1])])
+def test_a_row_of_the_network_benchmark_counts_each_phase(network, placement, trips):
+    variant = {"placement": placement, "packing": "none", "in_flight": 2, "tokens": 128, "steps": 1, "warm_up": 0}
+    row = dlora_network.measure(*network, variant)
+    assert [phase[2] for phase in row["phases"]] == trips
+    assert all(up > 128 * 64 * 4 and down > 0 for up, down, _ in row["phases"])
+    key = dlora_network.Key(8.0, 1000.0, 0.0, "cubic", placement, "none", 2)
+    row = dlora_network.with_limits({**variant, **row, "key": key, "free": 0.1, "load": 1.0})
+    assert row["limit"] >= row["limit_any"] >= 2 * 1.0
+    assert placement in dlora_network.table([row])
+
+
+def test_edges_of_the_load_benchmark_count_what_they_finish(network, monkeypatch, capsys):
+    arguments = SimpleNamespace(
+        address=network[0], base=network[1], edges=[2], layers=3, in_flight=1, rows=1, length=8, seconds=0.2
+    )
+    monkeypatch.setattr("sys.stdin", StringIO("begin\n"))
+    dlora_load.be_edges(arguments)
+    ready, found = capsys.readouterr().out.splitlines()
+    assert ready == "ready"
+    found = json.loads(found)
+    assert len(found["took"]) == 2
+    row = {"edges": 2, "seconds": 0.2, "finished": [9, 10], "p50": 0.1, "p95": 0.2}
+    assert "1.111" in dlora_load.table([row])
+
+
+def test_a_prompt_is_all_that_trains_of_a_prompted_model():
+    model = dlora_peers.Prompted(dlora_arithmetic.tiny_llama(2, 64))
+    ids = torch.randint(0, 500, (2, 8))
+    model(ids, ids).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == ["prompt"]
+
+
+def test_the_table_of_peers_says_what_a_home_link_would_take():
+    row = {
+        "row": "x", "sent": 1_250_000, "received": 6_250_000, "trips": 50, "seconds": 1, "parameters": 3,
+        "edge_bytes": 1, "loss": 2.0,
+    }  # fmt: skip
+    assert "| 3 " in dlora_peers.table([row])  # a second up, a second down, a second of round trips
