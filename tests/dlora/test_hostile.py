@@ -97,6 +97,13 @@ def test_what_is_no_frame_is_refused(edge, method, name):
     check_refused(edge.call(method, [FRAMES[name]]), DAMAGED, INVALID)
 
 
+def test_a_single_wrong_bit_is_noticed(edge):
+    frame = framed(edge.forward("infer", (1, 1)))
+    for place in (*range(24), *range(24, len(frame), 16)):
+        damaged = frame[:place] + bytes([frame[place] ^ 4]) + frame[place + 1 :]
+        check_refused(edge.call("MicroBatch", [damaged]), DAMAGED)
+
+
 @pytest.mark.parametrize("method", ["Open", "MicroBatch"])
 def test_another_version_is_named(edge, method):
     answer = edge.call(method, [frame_of(message_of({"kind": "x", "tensors": []}), version=9)])
