@@ -52,7 +52,7 @@ MORE_DECODERS = {
     "Helium": {**NEW, "head_dim": 8}, "Llama": NEW,
     "Llama4": {**NEW, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 48,
                "attention_chunk_size": 3, "interleave_moe_layer_step": 2},
-    "MiniCPM3": NEW, "Mixtral": {**NEW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "MiniCPM3": {**NEW, "num_key_value_heads": 4}, "Mixtral": {**NEW, "num_local_experts": 4, "num_experts_per_tok": 2},
     "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64, "vocab_size": 64, "pad_token_id": 0},
     "Nemotron": NEW, "Olmo2": NEW, "Olmo3": {**NEW, "sliding_window": 3},
     "Olmoe": {**NEW, "num_experts": 4, "num_experts_per_tok": 2}, "Persimmon": {**SIZE, **TEXT},

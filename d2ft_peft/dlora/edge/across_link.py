@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 """Those of LoRA that do not look at the weights."""
+_VARIANTS = (
+    "lora_bias", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config",
+    "kasa_config", "velora_config", "monteclora_config",
+)  # fmt: skip
+"""Fields of a LoraConfig under which a layer is more, or other, than B A."""
 _OF_EVERY_BLOCK = ("output_hidden_states", "output_attentions", "output_router_logits")
 """What a model answers of every single block."""
 _CROSSES = {"self", "attention_mask", "position_ids", "past_key_values", "labels", "num_items_in_batch"}
@@ -35,6 +40,11 @@ def check_adapter(config: Any, in_flight: int, crossing: str) -> None:
         raise ValueError(
             f"use_dora={config.use_dora}, init_lora_weights={config.init_lora_weights!r} look at weights that only the "
             f"cloud has; use plain LoRA, initialized with one of {', '.join(map(repr, _INITIALIZATIONS))}."
+        )
+    variants = [name for name in _VARIANTS if getattr(config, name, None)]
+    if variants:
+        raise ValueError(
+            f"{variants[0]} changes what an adapter computes, of which the cloud knows A and B; leave it out."
         )
     if config.bias != "none" or config.target_parameters:
         raise ValueError(

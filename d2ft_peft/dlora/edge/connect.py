@@ -23,7 +23,7 @@ from .link import CloudError, Link
 from .local_adapters import KILLED, LocalAdapters
 from .remote_span import RemoteSpan
 from .sample_cache import SampleCache
-from .skeleton import load_skeleton
+from .skeleton import HUB, load_skeleton
 
 
 def connect(
@@ -78,7 +78,8 @@ def connect(
         patience: Seconds after which a cloud that gives no answer is given up.
         model_class: Class of the model, or Auto class.
         adapter_name: Name of the adapter.
-        from_pretrained: See `transformers.PreTrainedModel.from_pretrained`: ``dtype``, ``revision``, ...
+        from_pretrained: See `transformers.PreTrainedModel.from_pretrained`: ``dtype``, ``revision``, ... The Hub's own
+            token and cache are those of the environment (``HF_TOKEN``, ``HF_HOME``).
 
     Returns:
         A `PeftModel`; ``model.remote_span`` says what crossed, ``model.disconnect()`` ends the session.
@@ -89,7 +90,7 @@ def connect(
     """
     _check(head, crossing, killed, packing, in_flight, noise, cache_dir)
     check_adapter(config, in_flight, crossing)
-    hub = {name: from_pretrained[name] for name in ("revision", "cache_dir", "token") if name in from_pretrained}
+    hub = {name: from_pretrained[name] for name in HUB if name in from_pretrained}
     base_config = AutoConfig.from_pretrained(base, **hub)
     prints = fingerprint(base, base_config, **hub)
     model, stack, span = load_skeleton(base, edge_blocks, model_class, head == "cloud", **from_pretrained)

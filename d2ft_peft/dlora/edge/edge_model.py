@@ -16,6 +16,7 @@ from ..wire import protocol
 from .across_link import check_adapter, modules_across
 from .core_adapter import CoreB
 from .remote_span import RemoteSpan
+from .skeleton import is_empty
 
 
 _CORES = "dlora_cores.safetensors"
@@ -36,6 +37,12 @@ class EdgeModel:
         model.__class__ = type(f"Edge{type(model).__name__}", (cls, type(model)), {})
         model.__dict__.update(remote_span=remote, _stack=stack)
         return model
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Names of weights that are not here: DistributedDataParallel is not to hand them to other processes."""
+        named = (*self.named_parameters(), *self.named_buffers())
+        return [name for name, value in named if is_empty(value)]
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; if it has modules in the cloud's blocks that no other one has, the session is opened anew.

@@ -37,6 +37,7 @@ class HeadInCloud:
 
     def __init__(self, model: nn.Module, remote: RemoteSpan):
         self.model, self.remote = model, remote
+        self._vocabulary = model.config.get_text_config().vocab_size
         self.__signature__ = inspect.signature(model.forward)  # by which the Trainer chooses columns and labels
 
     def install(self) -> None:
@@ -47,6 +48,8 @@ class HeadInCloud:
         """The model's own arguments; the loss where there are labels, logits of the last tokens otherwise."""
         given = bound_arguments(type(self.model).forward, (self.model, *args), kwargs)
         given.pop("self")
+        if self.model.config.get_text_config().vocab_size != self._vocabulary:
+            raise ValueError("the vocabulary was resized, and the head in the cloud was not; use head='edge'.")
         labels, items = given.pop("labels", None), given.pop("num_items_in_batch", None)
         keep = given.pop("logits_to_keep", 0)
         if isinstance(keep, Tensor):

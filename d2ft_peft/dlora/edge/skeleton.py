@@ -52,6 +52,10 @@ def load_skeleton(
     return model, stack, span
 
 
+HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+"""Arguments of `from_pretrained` that say where files are, for whoever reads some of them."""
+
+
 class Skeleton(nn.Module):
     """Stands in the place of a block that the cloud owns, with the block's modules under their own names."""
 
@@ -79,6 +83,8 @@ class _LoadsOwn:
         stack, blocks = find_stack(model)
         span = check_span(cls.edge_blocks, len(blocks))
         taken = {f"{stack}.{index}": blocks[index] for index in span}
+        if cls.with_head and model.get_output_embeddings() is None:
+            raise ValueError(f"head='cloud': {cls.__name__} has no head that predicts tokens; use head='edge'.")
         if cls.with_head and not model.config.get_text_config().tie_word_embeddings:  # a tied one is the embedding's
             taken[_head_of(model)] = model.get_output_embeddings()
         for name in taken:
@@ -111,6 +117,11 @@ def _shown(tensor: Tensor) -> Tensor:
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
+def is_empty(tensor: Tensor) -> bool:
+    """Whether a weight is elsewhere: what is here is one number, in its shape."""
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
 class _KeepsEmpty:
     """A module's `_apply`: what moves or casts a model must not write out its empty weights."""
 
@@ -139,7 +150,7 @@ class _Nothing:
 
 
 def _of_config(hub: dict[str, Any]) -> dict[str, Any]:
-    return {name: hub[name] for name in ("revision", "subfolder", "cache_dir", "token") if name in hub}
+    return {name: hub[name] for name in HUB if name in hub}
 
 
 def _concrete(model_class: Any, config: PretrainedConfig) -> type[PreTrainedModel]:
