@@ -237,7 +237,8 @@ def plot(rows: list[dict], path: str) -> None:
         color = next((color for start, color in kinds.items() if name.startswith(start)), "k")
         axes.plot([x] * len(runs), [r["loss"] for r in runs], ".", color=color, alpha=0.4)
         axes.plot(x, y, "o", color=color)
-        axes.annotate(name, (x, y), xytext=(4, 5), textcoords="offset points", fontsize=7, color=color)
+        where = (4, -11) if name.endswith("int8") else (4, 5)
+        axes.annotate(name, (x, y), xytext=where, textcoords="offset points", fontsize=7, color=color)
     local = [row["loss"] for row in rows if row["row"] == next(iter(ROWS))]
     if local:
         axes.axhline(mean(local), color="0.6", linestyle=":", label=next(iter(ROWS)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,10 @@ def llama(assets: Path, victim: int = 200, public: int = 3000) -> Subject:
 
 def minilm(assets: Path, victim: int = 256, public: int = 2000) -> Subject:
     """Film reviews (SST-2) through MiniLM."""
-    base = assets / "models" / "minilm-l6"
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(assets / "models" / "minilm-l6")
+    base = tempfile.mkdtemp()  # with the classes' head in it: modules have other names in a bare BertModel
+    whole = AutoModelForSequenceClassification.from_pretrained(assets / "models" / "minilm-l6", dtype=torch.float32)
+    whole.save_pretrained(base)
 
     def encode(name: str, split: str, column: str, count: int) -> Texts:
         rows = _rows(assets, name, split, count)
@@ -99,7 +102,7 @@ def minilm(assets: Path, victim: int = 256, public: int = 2000) -> Subject:
         return Texts(ids, ~torch.isin(ids, marks), torch.tensor(rows["label"]))
 
     return Subject(
-        "minilm", str(base), AutoModelForSequenceClassification, ["query", "value"],
+        "minilm", base, AutoModelForSequenceClassification, ["query", "value"],
         encode("sst2", "validation", "sentence", victim), encode("ag_news", "train", "text", public),
         encode("sst2", "train", "sentence", public), 256, 16, 200,
     )  # fmt: skip
