@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from emulated_link import ADDRESSES, FREE, PORT, Network, plain_tcp
 from peft import LoraConfig
 from rows import append_rows, command_line, read_rows
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
@@ -37,12 +38,6 @@ from d2ft_peft.dlora import connect
 from d2ft_peft.report import format_table
 from d2ft_peft.simulate.dlora_step import HomeLink, Phase
 
-
-ADDRESSES = ("10.231.7.1", "10.231.7.2")
-PORT = 50051
-QUEUE_MS = 100
-FREE = (100_000.0, 0.0, 0.0)
-"""Mbit/s, ms and per cent of a link that costs nothing."""
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LENGTH, VOCABULARY = 64, 128
@@ -155,55 +150,7 @@ def be_edge(address: str, base: str) -> None:
         print(json.dumps(measure(address, base, json.loads(line))), flush=True)
 
 
-# ---------------------------------------------------------------- the link, and both processes
-
-
-def call(*command: str) -> None:
-    subprocess.run(command, check=True)
-
-
-class Network:
-    """Two namespaces, whose link can be made anew."""
-
-    def __init__(self, folder: str):
-        self.names = [f"d2ft{os.getpid()}_{end}" for end in range(2)]
-        self.program = str(Path(folder) / "link_emulator")
-        self.link: subprocess.Popen | None = None
-        call("cc", "-O2", "-o", self.program, str(Path(__file__).with_name("link_emulator.c")))
-        for name in self.names:
-            call("ip", "netns", "add", name)
-            call("ip", "netns", "exec", name, "ip", "link", "set", "lo", "up")
-
-    def set(self, rate: float, round_trip: float, loss: float, control: str) -> None:
-        """Replace the link; connections across the former one break."""
-        self.cut()
-        words = [f"{value:g}" for value in (rate, round_trip / 2, loss, QUEUE_MS)]
-        self.link = subprocess.Popen([self.program, *self.names, *words], stdout=subprocess.PIPE, text=True)
-        assert self.link.stdout.readline() == "ready\n"
-        for end, name in enumerate(self.names):
-            inside = ("ip", "netns", "exec", name, "ip")
-            call(*inside, "addr", "add", f"{ADDRESSES[end]}/24", "dev", f"link{end}")
-            call(*inside, "link", "set", f"link{end}", "mtu", "1500", "txqueuelen", "10000", "up")
-            network = ADDRESSES[end].rpartition(".")[0] + ".0/24"
-            call(*inside, "route", "change", network, "dev", f"link{end}", "congctl", control)
-            call(*inside, "tcp_metrics", "flush", "all")  # what TCP learned of the former link
-
-    def start(self, end: int, *command: str, **streams: Any) -> subprocess.Popen:
-        """A Python process at one end."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        inside = ["ip", "netns", "exec", self.names[end], sys.executable, *command]
-        return subprocess.Popen(inside, env=environment, text=True, **streams)
-
-    def cut(self) -> None:
-        """Take the link away."""
-        if self.link is not None:
-            self.link.kill()
-            self.link.wait()
-
-    def close(self) -> None:
-        self.cut()
-        for name in self.names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+# ---------------------------------------------------------------- both processes
 
 
 @contextlib.contextmanager
@@ -239,6 +186,35 @@ def ask(edge: subprocess.Popen, variant: dict[str, Any]) -> dict[str, Any]:
     return json.loads(line)
 
 
+def run_plain(out: str, args: argparse.Namespace) -> None:
+    """What a plain socket gets of each link of the plan."""
+    with tempfile.TemporaryDirectory() as folder:
+        network = Network(folder)
+        try:
+            for link in dict.fromkeys(key[:4] for key in plan()):
+                network.set(*link)
+                found = [plain_tcp(network, args.seconds) for _ in range(args.steps)]
+                row = {"link": link, "mbit": statistics.median(found), "all": found, "load": os.getloadavg()[0]}
+                append_rows(out, [row])
+                print(plain_table([row]).splitlines()[-1], flush=True)
+        finally:
+            network.close()
+
+
+def plain_table(rows: list[dict[str, Any]]) -> str:
+    """What a plain socket gets, and as a share of the rate."""
+    names = ("Mbit/s", "RTT ms", "loss %", "TCP")
+    return format_table(
+        [
+            {
+                **{name: f"{v:g}" if isinstance(v, float) else v for name, v in zip(names, row["link"], strict=True)},
+                "a plain socket gets": f"{row['mbit']:.1f}", "of the rate": f"{row['mbit'] / row['link'][0]:.2f}",
+            }
+            for row in rows
+        ]
+    )  # fmt: skip
+
+
 def with_limits(row: dict[str, Any]) -> dict[str, Any]:
     """A row with the shortest step that its link allows, with so many parts in flight and with any number of them."""
     key = Key(*row["key"])
@@ -258,9 +234,10 @@ def run(rows: list[Key], base: str, out: str, args: argparse.Namespace) -> None:
         for key in rows:
             if key in known:
                 continue
+            steps = 1 if key.loss and key.control == "cubic" else args.steps
             variant = {
                 "placement": key.placement, "packing": key.packing, "in_flight": key.in_flight,
-                "tokens": TOKENS[key.rate], "steps": args.steps if key.loss == 0 or key.control == "bbr" else 1, "warm_up": 1,
+                "tokens": TOKENS[key.rate], "steps": steps, "warm_up": 1,
             }  # fmt: skip
             network.set(*FREE, "cubic")
             free = ask(edge, variant)["seconds"]
@@ -291,7 +268,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 "Mbit/s": f"{key.rate:g}", "RTT ms": f"{key.round_trip:g}", "loss %": f"{key.loss:g}",
                 "TCP": key.control, "placement": key.placement, "packing": key.packing, "in flight": key.in_flight,
                 "tokens": row["tokens"], "step s": f"{seconds:.2f}", "free s": f"{row['free']:.2f}",
-                "limit s": f"{row['limit']:.2f}", "load": f"{row['load']:.0f}", "tokens/s": f"{row['tokens'] / seconds:.0f}",
+                "limit s": f"{row['limit']:.2f}", "load": f"{row['load']:.0f}",
+                "tokens/s": f"{row['tokens'] / seconds:.0f}",
                 "of limit": f"{row['limit'] / seconds:.2f}", "of any in flight": f"{row['limit_any'] / seconds:.2f}",
             }
         )  # fmt: skip
@@ -305,18 +283,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--plain", action="store_true", help="measure a plain socket instead")
+    parser.add_argument("--seconds", type=float, default=6.0, help="for which a plain socket sends")
     parser.add_argument("--only", help="Python expression over the fields of Key")
     parser.add_argument("--edge", help=argparse.SUPPRESS)
     parser.add_argument("--base", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.table:
-        print(table([with_limits(row) for row in read_rows(args.table)]))
+        rows = list(read_rows(args.table))
+        print(plain_table(rows) if "link" in rows[0] else table([with_limits(row) for row in rows]))
         return
     if args.edge:
         be_edge(args.edge, args.base)
         return
     rows = [key for key in plan() if args.only is None or eval(args.only, {}, key._asdict())]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    if args.plain:
+        run_plain(args.out, args)
+        return
     with tempfile.TemporaryDirectory() as base:
         save_model(base, args.hidden, args.layers)
         run(rows, base, args.out, args)
