@@ -227,21 +227,27 @@ def _wide(rows: list[dict]) -> Iterator[dict]:
 
 
 def plot(rows: list[dict], path: str) -> None:
-    """Tokens recovered, by depth and noise; the best attack of each setting."""
+    """Tokens recovered, by depth and noise: by the best attack on one pass, and from the mean of several."""
     plt = pyplot()
-    models = [name for name in SUBJECTS if any(row["model"] == name for row in rows)]
-    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 4), layout="constrained", squeeze=False)
+    read = [row for row in rows if row["what"] == "tokens" and row.get("packing", "none") == "none"]
+    measured = [
+        row for row in read if "depth" in row and "like" not in row["attack"] and "trained" not in row["attack"]
+    ]
+    models = [name for name in SUBJECTS if any(row["model"] == name for row in measured)]
+    figure, axes = plt.subplots(1, len(models), figsize=(2 + 4 * len(models), 4), layout="constrained", squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
-        of_model = [row for row in rows if row["model"] == model and row["what"] == "tokens"]
-        measured = [
-            row for row in of_model if "noise" in row and row["packing"] == "none" and "like" not in row["attack"]
-        ]
         for number, noise in enumerate(sorted({row["noise"] for row in measured})):
-            depths = sorted({row["depth"] for row in measured if row["noise"] == noise})
-            best = [max(r["found"] for r in measured if (r["noise"], r["depth"]) == (noise, d)) for d in depths]
-            axis.plot(depths, best, "o-", color=f"C{number}", label=f"noise {noise:g}" if noise else "no noise")
-        for row in of_model:
-            if row["attack"] == "most frequent token":
+            of_noise = [row for row in measured if (row["model"], row["noise"]) == (model, noise)]
+            for style, repeated in (("o-", False), ("s--", True)):
+                found: dict[int, float] = {}
+                for row in of_noise:
+                    if ("epochs" in row["attack"]) == repeated:
+                        found[row["depth"]] = max(row["found"], found.get(row["depth"], 0))
+                name = f"noise {noise:g}" + (", mean of ten epochs" if repeated else "") if noise else "no noise"
+                if found:
+                    axis.plot(*zip(*sorted(found.items()), strict=True), style, color=f"C{number}", label=name)
+        for row in read:
+            if row["model"] == model and row["attack"] == "most frequent token":
                 axis.axhline(row["found"], color="0.6", linestyle=":", label="most frequent token")
         axis.set_xticks(DEPTHS)
         axis.set_ylim(0, 103)
@@ -249,7 +255,7 @@ def plot(rows: list[dict], path: str) -> None:
         axis.set_title({"llama": "small Llama, 512 tokens", "minilm": "MiniLM, 30,522 tokens"}[model], fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("tokens recovered by the best attack, %")
-    axes[0][-1].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     save(figure, path)
 
 
