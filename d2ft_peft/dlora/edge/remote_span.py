@@ -124,7 +124,10 @@ class RemoteSpan:
                 f"attention_mask has {getattr(mask, 'ndim', 'no')} axes; give one of [batch, tokens], from which the "
                 "cloud makes its own."
             )
-        self._mask, self._positions = mask, given.get("position_ids")
+        positions = given.get("position_ids")
+        if positions is not None and positions.ndim != 2:
+            raise ValueError(f"position_ids have {positions.ndim} axes; those of [1 or batch, tokens] cross.")
+        self._mask, self._positions = mask, positions
         self._entered = True
 
     def _exit(self, module: nn.Module, args: tuple, out: Any) -> None:
