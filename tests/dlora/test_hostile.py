@@ -107,7 +107,7 @@ def test_a_single_wrong_bit_is_noticed(edge):
 @pytest.mark.parametrize("method", ["Open", "MicroBatch"])
 def test_another_version_is_named(edge, method):
     answer = edge.call(method, [frame_of(message_of({"kind": "x", "tensors": []}), version=9)])
-    check_refused(answer)
+    check_refused(answer, grpc.StatusCode.FAILED_PRECONDITION)
     assert "version 9" in answer.sentence and "version 1" in answer.sentence
 
 

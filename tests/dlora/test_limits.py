@@ -339,10 +339,10 @@ def test_an_edge_of_another_version_is_refused_by_name(llama, monkeypatch):
     with serve(base) as (_, address):
         monkeypatch.setattr(frames, "VERSION", 2)
         with RawEdge(address, model) as raw:
-            assert raw.call("Open", [frame_of(b"{}", version=1)]).status is grpc.StatusCode.INVALID_ARGUMENT
+            assert raw.call("Open", [frame_of(b"{}", version=1)]).status is NEVER
             sentence = raw.call("Open", [frame_of(b"{}", version=1)]).sentence
             assert sentence == "a frame of version 1 of the protocol; this is version 2"
-            assert raw.open(protocol=7).status is grpc.StatusCode.INVALID_ARGUMENT
+            assert raw.open(protocol=7).status is NEVER
 
 
 def test_a_server_that_is_not_there_is_given_up_after_a_while(llama):

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from ..wire import protocol
-from ..wire.frames import FrameError
+from ..wire.frames import FrameError, OtherVersion
 from ..wire.messages import WireError
 from .edge_sessions import OtherModel, UnknownSession
 from .turns import NeverFits, Refused
@@ -30,6 +30,7 @@ class Failed(Exception):
 _STATUS = {
     Refused: grpc.StatusCode.RESOURCE_EXHAUSTED,
     FrameError: grpc.StatusCode.ABORTED,
+    OtherVersion: grpc.StatusCode.FAILED_PRECONDITION,
     WireError: grpc.StatusCode.INVALID_ARGUMENT,
     NotAdmitted: grpc.StatusCode.UNAUTHENTICATED,
     UnknownSession: grpc.StatusCode.NOT_FOUND,

@@ -28,6 +28,10 @@ class FrameError(WireError):
     """A frame was lost, doubled, moved or damaged on its way: sending it all again may help."""
 
 
+class OtherVersion(WireError):
+    """The peer speaks another version of the protocol."""
+
+
 class Writer:
     """Cuts the messages of one direction of a stream.
 
@@ -93,7 +97,7 @@ class Reader:
         if magic != _MAGIC or checksum != zlib.crc32(part, zlib.crc32(frame[: _PREFIX.size])):
             raise FrameError("a frame that is damaged, or none at all")
         if version != VERSION:
-            raise WireError(f"a frame of version {version} of the protocol; this is version {VERSION}")
+            raise OtherVersion(f"a frame of version {version} of the protocol; this is version {VERSION}")
         if number != self._next:
             raise FrameError(f"frame {number} where {self._next} was next")
         if self._data is None:
