@@ -124,7 +124,7 @@ def narrow(stage: Stage) -> None:
 
 def _exchanged(messages: list, group: int, count: int) -> Tensor:
     of_group = [m for m in messages if m.kind == "exchange" and m.fields["group"] == group]
-    return torch.cat([torch.cat(list(m.tensors.values())[:count], -1) for m in of_group])
+    return torch.cat([torch.cat(list(m.tensors.values())[:count], -1).detach() for m in of_group])
 
 
 def next_tokens(stage: Stage) -> None:
