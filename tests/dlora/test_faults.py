@@ -178,11 +178,11 @@ def test_every_fault_of_every_call_is_survived(llama, tmp_path, method):
     ]  # fmt: skip
     setting = "core" if method == "Factors" else "killed in cloud"
     with through(model, no_fault) as (_, proxy):
-        expected = run_setting(proxy.address, base, tmp_path, setting)
+        expected = run_setting(proxy.address, base, tmp_path, setting, steps=2)
         expected[2].disconnect()
     with through(model, Queue(method, *faults)) as (_, proxy):
         while proxy.plan.left:
-            found = run_setting(proxy.address, base, tmp_path, setting)
+            found = run_setting(proxy.address, base, tmp_path, setting, steps=2)
             check_same(found, expected)
             found[2].disconnect()
         assert {kind for of, kind in proxy.injected} == {fault.kind for fault in faults}
