@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from d2ft_peft.dlora.cloud import micro_batch_run
 from d2ft_peft.dlora.wire import frames
 from d2ft_peft.dlora.wire.compression import PACKINGS
 from d2ft_peft.dlora.wire.frames import Reader, Writer
@@ -314,6 +315,20 @@ def test_unknown_calls_are_none_of_ours(edge):
 
 def test_frames_longer_than_any_are_not_taken(edge):
     assert edge.call("MicroBatch", [bytes(frames.CHUNK_BYTES + 5000)]).status is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, KeyError, OSError, MemoryError])
+def test_what_goes_wrong_inside_stays_there(llama, monkeypatch, caplog, error):
+    def fails(*args):
+        raise error("/home/somebody/model.py, line 3")
+
+    _, cloud, address = llama
+    monkeypatch.setattr(micro_batch_run.MicroBatchRun, "_forward", fails)
+    with RawEdge(address, cloud.base) as raw:
+        raw.open()
+        answer = raw.stream(raw.forward("infer"))
+        assert (answer.status, answer.sentence) == (INVALID, f"the server could not run this ({error.__name__})")
+    assert "/home/somebody/model.py" in caplog.text
 
 
 def test_many_connections_and_streams_that_say_nothing(llama, edge):
