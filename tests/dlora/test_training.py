@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from d2ft_peft.dlora import BaseModel, connect
+from d2ft_peft.dlora import BaseModel, KillReviveCallback, connect
 from tests.training.test_trl import pairs, tokenizer, words
 
 from ..models import TINY
@@ -108,6 +108,27 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_and_once_more(llama, tmp_path):
         again.train()
 
     check_same_run(llama, run)
+
+
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_hooks_of_parameters_see_whole_gradients_once(llama, in_flight):
+    found = []
+    for model in both(llama, {}, in_flight=in_flight):
+        seen = []
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.register_hook(lambda grad, seen=seen: seen.append(grad) or 2 * grad)
+        found.append((step(model, ragged())[1], len(seen)))
+    check_close(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1]
+
+
+def test_kill_and_revive_with_parts_in_flight(llama, tmp_path):
+    def run(model):
+        callback = KillReviveCallback(active=5, interval=2)
+        trainer(model, tmp_path, extra={"callbacks": [callback]}, num_train_epochs=2).train()
+        return [round(norm, 9) for norm in callback.kill_revive.state.known]
+
+    check_same_run(llama, run, 1e-9, in_flight=2)
 
 
 class OutOfMemory(Trainer):

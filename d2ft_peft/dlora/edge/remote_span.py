@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -265,7 +266,8 @@ class _Span(torch.autograd.Function):
         cuts = [len(one.request.tensors["hidden"]) for one in ctx.passes]
         grads = grad.split(cuts) if grad.ndim else [grad] * len(cuts)
         pairs = dict(zip(map(id, ctx.passes), grads, strict=True))
-        found = ctx.span.each(lambda one: one.backward(pairs[id(one)]), ctx.passes)
+        with _unhooked(ctx.parameters):
+            found = ctx.span.each(lambda one: one.backward(pairs[id(one)]), ctx.passes)
         ctx.passes = []
         hidden = None
         if ctx.needs_input_grad[2]:
@@ -275,6 +277,19 @@ class _Span(torch.autograd.Function):
             parts = [of_part[id(parameter)] for _, of_part in found if id(parameter) in of_part]
             sums.append(sum(parts[1:], parts[0]) if parts else None)
         return None, None, hidden, *sums
+
+
+@contextmanager
+def _unhooked(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let hooks of parameters rest: they are for whole gradients, once, when autograd goes on with them."""
+    hooks = [parameter._backward_hooks for parameter in parameters]
+    for parameter in parameters:
+        parameter._backward_hooks = None
+    try:
+        yield
+    finally:
+        for parameter, of_it in zip(parameters, hooks, strict=True):
+            parameter._backward_hooks = of_it
 
 
 def _rows_of(tensor: Tensor | None, part: Tensor) -> Tensor | None:
