@@ -263,6 +263,8 @@ class _Span(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if not ctx.passes:
+            raise RuntimeError("backward went through blocks in the cloud a second time; run the forward pass again.")
         cuts = [len(one.request.tensors["hidden"]) for one in ctx.passes]
         grads = grad.split(cuts) if grad.ndim else [grad] * len(cuts)
         pairs = dict(zip(map(id, ctx.passes), grads, strict=True))
