@@ -1,6 +1,6 @@
 """Draw who holds what under DLoRA, and what crosses: docs/images/dlora.png.
 
-    python docs/make_dlora_figure.py
+python docs/make_dlora_figure.py
 """
 
 from __future__ import annotations
