@@ -335,6 +335,7 @@ REFUSED = {
     "packing": ({"packing": "int4"}, {}, "packing='int4'"),
     "killed": ({"killed": "forgotten"}, {}, "killed='forgotten'"),
     "in_flight": ({"in_flight": 0}, {}, "in_flight=0"),
+    "connections": ({"connections": 2}, {}, "connections=2"),
     "noise": ({"noise": -1.0}, {}, "noise=-1.0"),
     "noise and cache": ({"noise": 1.0, "cache_dir": "x"}, {}, "leave cache_dir out"),
     "dropout in flight": ({"in_flight": 2}, {"lora_dropout": 0.1}, "no run could be repeated"),

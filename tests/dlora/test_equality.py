@@ -19,6 +19,7 @@ PLACEMENTS = {
     "head in the cloud": {"head": "cloud"},
     "edge blocks and head in the cloud": {"edge_blocks": (2, 0), "head": "cloud"},
     "parts in flight": {"in_flight": 2},
+    "parts on connections of their own": {"in_flight": 3, "connections": 2},
     "more parts than rows, head in the cloud": {"in_flight": 5, "head": "cloud"},
 }
 

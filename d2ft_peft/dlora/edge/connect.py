@@ -37,6 +37,7 @@ def connect(
     killed: str = "cloud_copy",
     packing: str = "none",
     in_flight: int = 1,
+    connections: int = 1,
     noise: float = 0.0,
     cache_dir: str | None = None,
     cache_bytes: int = 1 << 33,
@@ -70,6 +71,8 @@ def connect(
             the model), ``"exchange"`` goes on asking it (exact, and saves only the edge's backward pass).
         packing: How hidden states and gradients cross: ``"none"``, ``"bf16"``, or ``"int8"`` with a scale per token.
         in_flight: Parts of a batch that are on their way at the same time, so that links and cloud are kept busy.
+        connections: TCP connections that these parts are spread over. On links that lose packets several are faster,
+            since a lost one holds up its own connection only; on others one is, which knows the link's rate.
         noise: Standard deviation of the noise on hidden states that leave, relative to each token's root mean square.
         cache_dir: Folder for hidden states that are the same in every epoch; they then cross once.
         cache_bytes: Most bytes in it.
@@ -88,7 +91,7 @@ def connect(
         ValueError: If an argument, or the adapter's configuration, cannot be.
         CloudError: If the cloud refuses, holds another base model, or cannot be reached.
     """
-    _check(head, crossing, killed, packing, in_flight, noise, cache_dir)
+    _check(head, crossing, killed, packing, in_flight, connections, noise, cache_dir)
     check_adapter(config, in_flight, crossing)
     hub = {name: from_pretrained[name] for name in HUB if name in from_pretrained}
     base_config = AutoConfig.from_pretrained(base, **hub)
@@ -103,7 +106,7 @@ def connect(
         "targets": targets, "rank": config.r if crossing == "core" else None, "with_head": head == "cloud",
         "packing": packing,
     }  # fmt: skip
-    link = Link(address, wish, packing, certificates, token, patience)
+    link = Link(address, wish, packing, certificates, token, patience, connections)
     told = link.open()
     if crossing == "core":
         _make_cores(peft_model, link, adapter_name)
@@ -119,7 +122,9 @@ def connect(
     return EdgeModel.adopt(peft_model, remote, stack)
 
 
-def _check(head: str, crossing: str, killed: str, packing: str, in_flight: int, noise: float, cache_dir: Any) -> None:
+def _check(
+    head: str, crossing: str, killed: str, packing: str, in_flight: int, connections: int, noise: float, cache_dir: Any
+) -> None:
     for name, value, choices in (
         ("head", head, ("edge", "cloud")), ("crossing", crossing, ("hidden", "core")), ("killed", killed, KILLED),
         ("packing", packing, PACKINGS),
@@ -128,6 +133,10 @@ def _check(head: str, crossing: str, killed: str, packing: str, in_flight: int, 
             raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}.")
     if type(in_flight) is not int or not 1 <= in_flight <= 32:
         raise ValueError(f"in_flight={in_flight!r} must be a whole number from 1 to 32.")
+    if type(connections) is not int or not 1 <= connections <= in_flight:
+        raise ValueError(
+            f"connections={connections!r} must be a whole number from 1 to in_flight={in_flight}: a part needs but one."
+        )
     if not 0 <= noise < float("inf"):
         raise ValueError(f"noise={noise!r} must be a finite number, at least 0; 0 adds none.")
     if noise and cache_dir is not None:

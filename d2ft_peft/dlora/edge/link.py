@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import random
 import secrets
@@ -61,11 +62,12 @@ class Link:
         certificates: For TLS; None connects without.
         token: What the server knows the edge by.
         patience: Seconds after which a cloud that gives no answer is given up.
+        connections: How many connections micro-batches in flight are spread over.
     """
 
     def __init__(
         self, address: str, wish: dict[str, Any], packing: str = "none", certificates: Certificates | None = None,
-        token: str | None = None, patience: float = 600.0,
+        token: str | None = None, patience: float = 600.0, connections: int = 1,
     ):  # fmt: skip
         self.address, self.packing, self.patience = address, packing, patience
         self.wish = {**wish, "edge": secrets.token_hex(16)}
@@ -80,13 +82,10 @@ class Link:
         self._lock = threading.RLock()
         self._session: str | None = None
         self._installed = False
-        options = protocol.CHANNEL_OPTIONS
-        if certificates is None:
-            self._channel = grpc.insecure_channel(address, options)
-        else:
-            self._channel = grpc.secure_channel(address, certificates.of_edge(), options)
+        self._channels = [_channel(address, certificates) for _ in range(connections)]
+        self._channel, self._next = self._channels[0], itertools.cycle(self._channels)
         self._watch = Deadlines()
-        weakref.finalize(self, _close, self._channel, self._watch)
+        weakref.finalize(self, _close, self._channels, self._watch)
 
     def open(self, **wish: Any) -> dict[str, Any]:
         """Open the session if there is none; what the server told of itself.
@@ -163,7 +162,8 @@ class Link:
 
     def stream(self) -> Stream:
         """A new stream of the session; to be used within `replaying`."""
-        return Stream(self._channel.stream_stream(protocol.method(protocol.MICRO_BATCH)), self._metadata(), self)
+        call = next(self._next).stream_stream(protocol.method(protocol.MICRO_BATCH))
+        return Stream(call, self._metadata(), self)
 
     def stale(self) -> None:
         """What `install` hands over has changed."""
@@ -177,7 +177,7 @@ class Link:
                 call = self._channel.unary_unary(protocol.method(protocol.CLOSE))
                 call(to_frame("close", {}), metadata=self._metadata(), timeout=5)
             self._session = None
-        _close(self._channel, self._watch)
+        _close(self._channels, self._watch)
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         return tuple({**self._token, protocol.SESSION_KEY: self._session or ""}.items())
@@ -275,6 +275,14 @@ def _asked_seconds(error: Any) -> float | None:
     return None
 
 
-def _close(channel: grpc.Channel, watch: Deadlines) -> None:
+def _channel(address: str, certificates: Certificates | None) -> grpc.Channel:
+    """A connection of its own, made when it is first used."""
+    if certificates is None:
+        return grpc.insecure_channel(address, protocol.CHANNEL_OPTIONS)
+    return grpc.secure_channel(address, certificates.of_edge(), protocol.CHANNEL_OPTIONS)
+
+
+def _close(channels: list[grpc.Channel], watch: Deadlines) -> None:
     watch.end()
-    channel.close()
+    for channel in channels:
+        channel.close()
