@@ -55,6 +55,7 @@ class Key(NamedTuple):
     placement: str
     packing: str
     in_flight: int
+    connections: int = 1
 
 
 def plan() -> Iterator[Key]:
@@ -73,7 +74,8 @@ def plan() -> Iterator[Key]:
                     yield Key(*link, placement, packing, 8)
     for rate, round_trip in ((100.0, 50.0), (10.0, 50.0), (100.0, 5.0), (100.0, 150.0), (1000.0, 50.0)):
         for loss in (1.0, 5.0):
-            yield Key(rate, round_trip, loss, "bbr", "eighth", "none", 8)
+            for connections in (1, 8):
+                yield Key(rate, round_trip, loss, "bbr", "eighth", "none", 8, connections)
     yield Key(10.0, 50.0, 1.0, "cubic", "eighth", "none", 8)
     yield Key(100.0, 50.0, 1.0, "cubic", "eighth", "none", 8)
 
@@ -91,7 +93,7 @@ def save_model(folder: str, hidden: int, layers: int) -> None:
 # ---------------------------------------------------------------- the edge, in a process of its own
 
 
-def connected(address: str, base: str, placement: str, packing: str, in_flight: int) -> Any:
+def connected(address: str, base: str, placement: str, packing: str, in_flight: int, connections: int = 1) -> Any:
     """An edge's model in one of the placements; only what is alive in it can be trained."""
     options: dict[str, Any] = {"r": 8, "target_modules": PROJECTIONS}
     if placement == "core":
@@ -102,6 +104,7 @@ def connected(address: str, base: str, placement: str, packing: str, in_flight: 
         options["layers_to_transform"] = [0, depth - 1]
     model = connect(
         address, base, LoraConfig(**options), edge_blocks=blocks, packing=packing, in_flight=in_flight,
+        connections=connections,
         crossing="core" if placement == "core" else "hidden", dtype=torch.float32,
     )  # fmt: skip
     if placement == "eighth":
@@ -114,7 +117,9 @@ def connected(address: str, base: str, placement: str, packing: str, in_flight: 
 def measure(address: str, base: str, variant: dict[str, Any]) -> dict[str, Any]:
     """Steps of one variant: seconds, and what crossed in each phase of a step."""
     set_seed(0)
-    model = connected(address, base, variant["placement"], variant["packing"], variant["in_flight"])
+    model = connected(
+        address, base, variant["placement"], variant["packing"], variant["in_flight"], variant.get("connections", 1)
+    )
     traffic = model.remote_span.link.traffic
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, VOCABULARY, (variant["tokens"] // LENGTH, LENGTH))
@@ -237,7 +242,7 @@ def run(rows: list[Key], base: str, out: str, args: argparse.Namespace) -> None:
             steps = 1 if key.loss and key.control == "cubic" else args.steps
             variant = {
                 "placement": key.placement, "packing": key.packing, "in_flight": key.in_flight,
-                "tokens": TOKENS[key.rate], "steps": steps, "warm_up": 1,
+                "connections": key.connections, "tokens": TOKENS[key.rate], "steps": steps, "warm_up": 1,
             }  # fmt: skip
             network.set(*FREE, "cubic")
             free = ask(edge, variant)["seconds"]
@@ -267,6 +272,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             {
                 "Mbit/s": f"{key.rate:g}", "RTT ms": f"{key.round_trip:g}", "loss %": f"{key.loss:g}",
                 "TCP": key.control, "placement": key.placement, "packing": key.packing, "in flight": key.in_flight,
+                "connections": key.connections,
                 "tokens": row["tokens"], "step s": f"{seconds:.2f}", "free s": f"{row['free']:.2f}",
                 "limit s": f"{row['limit']:.2f}", "load": f"{row['load']:.0f}",
                 "tokens/s": f"{row['tokens'] / seconds:.0f}",
