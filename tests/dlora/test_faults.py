@@ -156,7 +156,12 @@ def run_setting(address, base, folder, setting, **more):
     return run(address, base, folder, **SETTINGS[setting], in_cloud="cloud" in setting, **more)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+QUICK = ("plain", "killed", "in_flight")
+
+
+@pytest.mark.parametrize(
+    "setting", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
+)
 def test_a_run_with_faults_ends_with_the_same_bits(llama, tmp_path, setting):
     base, model = llama
     with through(model, no_fault) as (_, proxy):

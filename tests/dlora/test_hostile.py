@@ -367,7 +367,7 @@ def many(llama, connections, streams):
 
 
 def test_a_well_behaved_edge_is_not_disturbed(llama, edge):
-    fuzz(llama, 2_000)
+    fuzz(llama, 600)
 
 
 @pytest.mark.slow

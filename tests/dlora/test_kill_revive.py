@@ -439,6 +439,7 @@ def test_wrappers_whose_parameters_are_not_single_are_refused():
         KillRevive(engine, adam(model), active=2)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_the_same():
     found = []
     for compiled in (False, True):

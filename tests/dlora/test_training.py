@@ -162,6 +162,7 @@ class OutOfMemory(Trainer):
         return loss
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_too_large_is_halved(llama, tmp_path):
     def run(model):
         small = trainer(model, tmp_path, OutOfMemory, auto_find_batch_size=True, per_device_train_batch_size=10)
