@@ -76,8 +76,9 @@ def plan() -> Iterator[Key]:
         for loss in (1.0, 5.0):
             for connections in (1, 8):
                 yield Key(rate, round_trip, loss, "bbr", "eighth", "none", 8, connections)
-    yield Key(10.0, 50.0, 1.0, "cubic", "eighth", "none", 8)
-    yield Key(100.0, 50.0, 1.0, "cubic", "eighth", "none", 8)
+    for connections in (1, 8):
+        yield Key(10.0, 50.0, 1.0, "cubic", "eighth", "none", 8, connections)
+        yield Key(100.0, 50.0, 1.0, "cubic", "eighth", "none", 8, connections)
 
 
 def save_model(folder: str, hidden: int, layers: int) -> None:

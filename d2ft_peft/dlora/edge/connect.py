@@ -71,8 +71,8 @@ def connect(
             the model), ``"exchange"`` goes on asking it (exact, and saves only the edge's backward pass).
         packing: How hidden states and gradients cross: ``"none"``, ``"bf16"``, or ``"int8"`` with a scale per token.
         in_flight: Parts of a batch that are on their way at the same time, so that links and cloud are kept busy.
-        connections: TCP connections that these parts are spread over. On links that lose packets several are faster,
-            since a lost one holds up its own connection only; on others one is, which knows the link's rate.
+        connections: TCP connections that these parts are spread over. Where TCP takes every lost packet for a busy link
+            (cubic), several are faster on a link that loses some; else one is, which knows the link's rate.
         noise: Standard deviation of the noise on hidden states that leave, relative to each token's root mean square.
         cache_dir: Folder for hidden states that are the same in every epoch; they then cross once.
         cache_bytes: Most bytes in it.
