@@ -12,7 +12,7 @@ Without ``--base`` a small Llama learns the text of Python's help pages first, a
 of Python's library, by LoRA, with an eighth of its modules alive at a time (Kill-and-Revive). The progress bar shows
 what crosses. At the end the adapter is loaded by stock PEFT onto the whole model:
 
-    held-out loss: 2.24 before, 1.52 after; 1.52 with the adapter loaded by stock PEFT
+    held-out loss: 2.93 before, 2.77 after; 2.77 with the adapter loaded by stock PEFT
 """
 
 from __future__ import annotations
