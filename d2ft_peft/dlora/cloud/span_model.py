@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..blocks import Passage, plain_facts
-from ..wire.messages import Message, WireError
+from ..wire.messages import Message, WireError, numbered
 from .base_model import BaseModel, Group
 
 
@@ -206,7 +206,7 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         needed = any(ctx.needs_input_grad[4:])
-        question = Message("gradient", {"group": ctx.number, "answer": needed}, _numbered(grads))
+        question = Message("gradient", {"group": ctx.number, "answer": needed}, numbered(grads))
         if not needed:
             ctx.now.tell(question)
             return None, None, None, None, *[None] * len(ctx.shapes)
@@ -224,13 +224,9 @@ def _answers(now: Pass, number: int, inputs: list[Tensor], widths: dict[str, int
     """Answers of a group: those that came with the question, or what the edge says now."""
     answers = now.given.pop(number, None)
     if answers is None:
-        question = Message("exchange", {"group": number}, _numbered(inputs))
+        question = Message("exchange", {"group": number}, numbered(inputs))
         answers = list(now.ask(question).tensors.values())
     return checked(answers, [(*inputs[0].shape[:-1], width) for width in widths.values()], inputs[0])
-
-
-def _numbered(tensors: Any) -> dict[str, Tensor]:
-    return {str(number): tensor for number, tensor in enumerate(tensors)}
 
 
 def checked(tensors: list[Tensor], shapes: list[Any], like: Tensor) -> list[Tensor]:

@@ -23,7 +23,7 @@ from .link import CloudError, Link
 from .local_adapters import KILLED, LocalAdapters
 from .remote_span import RemoteSpan
 from .sample_cache import SampleCache
-from .skeleton import HUB, load_skeleton
+from .skeleton import load_skeleton, of_files
 
 
 def connect(
@@ -67,7 +67,7 @@ def connect(
         crossing: ``"hidden"``, or ``"core"``: frozen factors in the cloud, r x r numbers trained here, r instead of the
             width crosses for each token and module.
         killed: What becomes of a module of the span that is frozen after it has learned something: ``"cloud_copy"``
-            hands a frozen copy to the cloud (exact, and private no longer), ``"drop"`` sets it back to nothing (changes
+            hands a frozen copy to the cloud (exact), ``"drop"`` sets it back to nothing (changes
             the model), ``"exchange"`` goes on asking it (exact, and saves only the edge's backward pass).
         packing: How hidden states and gradients cross: ``"none"``, ``"bf16"``, or ``"int8"`` with a scale per token.
         in_flight: Parts of a batch that are on their way at the same time, so that links and cloud are kept busy.
@@ -93,7 +93,7 @@ def connect(
     """
     _check(head, crossing, killed, packing, in_flight, connections, noise, cache_dir)
     check_adapter(config, in_flight, crossing)
-    hub = {name: from_pretrained[name] for name in HUB if name in from_pretrained}
+    hub = of_files(from_pretrained)
     base_config = AutoConfig.from_pretrained(base, **hub)
     prints = fingerprint(base, base_config, **hub)
     model, stack, span = load_skeleton(base, edge_blocks, model_class, head == "cloud", **from_pretrained)
@@ -144,7 +144,7 @@ def _check(
 
 
 def _make_cores(model: PeftModel, link: Link, adapter_name: str) -> None:
-    """Frozen factors for every adapter, those of the edge's own blocks included."""
+    """Frozen factors for every adapter, all of which have to cross; compared whenever a session is opened anew."""
     layers = {name: module for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
     inside = set(link.wish["targets"])
     outside = sorted(layers.keys() - inside)

@@ -100,7 +100,7 @@ class EdgeModel:
                 save_file(cores, partial)
 
     def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Load a plain LoRA adapter; onto cores what they can express of it."""
+        """Load a plain LoRA adapter; onto cores only what was trained between the same factors."""
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         path = os.path.join(model_id, _CORES)
         if self._cores() and os.path.isfile(path):

@@ -11,11 +11,11 @@ import os
 import warnings
 import zlib
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ...whole_files import reading, replacing
+from ..wire.compression import bytes_of
 
 
 _ENDING = ".safetensors"
@@ -61,9 +61,9 @@ class HiddenCache:
             place: Where in the span the hidden states are from.
         """
         digest = hashlib.blake2b(f"{self._belongs_to} {place} {hidden.dtype}".encode(), digest_size=20)
-        digest.update(_bytes_of(hidden[real]))
+        digest.update(bytes_of(hidden[real]))
         if positions is not None:
-            digest.update(_bytes_of(positions[real]))
+            digest.update(bytes_of(positions[real]))
         return digest.hexdigest()
 
     def get(self, key: str, real: Tensor) -> Tensor | None:
@@ -95,7 +95,7 @@ class HiddenCache:
             return
         path = self._path(key)
         with replacing(path) as partial:
-            save_file({"values": kept}, partial, {"crc32": str(zlib.crc32(_bytes_of(kept)))})
+            save_file({"values": kept}, partial, {"crc32": str(zlib.crc32(bytes_of(kept)))})
         self._sizes[key] = os.path.getsize(path)
 
     def _read(self, key: str) -> Tensor | None:
@@ -104,7 +104,7 @@ class HiddenCache:
                 values, checksum = file.get_tensor("values"), (file.metadata() or {}).get("crc32")
         except ValueError as error:
             return self._drop(key, str(error))
-        if str(zlib.crc32(_bytes_of(values))) != checksum:
+        if str(zlib.crc32(bytes_of(values))) != checksum:
             return self._drop(key, "is damaged")
         return values
 
@@ -116,8 +116,3 @@ class HiddenCache:
 
     def _path(self, key: str) -> str:
         return os.path.join(self.directory, key + _ENDING)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..wire.messages import Message
+from ..wire.messages import Message, numbered
 from .link import CloudError, Link
 from .local_adapters import Alive, Asked, LocalAdapters, check_answerable
 from .random_state import RandomState
@@ -119,7 +119,7 @@ class RemotePass:
         number = check_answerable(message, self.adapters.groups)
         inputs = list(message.tensors.values())
         self.keep(number, inputs)
-        stream.send(Message("answer", {}, _numbered(self._answers(number, inputs))))
+        stream.send(Message("answer", {}, numbered(self._answers(number, inputs))))
 
     def _answers(self, number: int, inputs: list[Tensor]) -> list[Tensor]:
         asked = Asked([], []) if self.trains else None
@@ -149,7 +149,7 @@ class RemotePass:
             ]
             answers = self.adapters.backward(self._names(number), self._asked[number], grads, needed, found)
             if needed:
-                stream.send(Message("answer", {}, _numbered(answers)))
+                stream.send(Message("answer", {}, numbered(answers)))
         stream.finish()
         return message.tensors.get("hidden"), found
 
@@ -195,7 +195,3 @@ def _only(message: Message, name: str) -> Tensor:
     if list(message.tensors) != [name]:
         raise CloudError(f"the cloud sent {list(message.tensors)[:4]} where {name!r} was due")
     return message.tensors[name]
-
-
-def _numbered(tensors: list[Tensor]) -> dict[str, Tensor]:
-    return {str(number): tensor for number, tensor in enumerate(tensors)}

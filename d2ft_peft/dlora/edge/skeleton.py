@@ -38,7 +38,7 @@ def load_skeleton(
     Raises:
         ValueError: If the model has no stack of blocks, or the edge would own all of them.
     """
-    concrete = _concrete(model_class, AutoConfig.from_pretrained(base, **_of_config(hub)))
+    concrete = _concrete(model_class, AutoConfig.from_pretrained(base, **of_files(hub)))
     # Under the module's name too: weights of what is not transformers' own are not renamed on loading.
     own = {"edge_blocks": edge_blocks, "with_head": with_head, "__module__": concrete.__module__}
     loads = type(concrete.__name__, (_LoadsOwn, concrete), own)
@@ -52,8 +52,7 @@ def load_skeleton(
     return model, stack, span
 
 
-HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
-"""Arguments of `from_pretrained` that say where files are, for whoever reads some of them."""
+_OF_FILES = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
 class Skeleton(nn.Module):
@@ -149,8 +148,9 @@ class _Nothing:
         return x.new_zeros(()).expand(*x.shape[:-1], self.out_features)
 
 
-def _of_config(hub: dict[str, Any]) -> dict[str, Any]:
-    return {name: hub[name] for name in HUB if name in hub}
+def of_files(hub: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that say where files are, for whoever reads some of them."""
+    return {name: hub[name] for name in _OF_FILES if name in hub}
 
 
 def _concrete(model_class: Any, config: PretrainedConfig) -> type[PreTrainedModel]:

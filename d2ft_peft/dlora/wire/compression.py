@@ -24,14 +24,14 @@ def pack(tensor: Tensor, packing: str) -> list[memoryview]:
         packing: One of `PACKINGS`.
     """
     if packing == "none":
-        return [_bytes_of(tensor)]
+        return [bytes_of(tensor)]
     if packing == "bf16":
-        return [_bytes_of(tensor.to(torch.bfloat16))]
+        return [bytes_of(tensor.to(torch.bfloat16))]
     values = tensor.to(torch.float32)
     scale = values.abs().amax(-1, keepdim=True) / 127 if values.shape[-1] else values.sum(-1, keepdim=True)
     # A token of zeros has scale zero. NaN and infinity reach the scale, and come out as NaN on the other side.
     whole = (values / scale).round_().nan_to_num_(0.0).to(torch.int8)
-    return [_bytes_of(whole), _bytes_of(scale)]
+    return [bytes_of(whole), bytes_of(scale)]
 
 
 def packed_bytes(shape: tuple[int, ...], dtype: torch.dtype, packing: str) -> int:
@@ -53,7 +53,8 @@ def unpack(data: memoryview, shape: tuple[int, ...], dtype: torch.dtype, packing
     return (_tensor(data[:numel], torch.int8, shape).to(torch.float32) * scale).to(dtype)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row by row."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 

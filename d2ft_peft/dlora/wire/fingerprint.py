@@ -65,9 +65,8 @@ def weight_files(base: str, **hub: Any) -> list[str]:
 def _samples(path: str) -> list[bytes]:
     """One line for every tensor of a file: its name, dtype and shape, and a hash of some of its bytes."""
     lines = []
-    with reading(
-        path
-    ):  # which checks the header; read through its map of the file, all that lies near would be resident
+    # Only to check the header: read through this map of the file, all that lies near would be resident.
+    with reading(path):
         pass
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))

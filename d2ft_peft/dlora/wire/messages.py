@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,11 @@ class Message:
     kind: str
     fields: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def numbered(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Tensors of a message that are known by their order: "0", "1", ..."""
+    return {str(number): tensor for number, tensor in enumerate(tensors)}
 
 
 def encode(message: Message, packing: str = "none") -> list[memoryview]:
