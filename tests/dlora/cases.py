@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,24 @@ def check_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         torch.testing.assert_close(
             found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def samples(n: int = 10) -> list[dict[str, Tensor]]:
+    """Texts of different lengths."""
+    batch = TINY["llama"].batch(n)
+    return [{name: value[i, : 3 + i % 5] for name, value in batch.items()} for i in range(n)]
+
+
+def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of such texts, padded to the longest."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    filler = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {name: pad([row[name] for row in rows], True, value) for name, value in filler.items()}
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """Whether something comes true in time: what other threads do is not done at once."""
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return condition()

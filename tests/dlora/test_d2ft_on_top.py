@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from d2ft_peft import D2FTConfig, D2FTTrainer
 from d2ft_peft.dlora import KillReviveCallback, connect
 
-from .cases import check_close, ragged, serve, tiny_base
-from .test_killed_modules import collate, samples, trained
+from .cases import check_close, collate, ragged, samples, serve, tiny_base
+from .test_killed_modules import trained
 
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -16,8 +16,8 @@ from d2ft_peft.dlora.cloud.singular_vectors import leading_directions
 from d2ft_peft.dlora.edge.link import CloudError
 
 from ..models import TINY
-from .cases import adapter, check_close, edge_like, gradients, ragged, serve, step, tiny_base, whole
-from .test_killed_modules import collate, samples, trained
+from .cases import adapter, check_close, collate, edge_like, gradients, ragged, samples, serve, step, tiny_base, whole
+from .test_killed_modules import trained
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,7 @@ from d2ft_peft.dlora import BaseModel, Cloud, KillReviveCallback, connect
 from d2ft_peft.dlora.edge import link
 from d2ft_peft.dlora.wire import frames, protocol
 
-from ..models import TINY
-from .cases import adapter, edge_like, ragged, step, tiny_base, whole
+from .cases import adapter, collate, edge_like, eventually, ragged, samples, step, tiny_base, whole
 from .fault_proxy import FAULTS, Fault, FaultProxy, Plan
 
 
@@ -96,24 +95,6 @@ class Queue:
         return self.left.popleft() if method == self.method and self.left else None
 
 
-def eventually(condition, seconds=20):
-    until = time.monotonic() + seconds
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.01)
-    return condition()
-
-
-def samples(n=7):
-    batch = TINY["llama"].batch(n)
-    return [{name: value[i, : 3 + i % 5] for name, value in batch.items()} for i in range(n)]
-
-
-def collate(rows):
-    pad = torch.nn.utils.rnn.pad_sequence
-    filler = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {name: pad([row[name] for row in rows], True, value) for name, value in filler.items()}
-
-
 def run(
     address, base, folder, rule=None, in_cloud=False, lora=None, resume=None, steps=5, save_steps=None, **options
 ):  # fmt: skip
@@ -128,7 +109,7 @@ def run(
     )  # fmt: skip
     decides = {"decide": model.decide_in_cloud} if in_cloud else {}
     callbacks = [] if rule is None else [KillReviveCallback(**rule, **decides)]
-    trainer = Trainer(model, args, data_collator=collate, train_dataset=samples(), callbacks=callbacks)
+    trainer = Trainer(model, args, data_collator=collate, train_dataset=samples(7), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}, losses, model

@@ -9,8 +9,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from d2ft_peft.dlora import KillReviveCallback, connect
 
-from ..models import TINY
-from .cases import adapter, check_close, edge_like, ragged, serve, step, tiny_base, whole
+from .cases import adapter, check_close, collate, edge_like, ragged, samples, serve, step, tiny_base, whole
 
 
 @pytest.fixture(scope="module")
@@ -18,17 +17,6 @@ def llama(tmp_path_factory):
     base = tiny_base(tmp_path_factory.mktemp("llama"))
     with serve(base) as (_, address):
         yield base, address
-
-
-def samples(n=10):
-    batch = TINY["llama"].batch(n)
-    return [{name: value[i, : 3 + i % 5] for name, value in batch.items()} for i in range(n)]
-
-
-def collate(rows):
-    pad = torch.nn.utils.rnn.pad_sequence
-    filler = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {name: pad([row[name] for row in rows], True, value) for name, value in filler.items()}
 
 
 def train(model, folder, *callbacks, **options):

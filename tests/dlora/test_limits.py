@@ -14,7 +14,7 @@ from d2ft_peft.dlora.cloud.turns import NeverFits, Refused, Room, Turns
 from d2ft_peft.dlora.edge import link
 from d2ft_peft.dlora.wire import frames, protocol
 
-from .cases import adapter, edge_like, ragged, serve, step, tiny_base, whole
+from .cases import adapter, edge_like, eventually, ragged, serve, step, tiny_base, whole
 from .raw_edge import RawEdge, frame_of, numbered
 
 
@@ -60,13 +60,6 @@ def quick(monkeypatch):
 def start(model, **options):
     cloud = Cloud(model, **options)
     return cloud, f"localhost:{cloud.start()}"
-
-
-def eventually(condition, seconds=20):
-    until = time.monotonic() + seconds
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.01)
-    return condition()
 
 
 def test_an_edge_too_many_waits_for_a_session(llama, quick):

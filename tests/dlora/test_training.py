@@ -17,8 +17,8 @@ from d2ft_peft.dlora import BaseModel, KillReviveCallback, connect
 from tests.training.test_trl import pairs, tokenizer, words
 
 from ..models import TINY
-from .cases import adapter, check_close, edge_like, ragged, serve, step, tiny_base, whole
-from .test_killed_modules import collate, samples, trained
+from .cases import adapter, check_close, collate, edge_like, ragged, samples, serve, step, tiny_base, whole
+from .test_killed_modules import trained
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from transformers import Trainer, TrainingArguments
 
 from d2ft_peft.dlora import KillReviveCallback
 from tests.distributed.launch import run
-from tests.dlora.cases import adapter, check_close, edge_like, serve, tiny_base, whole
-from tests.dlora.test_killed_modules import collate, samples, trained
+from tests.dlora.cases import adapter, check_close, collate, edge_like, samples, serve, tiny_base, whole
+from tests.dlora.test_killed_modules import trained
 
 
 pytestmark = pytest.mark.distributed
