@@ -25,8 +25,9 @@ DEFAULTS = {
     "num_devices": None,
     "device_capacities": None,
     "head_parallel": False,
-    "policy": "bilevel",
-    "rows": "micro_batches",
+    "policy": "exact_first",
+    "rows": None,
+    "padding": "compose",
     "interval": 10,
     "tie_break": "aligned",
     "backward_score": "weight_magnitude",
@@ -84,6 +85,10 @@ BAD = [
     ({"rows": "tokens"}, "rows='tokens' must be one of micro_batches, samples"),
     ({"interval": 0}, "interval=0 must be an integer of at least 1"),
     ({"policy": "importance", "num_full": 1, "num_forward_only": 1}, "num_forward_only=1 counts micro-batches"),
+    ({"policy": "exact_first", "num_full": 2}, "num_full=2 is not possible under policy='exact_first'"),
+    ({"policy": "exact_first", "head_parallel": True}, "head_parallel=True is not possible under policy='exact_"),
+    ({"policy": 3}, "policy=3 must be the name of a policy, or None"),
+    ({"padding": "none"}, "padding='none' must be one of compose, keep"),
     ({"tie_break": "even"}, "tie_break='even' must be one of aligned, spread"),
     ({"backward_score": "l2"}, "backward_score='l2' must be one of weight_magnitude, fisher"),
     ({"score_fraction": 0}, r"score_fraction=0 must be a number in \(0, 1\]"),
@@ -119,6 +124,24 @@ def test_defaults():
     assert own | {"r"} == DEFAULTS.keys()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
     assert config.budget == Budget(compute=0.6)
+
+
+@pytest.mark.parametrize(
+    "fields, policy",
+    [
+        ({}, "exact_first"),
+        ({"compute_budget": 0.4, "heads_per_subnet": 2}, "exact_first"),
+        ({"num_full": 3, "num_forward_only": 1}, "bilevel"),
+        ({"communication_budget": 0.5}, "bilevel"),
+        ({"num_devices": 2, "device_capacities": [0.5, 1.0]}, "bilevel"),
+        ({"forward_score": "fisher"}, "bilevel"),
+        ({"tie_break": "spread"}, "bilevel"),
+        ({"head_parallel": True}, "bilevel"),
+        ({"device_capacities": "auto"}, "fewer_samples"),
+    ],
+)
+def test_without_a_policy_it_follows_from_what_is_asked_for(fields, policy):
+    assert D2FTConfig(**fields).policy == policy
 
 
 @pytest.mark.parametrize("policy", policy_names())

@@ -45,7 +45,12 @@ def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode, monkeypa
             return result
 
     orders, compose = [], D2FTPlanner.compose
-    monkeypatch.setattr(D2FTPlanner, "compose", lambda self, i, size: orders.append(i) or compose(self, i, size))
+
+    def watched(self, candidates, size):
+        orders.append(candidates.indices)
+        return compose(self, candidates, size)
+
+    monkeypatch.setattr(D2FTPlanner, "compose", watched)
     args = arguments(tmp_path, max_steps=6, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0)
     trainer = Watching(model=adapt(**config), args=args, train_dataset=data)
     trainer.train()
@@ -54,7 +59,8 @@ def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode, monkeypa
     planner = D2FTPlanner(model, num_micro_batches=4)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=args.learning_rate)
     planner.prepare(collate(data[:1]))
-    for indices in list(orders):
+    monkeypatch.undo()
+    for indices in orders:
         for i, positions in enumerate(planner.compose(indices, 2)):
             batch = collate([data[index] for index in indices[positions]])
             with planner.micro_batch(i) as micro_batch:
@@ -134,10 +140,10 @@ def test_what_does_not_run_is_not_loaded(tmp_path, accumulation):
     args = arguments(tmp_path, max_steps=12 // accumulation, gradient_accumulation_steps=accumulation)
     trainer = D2FTTrainer(model=model, args=args, train_dataset=data)
     trainer.train()
-    # 3 windows of 8 candidates, half of which run; and a batch that shows what the model costs.
-    assert len(data.loaded) == 2 + 12
+    # 24 candidates, half of which run; and a batch that shows what the model costs, some of which may run.
+    assert 12 <= len(data.loaded) <= 2 + 12
     known = ~np.isnan(trainer.planner.source.live["loss"].values)
-    assert set(np.flatnonzero(known)) == set(data.loaded[2:])
+    assert set(data.loaded[2:]) <= set(np.flatnonzero(known)) <= set(data.loaded)
 
 
 def test_workers_load_ahead(tmp_path):

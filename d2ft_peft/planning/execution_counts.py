@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from ..schedule import Schedule
+from .facts import BatchFacts
 
 
 @dataclass
@@ -18,7 +19,9 @@ class Totals:
         steps: Optimizer steps.
         weight: Samples that were planned.
         compute, communication, variance: Sums of their ratios and of their workload variance, each times its samples.
-        flops, full_flops: FLOPs as executed, and if every subnet of every micro-batch had been FULL.
+        flops, full_flops: FLOPs as executed, and those of plain training: every subnet of every micro-batch FULL, and
+            where micro-batches were composed by length, padded as the data loader's own batches.
+        tokens, padded: Tokens that ran, without padding and with it, where masks tell.
     """
 
     steps: int = 0
@@ -28,6 +31,8 @@ class Totals:
     variance: float = 0.0
     flops: float = 0.0
     full_flops: float = 0.0
+    tokens: float = 0.0
+    padded: float = 0.0
 
     def add(self, other: Totals) -> None:
         """Add other sums."""
@@ -35,10 +40,12 @@ class Totals:
             setattr(self, name, getattr(self, name) + value)
 
     def logs(self) -> dict[str, float]:
-        """Means: ratios of the subnets, ``flops_ratio`` with embeddings and head, ``step_flops``. Where nothing was
-        planned since, nothing ran."""
+        """Means: ratios of the subnets, ``flops_ratio`` with embeddings and head, ``step_flops``, and where masks tell
+        ``padding_ratio``, the share of padding among the tokens that ran. Where nothing was planned since, nothing
+        ran."""
         weight, full_flops = self.weight or 1.0, self.full_flops or 1.0
-        return {
+        padding = {"padding_ratio": 1 - self.tokens / self.padded} if self.padded else {}
+        return padding | {
             "compute_ratio": self.compute / weight,
             "communication_ratio": self.communication / weight,
             "workload_variance": self.variance / weight,
@@ -69,7 +76,13 @@ class ExecutionCounts:
         """A step was planned: what ran of an earlier one that was left unfinished stays counted."""
         self._rows = {}
 
-    def note(self, index: int, row: np.ndarray, measure: Callable[[], tuple[float, float]]) -> None:
+    def note(
+        self,
+        index: int,
+        row: np.ndarray,
+        measure: Callable[[], tuple[float, float]],
+        facts: BatchFacts | None = None,
+    ) -> None:
         """A micro-batch of the planned step ran, or was passed over.
 
         Args:
@@ -77,7 +90,12 @@ class ExecutionCounts:
             row: Operation of each subnet as executed, int [K].
             measure: Gives its FLOPs, and those if it had been FULL everywhere; asked once the step is over, when those
                 that ran have shown what one that did not would have cost.
+            facts: What is known of its content, if it ran.
         """
+        if facts is not None and facts.tokens is not None and facts.length is not None:
+            seen = Totals(tokens=facts.tokens, padded=facts.size * facts.length)
+            self.since_log.add(seen)
+            self.of_run.add(seen)
         self._rows[index] = row
         self._open[index] = row, measure
 

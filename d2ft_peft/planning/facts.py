@@ -27,12 +27,14 @@ class BatchFacts:
         items: Labels that carry loss; None where there are no labels to count.
         indices: Indices of the samples in the data set, int64 [size], or None.
         length: Tokens of a sample, padded ones included; None where the batch holds no token ids.
+        tokens: Tokens of all samples that are no padding; None where a mask on the host does not tell.
     """
 
     size: int
     items: int | None = None
     indices: np.ndarray | None = None
     length: int | None = None
+    tokens: int | None = None
 
 
 def facts_of(batch: Mapping[str, Any], shifts: bool, size: int | None = None, indices: Any = None) -> BatchFacts:
@@ -50,7 +52,7 @@ def facts_of(batch: Mapping[str, Any], shifts: bool, size: int | None = None, in
     indices = batch.get(INDEX_KEY) if indices is None else indices
     indices = None if indices is None else np.asarray(indices.cpu() if isinstance(indices, Tensor) else indices)
     size = batch_size(batch) if size is None else size
-    return BatchFacts(size, _count_items(batch, shifts), indices, token_length(batch))
+    return BatchFacts(size, _count_items(batch, shifts), indices, token_length(batch), _count_tokens(batch))
 
 
 def take_facts(batch: dict[str, Any], shifts: bool) -> BatchFacts:
@@ -70,6 +72,12 @@ def token_length(batch: Mapping[str, Any]) -> int | None:
     """Length of the widest row of token ids in a batch, or None if there is none."""
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim == 2]
     return max((t.shape[1] for t in tensors if t.dtype in (torch.int64, torch.int32)), default=None)
+
+
+def _count_tokens(batch: Mapping[str, Any]) -> int | None:
+    mask = batch.get("attention_mask")
+    on_host = isinstance(mask, Tensor) and mask.ndim == 2 and mask.device.type == "cpu"
+    return int(np.count_nonzero(mask.numpy())) if on_host else None
 
 
 def shares_of_items(facts: Sequence[BatchFacts]) -> np.ndarray:

@@ -118,6 +118,11 @@ class ModelCosts:
         """FLOPs of the same passes if every subnet were FULL."""
         return self.flops(np.full(self.partition.num_scheduled, Operation.FULL), passes)
 
+    def of_samples(self, tokens: np.ndarray) -> np.ndarray:
+        """FLOPs of samples of these lengths where every subnet is FULL, [n]."""
+        lengths, places = np.unique(tokens, return_inverse=True)
+        return np.array([self.at(int(one)).full_flops(np.ones(1)) for one in lengths])[places]
+
     def saw(self, passes: list[Pass], samples: float) -> None:
         """Note how many samples go through the model for one of a micro-batch: two, where they are pairs."""
         self._rows_per_sample = sum(n for n, _ in passes) / samples if samples else self._rows_per_sample

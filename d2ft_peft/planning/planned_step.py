@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from ..engine import compile_plan
 from ..partition import Partition
 from ..processes import gather, world_size
 from ..schedule import Schedule
+from .facts import BatchFacts
 from .micro_batch import MicroBatch
 
 
@@ -24,7 +26,11 @@ class PlannedStep:
 
     Attributes:
         micro_batches: What a training loop has to know of each.
-        lengths: Tokens of a sample of each, None where they are not known.
+        facts: What is known of the content of each, or None.
+        plain: FLOPs of this step in plain training in the mean over the processes, where padding tells it apart.
+        prices: What the step costs plain training, until the run's account knows of it.
+        executed, full: FLOPs of this process, as executed so far, and if the same samples had run FULL everywhere.
+        complete: Whether all of it ran.
     """
 
     def __init__(self, partition: Partition, schedule: Schedule, sizes: np.ndarray, each_is_a_step: bool):
@@ -32,8 +38,28 @@ class PlannedStep:
         plans = [compile_plan(partition, row) for row in schedule.operations]
         final = max((i for i, plan in enumerate(plans) if not plan.skipped), default=-1)
         self.micro_batches = [MicroBatch(plan, 1.0, each_is_a_step or i == final) for i, plan in enumerate(plans)]
-        self.lengths: list[int | None] = [None] * len(plans)
+        self.facts: list[BatchFacts | None] = [None] * len(plans)
+        self.plain: float | None = None
+        self.prices: Prices | None = None
+        self.executed = self.full = 0.0
+        self.complete = False
         self.weigh(sizes, schedule.weights)
+
+    def note_facts(self, facts: Sequence[BatchFacts]) -> None:
+        """Note what the first micro-batches, in their order, hold."""
+        self.facts[: len(facts)] = facts
+
+    def length(self, index: int) -> int | None:
+        """Tokens of a sample of a micro-batch, padding included, or None if it is not known."""
+        facts = self.facts[index]
+        return None if facts is None else facts.length
+
+    def plain_flops(self, index: int) -> float | None:
+        """A micro-batch's part, by its samples, of what plain training spends on the step in all processes; None where
+        that is what it would have cost itself."""
+        if self.plain is None:
+            return None
+        return float(self.plain * world_size() * self.schedule.weights[index] / self.schedule.weights.sum())
 
     def weigh(self, items: np.ndarray, global_items: np.ndarray) -> None:
         """Weight micro-batches by their items here and in all processes, [N] each, see `MicroBatch.weight`."""
@@ -49,6 +75,19 @@ class PlannedStep:
     def share_here(self, index: int) -> float:
         """How many times over what this process runs of a micro-batch stands for what all processes do."""
         return float(self.schedule.weights[index] / self.sizes[index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Prices:
+    """FLOPs of one step in the mean over the processes, where every subnet is FULL.
+
+    Attributes:
+        plain: Of the data loader's batches, as plain training runs them.
+        foreseen: Of the micro-batches that run.
+    """
+
+    plain: float
+    foreseen: float
 
 
 def check_same_schedule(schedule: Schedule) -> None:

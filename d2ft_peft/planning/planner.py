@@ -23,6 +23,7 @@ Where the policy schedules samples (``rows="samples"``), it composes the micro-b
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,12 +35,15 @@ from torch import Tensor, nn
 from ..engine.plan import executed_operations
 from ..partition import base_model
 from ..processes import all_reduce, world_size
-from ..schedule import Schedule, compose
+from ..schedule import Budget, Schedule, compose, policy_facts
 from ..unequal import Shares
+from .account import Account
+from .candidates import Candidates
 from .execution_counts import ExecutionCounts
 from .facts import BatchFacts, shares_of_items, take_facts
 from .micro_batch import MicroBatch
-from .planned_step import PlannedStep, check_same_schedule
+from .planned_step import PlannedStep, Prices, check_same_schedule
+from .sample_choice import SampleChoice, mean_over_processes
 from .schedule_maker import ScheduleMaker
 
 
@@ -55,6 +59,9 @@ class D2FTPlanner(ScheduleMaker):
     Attributes:
         counts: What was executed.
         shares: How samples are shared out over unequal processes, or None if all run equally many.
+        account: What the run may spend, where its budget is a share of plain training's compute; else None.
+        open_step: Of a step that a checkpoint interrupts and that is to be entered into the account: the fields of its
+            `Prices`, and FLOPs `executed` and `full` before, in the mean over processes; else None.
         table_files: Where score tables were written, by their fingerprint: they are written once a run.
     """
 
@@ -71,7 +78,10 @@ class D2FTPlanner(ScheduleMaker):
             self.shares = Shares(self.config.budget, self._subnet_parameters[0].device)
         self.runtime.after_backward = self.shares.pace.ready if self.shares else None
         self.runtime.touch_gradients = world_size() > 1 and not self.is_head_parallel
+        shares_plain = policy_facts(self.config.policy).budget_of == "plain"
+        self.account = Account(self.config.budget.compute) if shares_plain else None
         self._planned: PlannedStep | None = None
+        self.open_step: tuple[float, ...] | None = None
         self._last_flops = 0.0
 
     @property
@@ -119,12 +129,28 @@ class D2FTPlanner(ScheduleMaker):
             return self._sum_over_replicas(np.add.reduceat(values, starts)) / global_sizes[:, None]
 
         checks = self.step % self.config.interval == 0
-        self.use(self._make(samples, mean, self._budget(len(facts)), global_sizes), sizes)
+        budget, plain = self._budget_of(facts, global_sizes)
+        self.use(self._make(samples, mean, budget, global_sizes), sizes)
+        if plain is not None:
+            foreseen = float(plain[~self.schedule.skipped].sum())
+            self._planned.prices = Prices(float(plain.sum()), foreseen)
         if checks and not self.is_head_parallel:
             check_same_schedule(self.schedule)
         self._planned.weigh(items, global_items)
-        self._planned.lengths = [one.length for one in facts]
+        self._planned.note_facts(facts)
         return self.schedule
+
+    def _budget_of(self, facts: Sequence[BatchFacts], sizes: np.ndarray) -> tuple[Budget, np.ndarray | None]:
+        """The budget of a step over micro-batches of these sizes [N] in all processes; and where it is a share of plain
+        training's compute, FLOPs of each micro-batch there, [N], in the mean over processes."""
+        if self.account is None:
+            return self._budget(len(facts)), None
+        self.settle()
+        agreed = self.costs.probe.sequence_length
+        flops = self.costs.of_samples(np.array([one.length or agreed for one in facts]))
+        plain = mean_over_processes(*(flops * [one.size for one in facts]))
+        share = self.account.allowance(float(plain.sum())) / plain.sum()
+        return Budget(compute=min(1.0, max(share, sizes.max() / sizes.sum()))), plain
 
     @property
     def _step(self) -> PlannedStep:
@@ -134,19 +160,26 @@ class D2FTPlanner(ScheduleMaker):
         return self._planned
 
     def _refuse_samples(self) -> None:
+        if self.config.rows is None:
+            self.rows = "micro_batches"
         if self.schedules_samples:
             raise ValueError(f"policy={self.config.policy!r} schedules samples; call compose(indices, size), not plan.")
 
-    def compose(self, indices: Sequence[int], size: int) -> list[np.ndarray]:
+    def compose(
+        self, indices: Sequence[int] | Candidates, size: int, lengths: Sequence[int] | None = None
+    ) -> list[np.ndarray]:
         """Schedule the samples of one optimizer step, and compose micro-batches of those that run.
 
-        Several processes run whole samples, equally many each unless ``device_capacities="auto"``. So they need not ask
-        each other in a usual step; every ``interval`` steps they tell each other what they saw.
+        Several processes run whole samples. Where all candidates are alike and the budget is a share of them, all run
+        equally many and need not ask each other in a usual step; every ``interval`` steps they tell each other what
+        they saw.
 
         Args:
             indices: Indices of the candidates in the data set, [n]; every process of a distributed run gives its own,
                 equally many.
-            size: Most samples of a micro-batch.
+            size: Samples of a micro-batch as plain training makes them. Where lengths are given its tokens bound
+                those of every micro-batch, padding included.
+            lengths: Tokens of each candidate, [n], where they differ.
 
         Returns:
             For each micro-batch, in the order of `micro_batch`, the positions of its samples among the candidates.
@@ -156,26 +189,53 @@ class D2FTPlanner(ScheduleMaker):
         """
         if not self.costs.known:
             raise ValueError("compose needs the model's costs; call prepare(batch) once, with any collated batch.")
-        indices = np.asarray(indices)
         if not self.schedules_samples:
             raise ValueError(f"policy={self.config.policy!r} schedules micro-batches; call plan(batches), not compose.")
-        if not len(indices):
+        if not isinstance(indices, Candidates):
+            lengths = None if lengths is None else np.asarray(lengths)
+            indices = Candidates.of_loader(np.asarray(indices), size, lengths)
+        if not len(indices.indices):
             raise ValueError("indices is empty; give the candidates of one optimizer step.")
         if self.shares is not None:
             self.shares.begin_step(self.model)
         self._share_at_interval()
+        return self._compose(SampleChoice(self.costs, indices, self.config.padding == "compose"))
+
+    def _compose(self, choice: SampleChoice) -> list[np.ndarray]:
+        self.settle()
+        count = len(choice.candidates.indices)
         if self.shares is not None:
-            budget = self.shares.share(len(indices))
+            budget, weights = self.shares.share(count), np.ones(count)
         else:
             usual = self.num_micro_batches or self.config.num_micro_batches
-            budget = self.config.budget.of_samples(len(indices), usual)
-        samples = self._make(indices, np.asarray, budget, np.ones(len(indices)))
-        composition = compose(samples, size)
+            budget, weights = choice.budget(self.config.budget, usual, self.account), choice.weights
+        samples = self._make(choice.candidates.indices, np.asarray, budget, weights)
+        samples = dataclasses.replace(samples, weights=np.ones(count), capacities=None)
+        composition = compose(samples, choice.candidates.size, choice.cut)
         ran = sum(map(len, composition.micro_batches))
-        ran = ran * world_size() if self.shares is None else self.shares.total(ran)
-        self.use(*composition.among_processes(ran, len(indices) * world_size()))
+        if self.shares is not None:
+            ran = self.shares.total(ran)
+        elif self.account is None and choice.candidates.lengths is None:
+            ran = ran * world_size()
+        else:
+            ran = int(all_reduce(np.array([float(ran)]))[0])
+        self.use(*composition.among_processes(ran, count * world_size()))
+        self._planned.prices = Prices(choice.plain, choice.foreseen(composition.micro_batches))
+        self._planned.plain = None if choice.candidates.lengths is None else choice.plain
         self.pass_over()
         return list(composition.micro_batches)
+
+    def settle(self) -> None:
+        """Enter the last step into the run's account; every process calls it alike."""
+        step = self._planned
+        if self.account is None or step is None or step.prices is None:
+            return
+        plain, foreseen, executed, full = mean_over_processes(
+            *dataclasses.astuple(step.prices), step.executed, step.full
+        )
+        if full:  # at the prices that the step was planned with, whatever lengths its batches turned out to have
+            self.account.settle(plain, foreseen, foreseen * executed / full)
+        step.prices = None
 
     def weigh(self, facts: Sequence[BatchFacts]) -> None:
         """Weight composed micro-batches by the items that they turned out to hold, instead of by their samples.
@@ -187,7 +247,9 @@ class D2FTPlanner(ScheduleMaker):
         """
         items = np.zeros(len(self._step.sizes))
         items[: len(facts)] = shares_of_items(facts)
-        self._planned.weigh(items, all_reduce(items))
+        total = all_reduce(np.array([items.sum()]))[0]  # processes may have composed different numbers of them
+        self._planned.weigh(items, items * (total / (items.sum() or 1.0)))
+        self._planned.note_facts(facts)
 
     def _share_at_interval(self) -> None:
         if self.step and (self.step % self.config.interval == 0 or (self.shares and self.step == Shares.first)):
@@ -203,6 +265,13 @@ class D2FTPlanner(ScheduleMaker):
         if self.shares is not None:
             self.shares.exchange()
             self.shares.pace.begin()
+        step, self.open_step = self._planned, None
+        if self.account is not None and step is not None and step.prices is not None:
+            if step.complete:
+                self.settle()
+            else:
+                prices = dataclasses.astuple(step.prices)
+                self.open_step = *prices, *mean_over_processes(step.executed, step.full).tolist()
 
     def observe(self, indices: np.ndarray, logits: Tensor, labels: Tensor | None, **layout: Tensor | None) -> None:
         """Let scores that follow training see a forward pass of this process.
@@ -232,7 +301,6 @@ class D2FTPlanner(ScheduleMaker):
         self,
         operations: np.ndarray,
         facts: Sequence[BatchFacts],
-        skipped: float = 0.0,
         devices: np.ndarray | None = None,
     ) -> None:
         """Take what is left of a schedule that a checkpoint interrupted.
@@ -240,21 +308,18 @@ class D2FTPlanner(ScheduleMaker):
         Args:
             operations: Of the micro-batches that are left, int [N, K].
             facts: Of each of them.
-            skipped: Samples of all processes that do not run besides.
             devices: Device of each subnet, [K], which a policy may have chosen itself.
         """
         sizes, items = np.array([float(one.size) for one in facts]), shares_of_items(facts)
         global_sizes, global_items = self._sum_over_replicas(np.stack([sizes, items]))
-        lengths = [one.length for one in facts]
-        if skipped:
-            operations = np.concatenate([operations, np.zeros((1, self.partition.num_scheduled), dtype=np.int8)])
-            sizes, items, global_items = (np.append(values, 0.0) for values in (sizes, items, global_items))
-            global_sizes, lengths = np.append(global_sizes, skipped), [*lengths, None]
         if len(operations):
             known = self._facts if devices is None else {**self._facts, "devices": devices}
             self.use(Schedule(operations, global_sizes, **known), sizes)
             self._planned.weigh(items, global_items)
-            self._planned.lengths = lengths
+            self._planned.note_facts(facts)
+            if self.open_step is not None:
+                *prices, self._planned.executed, self._planned.full = self.open_step
+                self._planned.prices, self.open_step = Prices(*prices), None
 
     def pass_over(self) -> list[int]:
         """Note that the micro-batches which are skipped as a whole do not run; returns the indices of the others."""
@@ -284,18 +349,23 @@ class D2FTPlanner(ScheduleMaker):
 
     def _note(self, index: int, row: np.ndarray, passes: list[tuple[int, int]]) -> None:
         planned, costs = self._planned, self.costs
-        here, length = planned.sizes[index], planned.lengths[index]
+        here, length = planned.sizes[index], planned.length(index)
         if passes:
             costs.saw(passes, here)
         self._last_flops = costs.flops(row, passes)
+        planned.executed += self._last_flops
+        planned.full += costs.full_flops(passes)
 
         def measure() -> tuple[float, float]:
+            plain = planned.plain_flops(index)
             if not here:  # samples of other processes, which are not looked at here
-                return 0.0, costs.full_flops(costs.expected(planned.schedule.weights[index], length))
-            both = costs.flops(row, passes), costs.full_flops(passes or costs.expected(here, length))
-            return tuple(planned.share_here(index) * flops for flops in both)
+                here_full = costs.full_flops(costs.expected(planned.schedule.weights[index], length))
+                return 0.0, here_full if plain is None else plain
+            flops, full = costs.flops(row, passes), costs.full_flops(passes or costs.expected(here, length))
+            share = planned.share_here(index)
+            return share * flops, share * full if plain is None else plain
 
-        self.counts.note(index, row, measure)
+        self.counts.note(index, row, measure, planned.facts[index] if passes else None)
         if self.counts.is_complete(self.schedule):
             self._finish_step()
 
@@ -319,6 +389,7 @@ class D2FTPlanner(ScheduleMaker):
         if not self.counts.each_is_a_step and not self.schedule.skipped.all():
             self._zero_missing_gradients()
         self.counts.finish(self.schedule)
+        self._planned.complete = True
 
     def pop_logs(self) -> dict[str, float]:
         """Means over the steps since the last call, as executed (`Totals.logs`), and `Shares.logs`."""

@@ -27,6 +27,7 @@ class ScheduleMaker:
         adapter: Name of the adapter that it belongs to.
         partition: The subnets.
         policy: Makes a schedule of a problem.
+        rows: What its rows are: ``"samples"`` or ``"micro_batches"``.
         rng: Source of randomness of policies that draw.
         costs: What the model costs, once `prepare` has looked at a batch.
         source: Where scores of samples come from.
@@ -52,6 +53,7 @@ class ScheduleMaker:
                 "model.peft_config['default'].head_parallel = False."
             )
         self.policy = get_policy(self.config.policy)
+        self.rows = self.config.rows or policy_facts(self.config.policy).rows
         self.rng = np.random.default_rng(self.config.seed)
         self.step = 0
         self.costs = ModelCosts(model, self.partition, self.config.forward_only_cost)
@@ -72,7 +74,7 @@ class ScheduleMaker:
     @property
     def schedules_samples(self) -> bool:
         """Whether the rows of a schedule are samples, so that micro-batches are composed."""
-        return self.config.rows == "samples"
+        return self.rows == "samples"
 
     def _score_name(self, kind: str) -> str:
         return getattr(self.config, f"{kind}_score") or "weight_magnitude"

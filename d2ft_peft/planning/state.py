@@ -22,8 +22,19 @@ from .planner import D2FTPlanner
 STATE_FILE = "d2ft_state.json"
 ARRAYS_FILE = "d2ft_state.safetensors"
 _SCORES_FILE = "d2ft_{}.safetensors"
-_FORMAT = 2
-_NUMBERS = {"rng", "step", "num_micro_batches", "costs", "counts", "shares", "magnitude_era", "scores", "files"}
+_FORMAT = 3
+_NUMBERS = {
+    "rng",
+    "step",
+    "num_micro_batches",
+    "costs",
+    "counts",
+    "shares",
+    "account",
+    "magnitude_era",
+    "scores",
+    "files",
+}
 
 
 def save_state(planner: D2FTPlanner, directory: str | os.PathLike, **extra: Any) -> None:
@@ -90,6 +101,7 @@ def planner_state(planner: D2FTPlanner) -> tuple[dict[str, Any], dict[str, np.nd
         "costs": planner.costs.state(),
         "counts": planner.counts.state(),
         "shares": planner.shares and planner.shares.state(),
+        "account": planner.account and {**planner.account.state(), "open_step": planner.open_step},
         "magnitude_era": era,
     }
     return numbers, arrays
@@ -103,6 +115,10 @@ def load_planner_state(planner: D2FTPlanner, numbers: dict[str, Any], arrays: di
     planner.counts.load_state(numbers["counts"])
     if planner.shares is not None:
         planner.shares.load_state(numbers["shares"])
+    if planner.account is not None and numbers["account"]:
+        account = dict(numbers["account"])
+        planner.open_step = account.pop("open_step")
+        planner.account.load_state(account)
     for name, scores in planner.source.live.items():
         if f"live.{name}" in arrays:
             scores.restore(arrays[f"live.{name}"])

@@ -1,5 +1,6 @@
 """From a schedule of samples to micro-batches: samples that get the same operations run together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ class Composition:
     """Micro-batches composed of samples.
 
     Attributes:
-        micro_batches: Positions of the samples of each micro-batch that runs, in the order of the samples; int arrays.
+        micro_batches: Positions of the samples of each micro-batch that runs, ascending; int arrays.
         schedule: Its first rows are these micro-batches; a last one holds the samples that do not run, if there are
             any. Weights are numbers of samples.
     """
@@ -54,12 +55,13 @@ class Composition:
         return replace(here, operations=operations, weights=weights, capacities=None), sizes
 
 
-def compose(samples: Schedule, size: int) -> Composition:
-    """Groups samples by their operations, and cuts the groups into micro-batches of nearly equal size.
+def compose(samples: Schedule, size: int, cut: Callable[[np.ndarray], list[np.ndarray]] | None = None) -> Composition:
+    """Groups samples by their operations, and cuts the groups into micro-batches.
 
     Args:
         samples: A schedule whose rows are samples.
         size: Most samples of a micro-batch, which bounds the memory of a step.
+        cut: Cuts positions of samples [n] into micro-batches, instead of into ones of nearly equal size.
 
     Raises:
         ValueError: size is not positive.
@@ -74,7 +76,7 @@ def compose(samples: Schedule, size: int) -> Composition:
     for content in sorted(alike, reverse=True):
         row, members = np.frombuffer(content, dtype=np.int8), np.array(alike[content])
         if row.any():
-            parts = np.array_split(members, -(-len(members) // size))
+            parts = np.array_split(members, -(-len(members) // size)) if cut is None else cut(members)
             micro_batches.extend(parts)
             operations.extend([row] * len(parts))
     weights = [float(samples.weights[part].sum()) for part in micro_batches]

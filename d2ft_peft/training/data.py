@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from ..planning import D2FTPlanner
-from ..planning.facts import FACTS_KEY, BatchFacts, facts_of
+from ..planning.candidates import Candidates
+from ..planning.facts import FACTS_KEY, BatchFacts, facts_of, take_facts
 from ..scores import (
     CANDIDATES_KEY,
     INDEX_KEY,
@@ -25,6 +27,7 @@ from ..scores import (
     preserved_rng,
     score_samples,
 )
+from .sample_lengths import SampleLengths
 
 
 class TrainingData:
@@ -40,6 +43,7 @@ class TrainingData:
         self.trainer, self.planner, self._make_loader = trainer, planner, make_loader
         self._items: Any = None
         self._collator: Callable[[list], dict] | None = None
+        self._lengths = SampleLengths()
 
     def loader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
         """A data loader of training batches. They carry what planning has to know of them; under a policy over samples
@@ -54,12 +58,20 @@ class TrainingData:
                 "even_batches=False leaves some processes without a batch at the end of an epoch, for which the others "
                 "would wait for ever; leave it out, or set dataloader_drop_last=True."
             )
+        if planner.config.rows is None and planner.schedules_samples and (why := self._why_not_by_sample(dataset)):
+            planner.rows = "micro_batches"
+            warnings.warn(
+                f"policy={planner.config.policy!r}: {why}, so that whole micro-batches are left out instead of "
+                "samples, and none are composed by length; set rows='micro_batches' to say that this is meant.",
+                stacklevel=2,
+            )
         if not planner.source.by_sample and not planner.schedules_samples:
             if self._is_dispatched(dataset):
                 return self._make_loader(dataset, description, *args, **kwargs)
             collator = FactsCollator(self.trainer.data_collator, planner.shifts_labels)
             return self._with_collator(collator, dataset, description, *args, **kwargs)
-        self._check_has_indices(dataset)
+        if why := self._why_not_by_sample(dataset):
+            self._refuse(why)
         sampler_fn = kwargs.get("sampler_fn")
         if sampler_fn is not None:
             kwargs["sampler_fn"] = lambda _: sampler_fn(dataset)
@@ -72,28 +84,63 @@ class TrainingData:
         wrapper = IndexedDataset if args_.dataloader_num_workers else CandidateDataset
         return self._with_collator(CandidateCollator(), wrapper(items), description, *args, **kwargs)
 
-    def collate(self, indices: np.ndarray, items: list) -> tuple[dict, BatchFacts]:
-        """Load what is not loaded yet, and collate; returns the batch and its facts."""
-        if items[0] is None:
-            items = load_items(self._items, [int(index) for index in indices])
-        batch = dict(self._collator(items))
+    def collate(self, indices: np.ndarray, items: dict[int, Any]) -> tuple[dict, BatchFacts]:
+        """Load what is not loaded yet, and collate; returns the batch and its facts.
+
+        Args:
+            indices: Of the samples in the data set.
+            items: Those that are loaded, by index; gets the others.
+        """
+        self._load(indices, items)
+        batch = self._collator([items[int(index)] for index in indices])
+        if not isinstance(batch, Mapping):
+            return batch, take_facts(batch, self.planner.shifts_labels)  # which says why it cannot be scheduled
+        batch = dict(batch)
         return batch, facts_of(batch, self.planner.shifts_labels, len(indices), indices)
 
-    def candidates(self, batches: list[dict]) -> tuple[np.ndarray, list]:
-        """Indices and items (None where not loaded yet) of the candidates of some batches.
+    def _load(self, indices: Iterable[int], items: dict[int, Any]) -> None:
+        missing = list(dict.fromkeys(int(index) for index in indices if int(index) not in items))
+        if missing:
+            items.update(zip(missing, load_items(self._items, missing), strict=True))
+
+    def gives_candidates(self, batches: list[dict]) -> bool:
+        """Whether batches are candidates of this session's own data loader; those of another one are collated already.
 
         Raises:
-            ValueError: If the batches are none of this session's own data loader.
+            ValueError: If they are not, and the configuration asks for samples.
         """
-        if any(CANDIDATES_KEY not in batch for batch in batches):
-            raise ValueError(
-                f"policy={self.planner.config.policy!r} schedules samples before they are loaded, and "
-                f"{type(self.trainer).__name__}.get_train_dataloader gives batches that are already collated; do not "
-                "override it (a sampler of your own goes into _get_train_sampler), or set rows='micro_batches' with "
-                "backward_score='weight_magnitude'."
+        if all(CANDIDATES_KEY in batch for batch in batches):
+            return True
+        config = self.planner.config
+        if config.rows is None:
+            warnings.warn(
+                f"policy={config.policy!r}: {type(self.trainer).__name__}.get_train_dataloader gives batches that are "
+                "already collated, so that whole micro-batches are left out instead of samples, and none are composed "
+                "by length; a sampler of your own goes into _get_train_sampler.",
+                stacklevel=2,
             )
+            return False
+        raise ValueError(
+            f"policy={config.policy!r} schedules samples before they are loaded, and "
+            f"{type(self.trainer).__name__}.get_train_dataloader gives batches that are already collated; do not "
+            "override it (a sampler of your own goes into _get_train_sampler), or set rows='micro_batches' with "
+            "backward_score='weight_magnitude'."
+        )
+
+    def candidates(self, batches: list[dict]) -> tuple[Candidates, dict[int, Any]]:
+        """The candidates of some batches, and their items by index, as far as they are loaded.
+
+        The first ones also show what the model costs.
+        """
         indices = torch.cat([batch[INDEX_KEY] for batch in batches]).cpu().numpy()
-        return indices, [item for batch in batches for item in batch[CANDIDATES_KEY].items]
+        given = [item for batch in batches for item in batch[CANDIDATES_KEY].items]
+        items = {int(index): item for index, item in zip(indices, given, strict=True) if item is not None}
+        if not self.planner.costs.known:
+            self.planner.prepare(self.collate(indices[: len(batches[0][INDEX_KEY])], items)[0])
+        lengths = None
+        if self.planner.config.padding == "compose" and self._lengths.differ:
+            lengths = self._lengths.of(indices, items, self._load)
+        return Candidates.of_loader(indices, max(len(batch[INDEX_KEY]) for batch in batches), lengths), items
 
     def score_once(self) -> None:
         """Score the training samples before the first step (or a fraction of them), where a score was asked for that
@@ -122,20 +169,25 @@ class TrainingData:
         dispatches = args.accelerator_config.dispatch_batches
         return args.world_size > 1 and bool(isinstance(dataset, IterableDataset) if dispatches is None else dispatches)
 
-    def _check_has_indices(self, dataset: Any) -> None:
-        config = self.planner.config
+    def _why_not_by_sample(self, dataset: Any) -> str | None:
+        """Why samples cannot be told apart, or None if they can."""
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-            raise ValueError(
-                f"policy={config.policy!r} with backward_score={config.backward_score!r} and "
-                f"forward_score={config.forward_score!r} schedules samples or looks their scores up, and a data set "
-                "without length and indices does not let it; give a map-style data set, or choose policy='bilevel' "
-                "with rows='micro_batches' and both scores 'weight_magnitude'."
-            )
+            return "a data set without length and indices does not let samples be told apart"
         if self._is_dispatched(dataset):
-            raise ValueError(
+            return (
                 "dispatch_batches=True lets the first process load for all, and the others would not know which "
-                f"samples they got, whose scores policy={config.policy!r} looks at; leave it out."
+                "samples they got"
             )
+        return None
+
+    def _refuse(self, why: str) -> None:
+        config = self.planner.config
+        raise ValueError(
+            f"{why}, and policy={config.policy!r} with backward_score={config.backward_score!r} and "
+            f"forward_score={config.forward_score!r} schedules samples or looks their scores up; give a map-style data "
+            "set that each process loads itself, or choose policy='bilevel' with rows='micro_batches' and both scores "
+            "'weight_magnitude'."
+        )
 
     def _without_unused_columns(self, dataset: Any, description: str) -> tuple[Any, Callable]:
         """The data set and its collator, as the Trainer would clean them of columns that the model does not take."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,8 +17,7 @@ from ..engine import get_runtime
 from ..planning import D2FTPlanner
 from ..planning.facts import BatchFacts, take_facts
 from ..planning.schedule_maker import active_adapter
-from ..processes import gather_lists
-from ..scores import INDEX_KEY
+from ..schedule import Operation, Schedule
 from .data import TrainingData
 from .local_engine import LocalEngine
 from .step_log import StepLog
@@ -42,6 +42,7 @@ class TrainingSession:
         current: The micro-batch that the Trainer is at.
         is_last: Whether it is the last of its optimizer step.
         ran: Whether the Trainer ran it, or passed over it.
+        flops: FLOPs of what ran when the Trainer came to it, as executed.
         step_tasks: The micro-batches of the current optimizer step, in the order of their schedule.
         step_runs: Whether anything of the current optimizer step runs.
         grad_norm: Of the last optimizer step that ran.
@@ -56,14 +57,13 @@ class TrainingSession:
         runtime = get_runtime(self.model)
         self._before = runtime.driven, runtime.touch_gradients, runtime.after_backward
         self.planner: D2FTPlanner = engine.make_planner(self)
-        self.planner.counts.each_is_a_step = self.accumulation == 1
         self.data = TrainingData(trainer, self.planner, make_loader)
         self.window = Window()
         self.current: Task | None = None
         self.step_tasks: list[Task] = []
         self.step_runs = False
         self.grad_norm: Tensor | float = 0.0
-        self.is_last, self.ran = True, False
+        self.is_last, self.ran, self.flops = True, False, 0.0
         self._batches = StepBatches(self, [])
         self._rest: dict[str, Any] | None = None
         self.steps = StepLog()
@@ -91,28 +91,38 @@ class TrainingSession:
             As many batches as there are, those that do not run first; and the ones that run.
         """
         self._check_unchanged()
-        if self.accumulation == 1:
-            self.step_tasks = self._next_of_window(iterator)
-            tasks = self.step_tasks
+        if self.accumulation == 1 and not self.planner.schedules_samples:
+            self.step_tasks = tasks = self._next_of_window(iterator)
         else:
             candidates = list(itertools.islice(iterator, num_batches))
             self.step_tasks = self._schedule(candidates) if candidates else []
-            running = [task for task in self.step_tasks if task.runs]
-            # The Trainer counts micro-batches; those that do not run were counted when they were scheduled.
-            stand_in = running[0].batch if running else candidates and candidates[0]
-            passed = Task(None, stand_in, BatchFacts(0), runs=False)
-            tasks = [*[passed] * (len(candidates) - len(running)), *running]
+            tasks = self._as_many(candidates, [task for task in self.step_tasks if task.runs])
         self.step_runs = any(task.runs for task in tasks)
         if tasks:
             self.steps.count(self.step_runs)
-            if self.accumulation == 1:
+            if self.planner.counts.each_is_a_step:
                 self.planner.counts.end_step()
         self._batches = StepBatches(self, tasks)
-        return self._batches, [self._batches[i] for i, task in enumerate(tasks) if task.runs]
+        return self._batches, [one.batch for task in tasks for one in (*task.before, task) if one.runs]
+
+    @staticmethod
+    def _as_many(candidates: list[dict], running: list[Task]) -> list[Task]:
+        """Tasks for as many micro-batches as the Trainer counts: fewer begin with some that do not run (they were
+        counted when they were scheduled), more are run several at a time."""
+        if len(running) > len(candidates):
+            parts = np.array_split(np.arange(len(running)), len(candidates))
+            groups = [[running[i] for i in part] for part in parts]
+            return [dataclasses.replace(last, before=tuple(before)) for *before, last in groups]
+        stand_in = running[0].batch if running else candidates and candidates[0]
+        passed = Task(None, stand_in, BatchFacts(0), runs=False)
+        return [*[passed] * (len(candidates) - len(running)), *running]
 
     def _schedule(self, candidates: list[dict]) -> list[Task]:
         """Schedule batches. Where samples are scheduled, micro-batches are composed of them."""
         planner = self.planner
+        if planner.schedules_samples and not self.data.gives_candidates(candidates):
+            planner.rows = "micro_batches"
+        planner.counts.each_is_a_step = self.accumulation == 1 and not planner.schedules_samples
         if planner.schedules_samples:
             return self._compose(candidates)
         facts = [take_facts(batch, planner.shifts_labels) for batch in candidates]
@@ -122,21 +132,19 @@ class TrainingSession:
         running = set(planner.pass_over())
         return [Task(i, candidates[i], facts[i], i in running) for i in range(len(candidates))]
 
-    def _compose(self, candidates: list[dict]) -> list[Task]:
+    def _compose(self, batches: list[dict]) -> list[Task]:
         planner = self.planner
-        indices, items = self.data.candidates(candidates)
-        size = max(len(batch[INDEX_KEY]) for batch in candidates)
-        if not planner.costs.known:
-            usual = len(candidates[0][INDEX_KEY])
-            planner.prepare(self.data.collate(indices[:usual], items[:usual])[0])
+        candidates, items = self.data.candidates(batches)
         self.data.score_once()
-        groups = planner.compose(indices, size)
-        if len(groups) > len(candidates):
+        if planner.shares is None:
+            candidates = candidates.dealt()
+        groups = [candidates.indices[group] for group in planner.compose(candidates, candidates.size)]
+        if planner.schedule.num_micro_batches > len(batches) and _runs_in_part(planner.schedule):
             raise ValueError(
                 f"policy={planner.config.policy!r} with rows='samples' composed {len(groups)} micro-batches of "
-                f"{len(candidates)}; set rows='micro_batches', or choose a policy that runs samples as a whole."
+                f"{len(batches)}; set rows='micro_batches', or choose a policy that runs samples as a whole."
             )
-        collated = [self.data.collate(indices[group], [items[position] for position in group]) for group in groups]
+        collated = [self.data.collate(group, items) for group in groups]
         if planner.shares is None and collated:
             planner.weigh([facts for _, facts in collated])
         return [Task(i, batch, facts) for i, (batch, facts) in enumerate(collated)]
@@ -146,39 +154,22 @@ class TrainingSession:
         if not self.window.belongs_to(iterator):
             rest, self._rest = self._rest, None
             size = self.planner.config.num_micro_batches if rest is None else len(rest["operations"])
-            if self.planner.shares is not None:
-                size = 1  # every process runs some of its samples in every step
             candidates = list(itertools.islice(iterator, size))
             if not candidates:
                 return []
             tasks = self._schedule(candidates) if rest is None else self._resume_window(rest, candidates)
-            # Composed micro-batches may be fewer; what the schedule says of all others is one row.
-            rows, known = range(len(tasks), len(candidates)), self.planner.num_planned
-            stand_in, facts = tasks[0].batch if tasks else candidates[0], BatchFacts(0)
-            idle = [Task(i if i < known else None, stand_in, facts, runs=False) for i in rows]
-            if known > len(tasks) and not idle:
-                self.planner.pass_by(len(tasks))
-            self.window.fill(iterator, [*tasks, *idle])
+            self.window.fill(iterator, tasks)
         return [self.window.tasks.popleft()]
 
     def _resume_window(self, rest: dict[str, Any], candidates: list[dict]) -> list[Task]:
         """Finish the window that a checkpoint was made in, on the same samples in the same order."""
         planner, rows = self.planner, np.array(rest["operations"], dtype=np.int8)
-        if rest["samples"] is None:
-            facts, batches = [take_facts(batch, planner.shifts_labels) for batch in candidates], candidates
-        else:
-            if len(rest["samples"]) != self.trainer.args.world_size:
-                raise ValueError(
-                    f"this checkpoint was made by {len(rest['samples'])} processes within a window of samples that "
-                    f"each had chosen among its own; resume on as many, not on {self.trainer.args.world_size}."
-                )
-            own = [np.array(group) for group in rest["samples"][self.trainer.args.process_index]]
-            collated = [self.data.collate(group, [None] * len(group)) for group in own]
-            batches, facts = [batch for batch, _ in collated], [facts for _, facts in collated]
+        planner.counts.each_is_a_step = True
+        facts = [take_facts(batch, planner.shifts_labels) for batch in candidates]
         devices = None if rest["devices"] is None else np.array(rest["devices"])
-        planner.resume(rows[: len(facts)], facts, rest["skipped"], devices)
+        planner.resume(rows[: len(facts)], facts, devices)
         running = set(planner.pass_over())
-        return [Task(i, batches[i], facts[i], i in running) for i in range(len(facts))]
+        return [Task(i, candidates[i], facts[i], i in running) for i in range(len(facts))]
 
     def training_step(
         self, default: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], items: Any
@@ -190,17 +181,39 @@ class TrainingSession:
             model, inputs, items: Its arguments.
         """
         self._batches.come_to(inputs)
-        self.ran = True
-        return self.engine.training_step(self, default, model, inputs, items)
+        self.ran, self.flops, last = True, 0.0, self.current
+        losses = []
+        for self.current in last.before:
+            with self.trainer.accelerator.no_sync(model):  # the last one exchanges the gradients of all
+                losses.append(self._run(default, model, dict(self.current.batch), items))
+        self.current = last
+        return sum(losses, self._run(default, model, inputs, items))
+
+    def _run(self, default: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], items: Any) -> Tensor:
+        loss = self.engine.training_step(self, default, model, inputs, items)
+        self.flops += self.engine.flops(self)
+        return loss
 
     def arrive(self, task: Task, is_last: bool) -> None:
         """The Trainer comes to a micro-batch; whether it runs it, or leaves it out, is its own affair."""
-        self.current, self.is_last, self.ran = task, is_last, False
+        self.current, self.is_last, self.ran, self.flops = task, is_last, False, 0.0
 
     @property
     def idle(self) -> bool:
         """Whether the current micro-batch is one that does not run, or was left out by the Trainer."""
         return self.current is None or not self.current.runs or not self.ran
+
+    def counted_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs of all that ran when the Trainer came to a micro-batch, for it to count their tokens: in one piece,
+        also where nothing ran, since processes gather their counts."""
+        if not self.idle and not self.current.before:
+            return inputs
+        parts = [] if self.idle else [*(task.batch for task in self.current.before), inputs]
+        return {
+            name: torch.cat([value.flatten()[:0], *(part[name].flatten() for part in parts)])
+            for name, value in inputs.items()
+            if isinstance(value, Tensor)
+        }
 
     def pass_over(self) -> Tensor:
         """What stands for the micro-batch that does not run; if nothing of a step runs, the optimizer does not step."""
@@ -224,15 +237,10 @@ class TrainingSession:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the planner's own state; JSON-friendly. Every process calls it."""
         rest, tasks = None, list(self.window.tasks)
-        if tasks and self.accumulation == 1:
-            planner, samples, skipped = self.planner, None, 0.0
-            nothing = [0] * planner.partition.num_scheduled
-            rows = [list(planner.peek(t.index).plan.operations) if t.runs else nothing for t in tasks]
-            devices = planner.schedule.devices.tolist() if planner.num_planned else None
-            if planner.schedules_samples:  # every process has chosen its own
-                samples = gather_lists([t.facts.indices.tolist() for t in tasks if t.runs])
-                skipped = sum(planner.schedule.weights[t.index] for t in tasks if not t.runs and t.index is not None)
-            rest = {"operations": rows, "samples": samples, "skipped": float(skipped), "devices": devices}
+        if tasks:
+            nothing = [0] * self.planner.partition.num_scheduled
+            rows = [list(self.planner.peek(t.index).plan.operations) if t.runs else nothing for t in tasks]
+            rest = {"operations": rows, "devices": self.planner.schedule.devices.tolist()}
         return {"rest_of_window": rest, "accumulation": self.accumulation, "samples": self._num_samples()}
 
     def load_state_dict(self, state: dict[str, Any], usual: int) -> None:
@@ -243,13 +251,12 @@ class TrainingSession:
             usual: Micro-batches of a usual step as the arguments are now.
 
         Raises:
-            ValueError: If it names samples, and the data set has another number of them.
+            ValueError: If it has scores of samples, and the data set has another number of them.
         """
         rest = state["rest_of_window"]
-        names_samples = self.planner.source.by_sample or (rest is not None and rest["samples"] is not None)
-        if names_samples and state["samples"] != self._num_samples():
+        if self.planner.source.by_sample and state["samples"] != self._num_samples():
             raise ValueError(
-                f"the checkpoint was made on a data set of {state['samples']} samples, which its scores and windows "
+                f"the checkpoint was made on a data set of {state['samples']} samples, which its scores "
                 f"name by number, and this one has {self._num_samples()}; resume on the same one, or start anew from "
                 "the adapter."
             )
@@ -274,3 +281,7 @@ class TrainingSession:
                     f"{name} changed in the middle of training, from {before!r} to {now!r}; D2FT makes its schedules "
                     "for the former. Change it between two calls of train()."
                 )
+
+
+def _runs_in_part(schedule: Schedule) -> bool:
+    return bool((schedule.operations[~schedule.skipped] != Operation.FULL).any())

@@ -109,13 +109,11 @@ class D2FTTrainerMixin:
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> float:
         """FLOPs of the last micro-batch, as executed."""
-        return self._d2ft_engine.flops(self._d2ft_session)
+        return self._d2ft_session.flops
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         before = self.state.num_input_tokens_seen
-        if self._d2ft_session.idle:  # counted as nothing, and not left out: processes gather their counts
-            inputs = {name: value[:0] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-        super()._track_num_input_tokens(inputs)
+        super()._track_num_input_tokens(self._d2ft_session.counted_inputs(inputs))
         self.state.num_input_tokens_seen = self._d2ft_engine.tokens(before, self.state.num_input_tokens_seen)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

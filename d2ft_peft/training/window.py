@@ -23,12 +23,14 @@ class Task:
         batch: Its inputs; of one that does not run, whatever the Trainer may look at.
         facts: What planning knows of it.
         runs: Whether it runs at all.
+        before: Others that run when the Trainer comes to this one, of which there are more than it counts.
     """
 
     index: int | None
     batch: dict[str, Any]
     facts: BatchFacts
     runs: bool = True
+    before: tuple[Task, ...] = ()
 
 
 @dataclass

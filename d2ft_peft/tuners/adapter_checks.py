@@ -71,9 +71,9 @@ def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) ->
             raise ValueError(
                 f"the weight of {name} is a {type(weight.data).__name__} of {weight.dtype}, which cannot be "
                 + (
-                    f"cut into heads as policy={config.policy!r} does; choose policy='all_full', 'fewer_samples', "
-                    "'importance' or 'selective_backprop', which run whole projections, or load the model without "
-                    "quantization."
+                    f"cut into heads as policy={config.policy!r} does; choose policy='exact_first', 'all_full', "
+                    "'fewer_samples', 'importance' or 'selective_backprop', which run whole projections, or load the "
+                    "model without quantization."
                     if config.is_lora
                     else "fine-tuned; set r (LoRA) with a policy that runs whole projections, such as "
                     "'fewer_samples', or load the model without quantization."
@@ -88,7 +88,7 @@ def is_dense(weight: torch.Tensor) -> bool:
 
 
 def _runs_whole_projections(config: D2FTConfig) -> bool:
-    return config.rows == "samples" or config.policy == "all_full"
+    return config.rows == "samples" or config.policy in ("all_full", "exact_first")
 
 
 def check_loads_in_peft(model: nn.Module, partition: Partition, config: D2FTConfig) -> None:

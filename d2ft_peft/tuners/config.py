@@ -41,7 +41,9 @@ class D2FTConfig(LoraConfig):
         heads_per_subnet: Heads that one subnet groups (key/value heads under grouped-query attention).
         num_micro_batches: Micro-batches that are scheduled together where the Trainer accumulates no gradients;
             otherwise its gradient accumulation steps.
-        compute_budget: Share of the full compute that a step may take, in (0, 1]; 0.6 if no budget is given.
+        compute_budget: Share of the full compute that training may take, in (0, 1]; 0.6 if no budget is given. Under
+            ``policy="exact_first"`` of what plain training computes on the same batches, padding included, and on
+            average over the run; under other policies of all subnets FULL, in every step.
         communication_budget: Share of the full communication instead.
         num_full: Number of micro-batches that each subnet runs FULL, instead of a budget.
         num_forward_only: Number that it runs FORWARD_ONLY besides.
@@ -53,9 +55,14 @@ class D2FTConfig(LoraConfig):
             exchange together. It needs a policy over samples.
         head_parallel: Whether the subnets live on the processes of the run, each process holding its own only; train
             with `D2FTTrainer` or `d2ft_peft.head_parallel.HeadParallel`. The processes are then the devices.
-        policy: Name of the scheduling policy, see `d2ft_peft.schedule.policy_names`.
+        policy: Name of the scheduling policy, see `d2ft_peft.schedule.policy_names`. None is ``"exact_first"``, which
+            meets the budget first by work that no loss ever sees and then by leaving samples out, unless a field asks
+            for what only the paper's ``"bilevel"`` does (counts, devices, scores, ties, ``head_parallel``).
         rows: What the policy schedules: ``"micro_batches"`` as they come, or ``"samples"``, from which micro-batches
-            are then composed; None is what the policy is meant for.
+            are then composed; None is what the policy is meant for (``"exact_first"``: samples, where the data let them
+            be told apart).
+        padding: ``"compose"``: where samples are scheduled, those of about the same length share a micro-batch, so that
+            little of it is padding; a step's gradient stays the same. ``"keep"``: samples share it in their order.
         interval: Optimizer steps for which a policy keeps what it does not choose anew at every step, and for which
             the magnitude of the weights is kept.
         tie_break: ``"aligned"`` breaks ties towards the same micro-batches on every device, ``"spread"`` against it.
@@ -84,8 +91,9 @@ class D2FTConfig(LoraConfig):
     num_devices: int | None = None
     device_capacities: list[float] | Literal["auto"] | None = None
     head_parallel: bool = False
-    policy: str = "bilevel"
+    policy: str | None = None
     rows: Literal["micro_batches", "samples"] | None = None
+    padding: Literal["compose", "keep"] = "compose"
     interval: int = 10
     tie_break: Literal["aligned", "spread"] = "aligned"
     backward_score: str | None = None

@@ -43,15 +43,23 @@ def check_own_fields(config: D2FTConfig) -> None:
         cost is None or (_is_number(cost) and 0 < cost < 1),
         "forward_only_cost", cost, "must be a number in (0, 1), or None",
     )  # fmt: skip
-    check(isinstance(config.policy, str), "policy", config.policy, "must be the name of a policy")
+    given = config.policy is None or isinstance(config.policy, str)
+    check(given, "policy", config.policy, "must be the name of a policy, or None")
+    config.policy = config.policy or _default_policy(config)
     facts = policy_facts(config.policy)
-    config.rows = config.rows or facts.rows
+    if facts.budget_of == "schedule":
+        config.rows = config.rows or facts.rows
+    else:
+        _check_share_of_plain(config)
     config.backward_score = config.backward_score or facts.backward_score
     config.forward_score = config.forward_score or "weight_magnitude"
     for name, allowed in (
         ("backward_score", SCORES), ("forward_score", SCORES), ("rows", ("micro_batches", "samples")),
         ("tie_break", ("aligned", "spread")), ("shortcut", ("zero", "mean", "rescale")),
+        ("padding", ("compose", "keep")),
     ):  # fmt: skip
+        if name == "rows" and config.rows is None:
+            continue  # left to what the data allow
         check(getattr(config, name) in allowed, name, getattr(config, name), f"must be one of {', '.join(allowed)}")
     given = [n for n in ("compute_budget", "communication_budget", "num_full", "device_capacities")
              if getattr(config, n) is not None and not (n == "device_capacities" and config.is_auto)]  # fmt: skip
@@ -77,6 +85,26 @@ def check_own_fields(config: D2FTConfig) -> None:
     config.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
     if config.head_parallel:
         _check_head_parallel(config)
+
+
+def _default_policy(config: D2FTConfig) -> str:
+    """The policy of a configuration that names none: the paper's, where a field asks for what only it reads."""
+    if config.is_auto:
+        return "fewer_samples"
+    of_paper = ("communication_budget", "num_full", "num_devices", "device_capacities", "backward_score",
+                "forward_score", "forward_only_cost")  # fmt: skip
+    asked = any(getattr(config, name) is not None for name in of_paper)
+    return "bilevel" if asked or config.head_parallel or config.tie_break != "aligned" else "exact_first"
+
+
+def _check_share_of_plain(config: D2FTConfig) -> None:
+    def require(condition: bool, name: str, constraint: str) -> None:
+        check(condition, name, getattr(config, name), f"{constraint} under policy={config.policy!r}, whose budget is a "
+              "share of plain training's compute; choose policy='bilevel' or 'fewer_samples'")  # fmt: skip
+
+    for name in ("communication_budget", "num_full", "device_capacities", "num_devices"):
+        require(getattr(config, name) is None, name, "is not possible")
+    require(not config.head_parallel, "head_parallel", "is not possible")
 
 
 def _check_auto(config: D2FTConfig) -> None:

@@ -50,8 +50,9 @@ def test_a_data_loader_of_ones_own(tmp_path):
             return torch.utils.data.DataLoader(self.train_dataset, batch_size=2, collate_fn=self.data_collator)
 
     trainer = OwnLoader(
-        model=adapt("vit", compute_budget=0.5).float(), args=arguments(tmp_path), train_dataset=samples()
-    )
+        model=adapt("vit", policy="bilevel", compute_budget=0.5).float(), args=arguments(tmp_path),
+        train_dataset=samples(),
+    )  # fmt: skip
     trainer.train()
     assert ratios(trainer) == [0.5] * 3
     trainer = OwnLoader(

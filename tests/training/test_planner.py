@@ -30,7 +30,7 @@ def planner(**config):
 )
 def test_misuse_is_named(misuse, message):
     with pytest.raises(ValueError, match=message):
-        misuse(planner(compute_budget=0.6))
+        misuse(planner(policy="bilevel", compute_budget=0.6))
 
 
 def test_a_step_without_candidates_is_named():

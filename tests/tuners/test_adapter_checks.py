@@ -30,13 +30,13 @@ def quantized(kind):
 @pytest.mark.parametrize("kind", ["subclass", torch.int8, torch.float8_e4m3fn])
 def test_weights_that_cannot_be_cut_are_refused(kind):
     where = "the weight of model.layers.1.mlp.up_proj is a .*, which cannot be "
-    with pytest.raises(ValueError, match=where + "cut into heads as policy='bilevel' does; choose policy='all_full'"):
-        get_peft_model(quantized(kind), D2FTConfig(r=4))
+    with pytest.raises(ValueError, match=where + "cut into heads as policy='bilevel' does; choose policy='exact_"):
+        get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel"))
     with pytest.raises(ValueError, match=where + "fine-tuned; set r"):
         get_peft_model(quantized(kind), D2FTConfig(policy="all_full"))
 
 
-@pytest.mark.parametrize("policy", ["all_full", "fewer_samples", "importance", "selective_backprop"])
+@pytest.mark.parametrize("policy", [None, "all_full", "fewer_samples", "importance", "selective_backprop"])
 def test_whole_projections_of_such_weights_train_under_lora(policy):
     model = get_peft_model(quantized("subclass"), D2FTConfig(r=4, policy=policy)).train()
     runtime = get_runtime(model)

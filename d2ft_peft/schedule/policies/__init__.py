@@ -11,7 +11,7 @@ from .moe import moe
 from .random import random
 from .registry import Policy, PolicyFacts, get_policy, policy_facts, policy_names, register_policy
 from .round_robin import round_robin
-from .samples import fewer_samples, importance, selective_backprop
+from .samples import exact_first, fewer_samples, importance, selective_backprop
 from .stochastic_depth import stochastic_depth
 
 
@@ -24,6 +24,7 @@ __all__ = [
     "depth",
     "drop_bp",
     "dynamic_pruning",
+    "exact_first",
     "fewer_samples",
     "get_policy",
     "importance",

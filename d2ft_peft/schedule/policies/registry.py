@@ -12,6 +12,7 @@ Policy = Callable[[Problem], Schedule]
 """A policy is a function from the numbers of a step to its schedule."""
 
 Rows = Literal["micro_batches", "samples"]
+BudgetOf = Literal["schedule", "plain"]
 
 _POLICIES: dict[str, Policy] = {}
 _FACTS: dict[str, "PolicyFacts"] = {}
@@ -26,11 +27,15 @@ class PolicyFacts:
         rows: what a row of its problem is unless the configuration says otherwise. Samples that get the same
             operations are composed into micro-batches afterwards.
         backward_score: the backward score that it is meant for, the default of the configuration.
+        budget_of: what a compute budget is a share of. "schedule": of all cells FULL, so that work which is saved
+            besides (padding, unread rows) comes on top. "plain": of what plain training computes on the same batches,
+            padding included, so that such savings are spent on more rows.
     """
 
     reads: tuple[str, ...] = ()
     rows: Rows = "micro_batches"
     backward_score: str = "weight_magnitude"
+    budget_of: BudgetOf = "schedule"
 
 
 def register_policy(
@@ -38,26 +43,29 @@ def register_policy(
     reads: tuple[str, ...] = (),
     rows: Rows = "micro_batches",
     backward_score: str = "weight_magnitude",
+    budget_of: BudgetOf = "schedule",
 ) -> Callable[[Policy], Policy]:
     """Decorator that makes a policy known under `name`.
 
     Args:
         name: what `D2FTConfig(policy=...)` says.
-        reads, rows, backward_score: see `PolicyFacts`.
+        reads, rows, backward_score, budget_of: see `PolicyFacts`.
 
     Raises:
-        ValueError: the name is taken, `reads` names no score, or `rows` is neither micro-batches nor samples.
+        ValueError: the name is taken, `reads` names no score, or `rows` or `budget_of` is none of what they may be.
     """
     if not set(reads) <= {"backward", "forward"}:
         raise ValueError(f"reads={reads!r} must name 'backward', 'forward' or both")
     if rows not in ("micro_batches", "samples"):
         raise ValueError(f"rows={rows!r} must be 'micro_batches' or 'samples'")
+    if budget_of not in ("schedule", "plain"):
+        raise ValueError(f"budget_of={budget_of!r} must be 'schedule' or 'plain'")
 
     def register(policy: Policy) -> Policy:
         if name in _POLICIES:
             raise ValueError(f"policy={name!r} is already registered; choose another name than {policy_names()}")
         _POLICIES[name] = policy
-        _FACTS[name] = PolicyFacts(tuple(reads), rows, backward_score)
+        _FACTS[name] = PolicyFacts(tuple(reads), rows, backward_score, budget_of)
         return policy
 
     return register

@@ -60,6 +60,19 @@ def fewer_samples(problem: Problem) -> Schedule:
     return _draw("fewer_samples", problem, np.ones(problem.num_micro_batches))
 
 
+@register_policy("exact_first", rows="samples", budget_of="plain")
+def exact_first(problem: Problem) -> Schedule:
+    """Draws rows uniformly, as many as are left when the budget was met by work that no loss ever sees.
+
+    The order in which a budget is met is the planner's: it makes the problem's budget of what padding, unread rows and
+    frozen blocks have saved so far (`d2ft_peft.planning.account`). Where they save enough, every row runs.
+
+    Raises:
+        ValueError: no row fits into the budget, or the problem has no rng.
+    """
+    return _draw("exact_first", problem, np.ones(problem.num_micro_batches))
+
+
 def _draw(policy: str, problem: Problem, chances: np.ndarray) -> Schedule:
     """Rows [N] drawn in proportion to their chances, without replacement, wherever they still fit."""
     rng = problem.rng_for(policy)

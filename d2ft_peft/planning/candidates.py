@@ -1,0 +1,71 @@
+"""The samples that an optimizer step may run, and the padding that the data loader's own batches would give them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..processes import gather, rank, world_size
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Samples of one optimizer step in this process.
+
+    Attributes:
+        indices: Their indices in the data set, int [n].
+        size: Samples of one of the data loader's batches.
+        lengths: Tokens of each, int [n]; None where they are alike or not known.
+        batches: Samples and padded tokens per sample of the batches that plain training would make of them, over all
+            processes divided by their number; None where lengths are.
+    """
+
+    indices: np.ndarray
+    size: int
+    lengths: np.ndarray | None = None
+    batches: tuple[tuple[float, int], ...] | None = None
+
+    @classmethod
+    def of_loader(cls, indices: np.ndarray, size: int, lengths: np.ndarray | None = None) -> Candidates:
+        """What a data loader gave out, in its order: ``size`` successive samples were to be a batch."""
+        batches = None
+        if lengths is not None:
+            parts = [lengths[first : first + size] for first in range(0, len(lengths), size)]
+            batches = tuple((float(len(part)), int(part.max())) for part in parts)
+        return cls(np.asarray(indices), size, lengths, batches)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the largest batch that plain training would make, padding included."""
+        return max(round(count) * tokens for count, tokens in self.batches)
+
+    def dealt(self) -> Candidates:
+        """The candidates of all processes, dealt out anew so that all have equally many tokens and samples.
+
+        In rounds of one sample each, the longest first, which goes to whoever has the fewest tokens so far. Every
+        process calls it, with equally many candidates, and comes to the same hands.
+        """
+        processes = world_size()
+        if processes == 1 or self.lengths is None:
+            return self
+        everyone = gather(np.stack([self.indices, self.lengths], axis=1)).astype(np.int64)  # [R, n, 2]
+        batches = tuple(
+            (count / processes, tokens)
+            for one in everyone
+            for count, tokens in Candidates.of_loader(one[:, 0], self.size, one[:, 1]).batches
+        )
+        hand = deal(everyone[:, :, 1].ravel(), processes)[rank()]
+        indices, lengths = everyone.reshape(-1, 2)[hand].T
+        return Candidates(indices, self.size, lengths, batches)
+
+
+def deal(lengths: np.ndarray, hands: int) -> list[np.ndarray]:
+    """Positions of samples [n], dealt out to hands of equal size, n / hands, and nearly equal sums of lengths."""
+    rounds = np.argsort(-lengths, kind="stable").reshape(-1, hands)
+    dealt, sums = [[] for _ in range(hands)], np.zeros(hands)
+    for positions in rounds:
+        for hand, position in zip(np.argsort(sums, kind="stable"), positions, strict=True):
+            dealt[hand].append(int(position))
+            sums[hand] += lengths[position]
+    return [np.sort(np.array(hand)) for hand in dealt]

@@ -1,0 +1,93 @@
+"""How many of a step's candidates may run, and which of them share a micro-batch."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from ..processes import all_reduce, world_size
+from ..schedule import Budget
+from ..schedule.by_length import cut_by_length
+from .account import Account
+from .candidates import Candidates
+from .model_costs import ModelCosts
+
+
+OVERHEAD_TOKENS = 64
+"""What another micro-batch must save to be worth its calls, in tokens."""
+
+
+class SampleChoice:
+    """The candidates of one step, and what they cost at plain training's prices, where every subnet is FULL.
+
+    Args:
+        costs: Of the model.
+        candidates: Of this process.
+        by_length: Whether samples of about the same length are to share a micro-batch.
+    """
+
+    def __init__(self, costs: ModelCosts, candidates: Candidates, by_length: bool):
+        self.costs, self.candidates = costs, candidates
+        self.by_length = by_length and candidates.lengths is not None
+
+    @cached_property
+    def flops(self) -> np.ndarray:
+        """FLOPs of each candidate at its own length, or at the length that schedules are made with; [n]."""
+        lengths, count = self.candidates.lengths, len(self.candidates.indices)
+        agreed = np.full(count, self.costs.probe.sequence_length)
+        return self.costs.of_samples(agreed if lengths is None else lengths)
+
+    @cached_property
+    def plain(self) -> float:
+        """FLOPs of plain training on the data loader's batches."""
+        if self.candidates.batches is None:
+            return float(self.flops.sum())
+        counts, tokens = zip(*self.candidates.batches, strict=True)
+        return float(np.array(counts) @ self.costs.of_samples(np.array(tokens)))
+
+    @property
+    def weights(self) -> np.ndarray:
+        """What each candidate counts in a budget: its real tokens' cost, relative to the mean; [n]."""
+        return self.flops / self.flops.mean()
+
+    def cut(self, members: np.ndarray) -> list[np.ndarray]:
+        """Micro-batches of some candidates, as positions, int arrays."""
+        if not self.by_length:
+            return np.array_split(members, -(-len(members) // self.candidates.size))
+        per_token = self.flops.sum() / self.candidates.lengths.sum()
+        parts = cut_by_length(
+            self.candidates.lengths[members], self.flops[members], self.candidates.max_tokens,
+            OVERHEAD_TOKENS * per_token,
+        )  # fmt: skip
+        return [members[part] for part in parts]
+
+    def foreseen(self, micro_batches: list[np.ndarray]) -> float:
+        """FLOPs of micro-batches, padding included."""
+        return float(sum(len(part) * self.flops[part].max() for part in micro_batches))
+
+    def budget(self, budget: Budget, usual: int, account: Account | None) -> Budget:
+        """What the candidates may do.
+
+        Args:
+            budget: As it is configured.
+            usual: Micro-batches of a usual step, which counts refer to.
+            account: What the run may spend, where its budget is a share of plain training's compute.
+        """
+        count = len(self.candidates.indices)
+        if account is None and self.candidates.lengths is None:
+            return budget.of_samples(count, usual)
+        least = float(self.flops.max() / self.flops.sum())  # one sample fits, whichever
+        if account is not None:
+            everything = self.foreseen(self.cut(np.arange(count)))
+            share = account.allowance(self.plain) / everything
+        else:
+            one = budget.of_samples(10**6, usual)
+            share = one.communication or one.compute
+        share = min(1.0, max(share, least))
+        return Budget(compute=share) if budget.communication is None else Budget(communication=share)
+
+
+def mean_over_processes(*values: float) -> np.ndarray:
+    """Means of some numbers over the processes, the same bits on each."""
+    return all_reduce(np.array(values, dtype=float)) / world_size()

@@ -1,0 +1,57 @@
+"""How many tokens the samples of a data set have, read off the items before they are collated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+class SampleLengths:
+    """Lengths by index, each read once, so that later epochs load nothing to know them.
+
+    Attributes:
+        differ: Whether lengths can be read off the items, as far as is known.
+    """
+
+    def __init__(self) -> None:
+        self.differ = True
+        self._known = np.zeros(0, dtype=np.int64)  # 0: not read yet
+
+    def of(
+        self, indices: np.ndarray, items: dict[int, Any], load: Callable[[list[int], dict[int, Any]], None]
+    ) -> np.ndarray | None:
+        """Tokens of samples, int [n]; None where items hold no token ids or all have equally many.
+
+        Args:
+            indices: Of the samples in the data set, [n].
+            items: Those that are loaded, by index.
+            load: Loads samples by index into `items`, where they are missing.
+        """
+        grows = int(indices.max()) + 1 - len(self._known)
+        self._known = np.append(self._known, np.zeros(max(grows, 0), dtype=np.int64))
+        unknown = [int(index) for index in np.unique(indices) if not self._known[index]]
+        # One look first: where lengths cannot be read nothing is loaded for them.
+        for some in ([next((i for i in unknown if i in items), unknown[0])], unknown) if unknown else ():
+            load(some, items)
+            found = [num_tokens(items[index]) for index in some]
+            if None in found:
+                self.differ = False
+                return None
+            self._known[some] = found
+        lengths = self._known[indices]
+        return None if (lengths == lengths[0]).all() else lengths
+
+
+def num_tokens(item: Any) -> int | None:
+    """Tokens of an item that is not collated yet, at least 1: its row of token ids, and of an encoder-decoder's item
+    that of its labels; None if it has no such row."""
+    if not isinstance(item, Mapping):
+        return None
+    ids = item.get("input_ids")
+    if not isinstance(ids, Sequence | np.ndarray) and not hasattr(ids, "shape"):
+        return None
+    if np.ndim(ids) != 1:
+        return None
+    return max(len(ids), 1)
