@@ -172,7 +172,7 @@ def test_a_run_is_made_once_and_rounds_of_times_go_on(script):
     assert script("--rows", "plain") == first
     timed = [row for row in script("--rows", "default", "--time", "--rounds", "2") if row["split"] == "time"]
     assert [(row["row"], row["seed"]) for row in timed] == [("plain", 0), ("default", 0), ("default", 1), ("plain", 1)]
-    assert {row["train_samples"] for row in timed} == {4} and {row["value"] for row in timed} == {None}
+    assert {row["train_samples"] for row in timed} == {10} and {row["value"] for row in timed} == {None}
     assert script("--rows", "default", "--time", "--rounds", "1")[-1]["seed"] == 2
 
 
