@@ -48,7 +48,7 @@ def config_of(row: str, budget: float, mode: str, task: Task, seed: int) -> D2FT
     name = name.removesuffix("*")
     options = {field: value for field, value in options.items() if field not in OF_THE_RUN}
     if name in ("plain", "fewer_steps"):
-        name = "all_full"
+        name, options = "all_full", {"compute_budget": 1.0} | options
     elif not {"num_full", "compute_budget"} & set(options):
         options["compute_budget"] = budget
     if name != "default":

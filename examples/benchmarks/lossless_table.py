@@ -145,6 +145,23 @@ def verdicts(settings: Settings) -> str:
     return "\n".join(lines)
 
 
+def equal_time(settings: Settings, time: float = DEFAULT[1]) -> str:
+    """The budgets at which rows would take a share of plain's time, on the line through the two nearest that ran."""
+    lines = []
+    for (task, mode), cells in settings.items():
+        points: dict = defaultdict(list)
+        for (row, budget), cell in cells.items():
+            found = cell.time(cells.get(PLAIN, Cell()))
+            if budget < 1 and found is not None and "compute_budget" not in row:
+                points[row].append((abs(found - time), found, budget))
+        for row, found in points.items():
+            (_, t1, b1), *others = sorted(found)
+            if others and others[0][1] != t1:
+                (_, t2, b2), *_ = others
+                lines.append(f"- {task}, {mode}, {row}: compute_budget={b1 + (time - t1) * (b2 - b1) / (t2 - t1):.2f}")
+    return "\n".join([f"Budgets that would take {time:g} of plain's time:", "", *lines]) if lines else ""
+
+
 def table(setting: tuple[str, str], cells: dict[tuple[str, float], Cell]) -> str:
     """All rows of a task and mode."""
     plain = cells.get(PLAIN, Cell())
@@ -168,7 +185,8 @@ def table(setting: tuple[str, str], cells: dict[tuple[str, float], Cell]) -> str
 
 
 def tables(settings: Settings) -> str:
-    parts = [overview(settings), verdicts(settings), *(table(setting, cells) for setting, cells in settings.items())]
+    parts = [overview(settings), verdicts(settings), equal_time(settings)]
+    parts += [table(setting, cells) for setting, cells in settings.items()]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -202,6 +202,14 @@ def test_the_table_says_where_a_row_is_as_good_in_its_time(found):
     assert "## a, full: 9 steps, 8 samples, 25% padding" in text
 
 
+def test_the_table_says_which_budget_would_take_equal_time(found):
+    settings = lossless_table.load([found])
+    cells = settings["b", "full"]
+    slower = {seed: run | {"cpu_seconds": 14} for seed, run in cells["default", 0.6].runs.items()}
+    settings["b", "full"] = cells | {("default", 0.8): lossless_table.Cell(slower)}
+    assert lossless_table.equal_time(settings).splitlines()[2:] == ["- b, full, default: compute_budget=0.67"]
+
+
 def test_the_picture_shows_accuracies_and_losses(found, tmp_path):
     lossless_table.main([found, "--png", str(tmp_path / "x.png"), "--page", str(tmp_path / "x.md")])
     assert imread(tmp_path / "x.png").std() > 0.01, "an empty picture"
