@@ -81,7 +81,8 @@ def load(paths: list[str]) -> Settings:
                 where = ", ".join(f"{name}={run[name]}" for name in ("task", "mode", "row", "budget", "seed"))
                 raise ValueError(f"{where} was run twice, at other rates or lengths; leave one of the files out.")
             cell.runs[run["seed"]] = run
-    return {setting: {row: c for row, c in cells.items() if c.runs} for setting, cells in found.items()}
+    evaluated = {setting: {row: c for row, c in cells.items() if c.runs} for setting, cells in found.items()}
+    return {setting: cells for setting, cells in evaluated.items() if cells}
 
 
 def name(row: tuple[str, float]) -> str:

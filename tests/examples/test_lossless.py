@@ -187,7 +187,7 @@ def found(tmp_path):
                 run |= {"split": "test", "train_samples": 8, "metric": metric, "value": value + seed * (budget < 1)}
                 run |= {"cpu_seconds": 2 * seconds, "flops": 10 * budget, "logged": {"padding": 0.25}}
                 turn = run | {"split": "time", "value": None, "cpu_seconds": seconds + seed * budget}
-                lines += [run, turn] if task == "a" else [run]
+                lines += [run, turn, turn | {"task": "timed only"}] if task == "a" else [run]
     path = tmp_path / "runs.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     return str(path)
@@ -199,7 +199,7 @@ def test_the_table_says_where_a_row_is_as_good_in_its_time(found):
     # Gaps are 1, 2, 3: half of Student's interval is 4.303 standard deviations / sqrt(3).
     assert "| a | full | 50.00 (3) | 52.00 (3) | +2.00 ± 2.48 | 0.55 (0.55 - 0.56) |" in text
     assert "| default, 60% | 0.1 | 3.1000 (3) | -1.1000 ± 2.4841 | ~0.55 | 0.60 | 11 |" in text
-    assert "## a, full: 9 steps, 8 samples, 25% padding" in text
+    assert "## a, full: 9 steps, 8 samples, 25% padding" in text and "timed only" not in text
 
 
 def test_the_table_says_which_budget_would_take_equal_time(found):
