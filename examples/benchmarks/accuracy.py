@@ -31,6 +31,10 @@ from d2ft_peft import D2FTConfig, D2FTPlanner, D2FTTrainer
 from d2ft_peft.training.data import TrainingData
 
 
+OF_THE_RUN = ("lr", "steps", "averaged")
+"""Fields of a row that say how it is trained, and are none of `D2FTConfig`."""
+
+
 def parse(row: str) -> tuple[str, dict]:
     """Name of a row, and the fields that it sets."""
     name, _, fields = row.partition(":")
@@ -39,19 +43,24 @@ def parse(row: str) -> tuple[str, dict]:
 
 
 def config_of(row: str, budget: float, mode: str, task: Task, seed: int) -> D2FTConfig:
-    """The configuration that a row stands for."""
+    """The configuration that a row stands for; ``default`` is what a user gets who names no policy."""
     name, options = parse(row)
     name = name.removesuffix("*")
-    options.pop("lr", None)
+    options = {field: value for field, value in options.items() if field not in OF_THE_RUN}
     if name in ("plain", "fewer_steps"):
-        name = "all_full"
-    elif "num_full" not in options:
+        name, options = "all_full", {"compute_budget": 1.0} | options
+    elif not {"num_full", "compute_budget"} & set(options):
         options["compute_budget"] = budget
-    if mode == "lora":
-        options |= {"r": 8, "lora_alpha": 16, "modules_to_save": [task.head] if task.head else None}
-    else:
-        options["train_boundary"] = True
-    return D2FTConfig(policy=name, seed=seed, **options)
+    if name != "default":
+        options["policy"] = name
+    return D2FTConfig(seed=seed, **variant(mode, task), **options)
+
+
+def variant(mode: str, task: Task) -> dict:
+    """Fields for full fine-tuning of all weights, or for LoRA with the new head beside it."""
+    if mode == "full":
+        return {"train_boundary": True}
+    return {"r": 8, "lora_alpha": 16, "modules_to_save": [task.head] if task.head else None}
 
 
 def _literal(value: str):
@@ -95,8 +104,10 @@ class Stopwatch:
         return timed
 
 
-class Evaluator(D2FTTrainer):
-    """The Trainer, whose training batches are augmented."""
+class PlainEvaluation:
+    """A Trainer whose training batches are augmented, and no others; mix it in before the Trainer."""
+
+    task: Task
 
     def get_eval_dataloader(self, eval_dataset=None):
         self.data_collator, collator = self.task.collate, self.data_collator
@@ -104,6 +115,36 @@ class Evaluator(D2FTTrainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = collator
+
+    def measure(self) -> float:
+        """The task's metric; a loss is the mean over all tokens that have a label, however batches share them."""
+        if self.task.metric == "accuracy":
+            self.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+            self.compute_metrics = lambda found: {"metric": 100 * np.mean(found.predictions == found.label_ids)}
+        else:
+            self.preprocess_logits_for_metrics = _losses_and_tokens
+            self.compute_metrics = lambda found: {"metric": np.divide(*found.predictions.sum(0, dtype=np.float64))}
+        return float(self.evaluate()["eval_metric"])
+
+
+class Evaluator(PlainEvaluation, D2FTTrainer):
+    """D2FT's Trainer, evaluated on plain batches."""
+
+
+def _losses_and_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the losses of each sequence, and how many tokens it is over, [n, 2]."""
+    losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    return torch.stack([losses.sum(1), (labels[:, 1:] != -100).sum(1)], dim=1)
+
+
+def training_arguments(folder: str, steps: int, lr: float, warmup: int, seed: int, args: argparse.Namespace):
+    """Arguments of a run that neither saves nor reports anything."""
+    return TrainingArguments(
+        folder, max_steps=steps, per_device_train_batch_size=args.micro_batch_size, learning_rate=lr,
+        gradient_accumulation_steps=args.micro_batches, per_device_eval_batch_size=100, warmup_steps=warmup,
+        weight_decay=args.weight_decay, save_strategy="no", report_to=[], seed=seed, disable_tqdm=True,
+        logging_steps=10**9, remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
 
 
 def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespace) -> dict:
@@ -118,26 +159,18 @@ def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespa
         steps = round(args.steps / budget)
     model = get_peft_model(task.model(), config_of(row, budget, args.mode, task, seed))
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=args.micro_batch_size, learning_rate=lr,
-            gradient_accumulation_steps=args.micro_batches, per_device_eval_batch_size=100, warmup_steps=args.warmup,
-            weight_decay=args.weight_decay, save_strategy="no", report_to=[], seed=seed, disable_tqdm=True,
-            logging_steps=10**9, remove_unused_columns=False, use_cpu=not torch.cuda.is_available(),
-        )  # fmt: skip
         trainer = Evaluator(
-            model=model, args=arguments, train_dataset=task.train, eval_dataset=task.test,
+            model=model, args=training_arguments(folder, steps, lr, args.warmup, seed, args),
+            train_dataset=task.train, eval_dataset=task.test,
             data_collator=lambda samples: task.collate(samples, flip=True),
         )  # fmt: skip
         trainer.task = task
-        if task.metric == "accuracy":
-            trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
-            trainer.compute_metrics = lambda p: {"accuracy": 100 * float(np.mean(p.predictions == p.label_ids))}
         methods = ("prepare", "plan_facts", "compose", "observe")
         with Stopwatch(TrainingData, "score_once") as scoring, Stopwatch(D2FTPlanner, *methods) as planning:
             started, cpu = time.perf_counter(), time.process_time()
             trainer.train()
             seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
-        result = trainer.evaluate()[f"eval_{task.metric}"]
+        result = trainer.measure()
     log = next(entry for entry in reversed(trainer.state.log_history) if "compute_ratio" in entry)
     return {
         "task": args.task, "mode": args.mode, "row": row, "budget": 1.0 if row.startswith("plain") else budget,
