@@ -21,6 +21,7 @@ from ..scores import INDEX_KEY
 from .data import TrainingData
 from .local_engine import LocalEngine
 from .step_log import StepLog
+from .step_rate import FollowBatch, check_steps_by_groups
 from .window import StepBatches, Task, Window
 
 
@@ -44,6 +45,7 @@ class TrainingSession:
         ran: Whether the Trainer ran it, or passed over it.
         step_tasks: The micro-batches of the current optimizer step, in the order of their schedule.
         step_runs: Whether anything of the current optimizer step runs.
+        drawn: Samples that each step of the window draws, in all processes, where samples are scheduled.
         grad_norm: Of the last optimizer step that ran.
         steps: Counts the optimizer steps, and those that ran.
         trains: Whether the call of ``train()`` has not ended yet.
@@ -61,19 +63,26 @@ class TrainingSession:
         self.window = Window()
         self.current: Task | None = None
         self.step_tasks: list[Task] = []
-        self.step_runs = False
+        self.step_runs, self.drawn = False, 0.0
         self.grad_norm: Tensor | float = 0.0
         self.is_last, self.ran = True, False
         self._batches = StepBatches(self, [])
         self._rest: dict[str, Any] | None = None
         self.steps = StepLog()
+        self._rate: FollowBatch | None = None
         engine.begin(self)
+        if rule := self.planner.config.learning_rate_follows_batch:
+            check_steps_by_groups("learning_rate_follows_batch", rule, trainer.args.optim)
+            self._rate = FollowBatch(self, rule)
+            trainer.add_callback(self._rate)
         self.planner.runtime.driven = self.trains = True
 
     def close(self) -> None:
         """Leave the model as it was found, however training ended: any code may use it, or another session goes on."""
         runtime, self.trains = self.planner.runtime, False
         runtime.driven, runtime.touch_gradients, runtime.after_backward = self._before
+        if self._rate is not None:
+            self.trainer.remove_callback(self._rate)
 
     def score_whole_model(self, planner: D2FTPlanner) -> None:
         """Score samples before a head-parallel model is cut."""
@@ -152,6 +161,8 @@ class TrainingSession:
             if not candidates:
                 return []
             tasks = self._schedule(candidates) if rest is None else self._resume_window(rest, candidates)
+            if rest is None and self.planner.schedules_samples:
+                self.drawn = float(self.planner.schedule.weights.sum()) / len(candidates)
             # Composed micro-batches may be fewer; what the schedule says of all others is one row.
             rows, known = range(len(tasks), len(candidates)), self.planner.num_planned
             stand_in, facts = tasks[0].batch if tasks else candidates[0], BatchFacts(0)
@@ -164,6 +175,7 @@ class TrainingSession:
     def _resume_window(self, rest: dict[str, Any], candidates: list[dict]) -> list[Task]:
         """Finish the window that a checkpoint was made in, on the same samples in the same order."""
         planner, rows = self.planner, np.array(rest["operations"], dtype=np.int8)
+        self.drawn = rest.get("drawn", 0.0)
         if rest["samples"] is None:
             facts, batches = [take_facts(batch, planner.shifts_labels) for batch in candidates], candidates
         else:
@@ -232,7 +244,8 @@ class TrainingSession:
             if planner.schedules_samples:  # every process has chosen its own
                 samples = gather_lists([t.facts.indices.tolist() for t in tasks if t.runs])
                 skipped = sum(planner.schedule.weights[t.index] for t in tasks if not t.runs and t.index is not None)
-            rest = {"operations": rows, "samples": samples, "skipped": float(skipped), "devices": devices}
+            rest = {"operations": rows, "samples": samples, "skipped": float(skipped), "devices": devices,
+                    "drawn": self.drawn}  # fmt: skip
         return {"rest_of_window": rest, "accumulation": self.accumulation, "samples": self._num_samples()}
 
     def load_state_dict(self, state: dict[str, Any], usual: int) -> None:

@@ -43,6 +43,12 @@ def check_own_fields(config: D2FTConfig) -> None:
         cost is None or (_is_number(cost) and 0 < cost < 1),
         "forward_only_cost", cost, "must be a number in (0, 1), or None",
     )  # fmt: skip
+    factor, rule = config.head_learning_rate_factor, config.learning_rate_follows_batch
+    check(
+        _is_number(factor) and 0 < factor < float("inf"),
+        "head_learning_rate_factor", factor, "must be a positive number",
+    )  # fmt: skip
+    check(rule in (None, "sqrt", "linear"), "learning_rate_follows_batch", rule, "must be 'sqrt', 'linear' or None")
     check(isinstance(config.policy, str), "policy", config.policy, "must be the name of a policy")
     facts = policy_facts(config.policy)
     config.rows = config.rows or facts.rows
