@@ -37,8 +37,9 @@ def fit(folder, model, data=None, cls=D2FTTrainer, **kwargs):
     """Train; return the Trainer, and the rates that its optimizer stepped with."""
     given = {key: kwargs.pop(key) for key in ("optimizers", "optimizer_cls_and_kwargs") if key in kwargs}
     resume, seen = kwargs.pop("resume", None), Rates()
-    args = arguments(folder, lr_scheduler_type="constant", **kwargs)
-    trainer = cls(model=model, args=args, train_dataset=data or samples(), callbacks=[seen], **given)
+    args = arguments(folder, **{"lr_scheduler_type": "constant", **kwargs})
+    data = data or samples()
+    trainer = cls(model=model, args=args, train_dataset=data, eval_dataset=data[:2], callbacks=[seen], **given)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, seen
 
@@ -164,7 +165,9 @@ def test_the_rate_follows_the_samples_that_run_and_is_put_back(tmp_path, rule, e
 
     model = adapt(policy=policy, num_full=None if policy == "fewer_samples" else 2, learning_rate_follows_batch=rule,
                   compute_budget=0.6 if policy == "fewer_samples" else None)  # fmt: skip
-    trainer, seen = fit(tmp_path, model, doubles(samples(n=29)), cls=Watching, max_steps=5)
+    # A scheduler that leaves the rates alone until it has seen an evaluation: nobody else puts them back.
+    alone = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 100}
+    trainer, seen = fit(tmp_path, model, doubles(samples(n=29)), cls=Watching, max_steps=5, **alone)
     factors = [next(iter(at.values())) / 0.01 for at in seen.stepped]
     assert factors == pytest.approx([share**exponent for share in shares])
     assert len(set(np.round(shares, 6))) > 1 and max(shares) < 1

@@ -35,6 +35,7 @@ def logits(model):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False")
 @pytest.mark.parametrize("way", WAYS)
 def test_they_begin_train_and_load_as_under_lora(tmp_path, way):
     base = TINY["llama"].build()
