@@ -4,7 +4,7 @@ from .dlora import KillReviveCallback
 from .partition import Architecture, BranchSpec, partition_model, register_architecture
 from .planning import D2FTPlanner
 from .schedule import Operation, Schedule, register_policy
-from .training import D2FTCallback, D2FTTrainer, D2FTTrainerMixin
+from .training import AveragedWeightsCallback, D2FTCallback, D2FTTrainer, D2FTTrainerMixin
 from .tuners import D2FTConfig, D2FTLoraModel, D2FTModel
 from .tuners.peft_type import D2FTType, register
 from .version import __version__ as __version__
@@ -15,6 +15,7 @@ register(D2FTType.D2FT_LORA, D2FTConfig, D2FTLoraModel)
 
 __all__ = [
     "Architecture",
+    "AveragedWeightsCallback",
     "BranchSpec",
     "D2FTCallback",
     "D2FTConfig",

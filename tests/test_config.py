@@ -35,6 +35,8 @@ DEFAULTS = {
     "score_fraction": 1.0,
     "shortcut": "zero",
     "forward_only_cost": None,
+    "head_learning_rate_factor": 1.0,
+    "learning_rate_follows_batch": None,
     "seed": 0,
 }
 

@@ -1,7 +1,8 @@
 """D2FT in the Hugging Face Trainer."""
 
+from .averaged_weights import AveragedWeightsCallback
 from .callback import D2FTCallback
 from .trainer import D2FTTrainer, D2FTTrainerMixin
 
 
-__all__ = ["D2FTCallback", "D2FTTrainer", "D2FTTrainerMixin"]
+__all__ = ["AveragedWeightsCallback", "D2FTCallback", "D2FTTrainer", "D2FTTrainerMixin"]

@@ -21,6 +21,7 @@ from ..schedule import Operation, Schedule
 from .data import TrainingData
 from .local_engine import LocalEngine
 from .step_log import StepLog
+from .step_rate import FollowBatch, check_steps_by_groups
 from .window import StepBatches, Task, Window
 
 
@@ -67,13 +68,20 @@ class TrainingSession:
         self._batches = StepBatches(self, [])
         self._rest: dict[str, Any] | None = None
         self.steps = StepLog()
+        self._rate: FollowBatch | None = None
         engine.begin(self)
+        if rule := self.planner.config.learning_rate_follows_batch:
+            check_steps_by_groups("learning_rate_follows_batch", rule, trainer.args.optim)
+            self._rate = FollowBatch(self, rule)
+            trainer.add_callback(self._rate)
         self.planner.runtime.driven = self.trains = True
 
     def close(self) -> None:
         """Leave the model as it was found, however training ended: any code may use it, or another session goes on."""
         runtime, self.trains = self.planner.runtime, False
         runtime.driven, runtime.touch_gradients, runtime.after_backward = self._before
+        if self._rate is not None:
+            self.trainer.remove_callback(self._rate)
 
     def score_whole_model(self, planner: D2FTPlanner) -> None:
         """Score samples before a head-parallel model is cut."""

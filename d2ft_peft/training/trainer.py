@@ -14,6 +14,7 @@ from ..head_parallel import HeadParallel
 from ..planning import D2FTPlanner
 from ..planning.state import load_state, save_state
 from .head_parallel_engine import HeadParallelEngine, is_head_parallel
+from .head_rate import give_head_its_rate
 from .local_engine import LocalEngine
 from .session import TrainingSession
 
@@ -86,6 +87,13 @@ class D2FTTrainerMixin:
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         return self._d2ft_engine.prepare_for_training(super()._prepare_for_training, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer, in which the head may have a learning rate of its own."""
+        was_given = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        give_head_its_rate(optimizer, self.model, was_given, self.args.optim)
+        return optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

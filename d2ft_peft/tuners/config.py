@@ -76,6 +76,12 @@ class D2FTConfig(LoraConfig):
             ``"rescale"``, which scales up the heads that run.
         forward_only_cost: Cost of FORWARD_ONLY relative to FULL in the schedule; None takes it from the model's own
             FLOPs, 0.4 is the paper's.
+        head_learning_rate_factor: Learning rate of the new head, as a multiple of the Trainer's: of what
+            ``modules_to_save`` trains, and with ``train_boundary`` of the layer whose output are the logits.
+            `D2FTTrainer` makes parameter groups for it.
+        learning_rate_follows_batch: Whether `D2FTTrainer` scales the learning rate of each step by the share r of its
+            samples that run: ``"sqrt"`` by the root of r (adaptive optimizers: Malladi et al., arXiv 2205.10287),
+            ``"linear"`` by r (plain gradient descent: Goyal et al., arXiv 1706.02677), or None.
         seed: Seed of policies that draw at random.
     """
 
@@ -101,6 +107,8 @@ class D2FTConfig(LoraConfig):
     score_fraction: float = 1.0
     shortcut: Literal["zero", "mean", "rescale"] = "zero"
     forward_only_cost: float | None = None
+    head_learning_rate_factor: float = 1.0
+    learning_rate_follows_batch: Literal["sqrt", "linear"] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

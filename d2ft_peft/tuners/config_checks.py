@@ -46,6 +46,12 @@ def check_own_fields(config: D2FTConfig) -> None:
     given = config.policy is None or isinstance(config.policy, str)
     check(given, "policy", config.policy, "must be the name of a policy, or None")
     config.policy = config.policy or _default_policy(config)
+    factor, rule = config.head_learning_rate_factor, config.learning_rate_follows_batch
+    check(
+        _is_number(factor) and 0 < factor < float("inf"),
+        "head_learning_rate_factor", factor, "must be a positive number",
+    )  # fmt: skip
+    check(rule in (None, "sqrt", "linear"), "learning_rate_follows_batch", rule, "must be 'sqrt', 'linear' or None")
     facts = policy_facts(config.policy)
     if facts.budget_of == "schedule":
         config.rows = config.rows or facts.rows

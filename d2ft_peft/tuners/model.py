@@ -18,6 +18,7 @@ from ..engine.touch_loss import TouchLoss
 from ..partition import Partition, partition_model
 from .adapter_checks import check_beside_others, check_loads_in_peft, check_weights, leave_out_what_peft_renames
 from .config import D2FTConfig
+from .converted_lora import subtract_initial_adapter
 from .layer import D2FTLayer
 
 
@@ -280,3 +281,9 @@ class D2FTLoraModel(SubnetTuner, LoraModel):
         projections = self._partition_of(peft_config).projections.values()
         peft_config.fan_in_fan_out = all(projection.transposed for projection in projections)
         return peft_config
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(
+        cls, peft_model: nn.Module, peft_config: D2FTConfig, path: str, state_dict: dict[str, Tensor], kwargs: dict
+    ) -> dict[str, Tensor]:
+        return subtract_initial_adapter(peft_model, path, state_dict, kwargs)

@@ -5,7 +5,8 @@
 
 A row is ``plain`` (all of the compute), ``fewer_steps`` (plain, that share of the steps, with a learning-rate schedule
 of its own) or a policy, with fields of `D2FTConfig` where wanted: ``importance:backward_score=el2n``; ``importance*``
-runs as many steps as make its compute the plain run's. The result file
+runs as many steps as make its compute the plain run's. ``averaged=0.25`` evaluates the mean of the weights over that
+last share of the steps. The result file
 gets one line a run; runs that it already holds are not made again, so a command can be continued.
 """
 
@@ -27,7 +28,7 @@ from rows import append_rows, command_line, read_rows
 from tasks import Task, draw_labels, load_task
 from transformers import TrainingArguments, set_seed
 
-from d2ft_peft import D2FTConfig, D2FTPlanner, D2FTTrainer
+from d2ft_peft import AveragedWeightsCallback, D2FTConfig, D2FTPlanner, D2FTTrainer
 from d2ft_peft.training.data import TrainingData
 
 
@@ -157,12 +158,14 @@ def train(task: Task, row: str, budget: float, seed: int, args: argparse.Namespa
         steps = max(1, round(args.steps * budget))
     elif parse(row)[0].endswith("*"):
         steps = round(args.steps / budget)
+    share = parse(row)[1].get("averaged")
     model = get_peft_model(task.model(), config_of(row, budget, args.mode, task, seed))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Evaluator(
             model=model, args=training_arguments(folder, steps, lr, args.warmup, seed, args),
             train_dataset=task.train, eval_dataset=task.test,
             data_collator=lambda samples: task.collate(samples, flip=True),
+            callbacks=[AveragedWeightsCallback(share)] if share else None,
         )  # fmt: skip
         trainer.task = task
         methods = ("prepare", "plan_facts", "compose", "observe")

@@ -33,9 +33,10 @@ from accuracy import OF_THE_RUN, Evaluator, config_of, parse, training_arguments
 from accuracy_table import at_best_rate
 from peft import LoraConfig, get_peft_model
 from rows import append_rows, command_line, read_rows
-from stock_trainer import AveragedWeights, StockTrainer, figures
+from stock_trainer import StockTrainer, figures
 from tasks import Task, load_task
 
+from d2ft_peft import AveragedWeightsCallback
 from d2ft_peft.partition import partition_model
 
 
@@ -124,7 +125,7 @@ def train(run: Run, task: Task, args: argparse.Namespace) -> dict:
             model=model, args=training_arguments(folder, run.own_steps, run.lr, run.own_steps // 10, run.seed, args),
             train_dataset=task.train, eval_dataset=task.test,
             data_collator=lambda samples: task.collate(samples, flip=True),
-            callbacks=[AveragedWeights()] if parse(run.row)[1].get("averaged") else None,
+            callbacks=[AveragedWeightsCallback()] if parse(run.row)[1].get("averaged") else None,
         )  # fmt: skip
         trainer.task = task
         trainer.remove_callback(transformers.PrinterCallback)

@@ -1,4 +1,4 @@
-"""The Trainer out of the box, with what `lossless.py` has to know of its run; and averaged weights for any Trainer."""
+"""The Trainer out of the box, with what `lossless.py` has to know of its run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from accuracy import PlainEvaluation
-from torch.optim.swa_utils import get_swa_multi_avg_fn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from d2ft_peft.costs import flop_counter
 
@@ -48,24 +47,6 @@ class StockTrainer(PlainEvaluation, Trainer):
             found.append(counter.get_total_flops())
         polynomial = np.polyfit(lengths, found, len(lengths) - 1)
         return float(sum(count * np.polyval(polynomial, length) for length, count in self.counts.items()))
-
-
-class AveragedWeights(TrainerCallback):
-    """Ends a run with the mean of what it trains, over its last quarter."""
-
-    def on_step_end(self, args, state, control, model, **kwargs) -> None:
-        trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-        first = state.max_steps - state.max_steps // 4
-        if state.global_step == first:
-            self.mean = [parameter.clone() for parameter in trained]
-        elif state.global_step > first:
-            get_swa_multi_avg_fn()(self.mean, trained, state.global_step - first)
-
-    def on_train_end(self, args, state, control, model, **kwargs) -> None:
-        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-        with torch.no_grad():
-            for parameter, averaged in zip(trained, self.mean, strict=True):
-                parameter.copy_(averaged)
 
 
 def figures(trainer: Trainer) -> dict[str, Any]:

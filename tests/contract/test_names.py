@@ -36,7 +36,7 @@ PACKAGE = Path(d2ft_peft.__file__).parent
 OVERRIDES = {
     D2FTTrainerMixin: (Trainer, {
         "_build_accelerator_args", "_inner_training_loop", "_get_dataloader", "_prepare_for_training",
-        "get_batch_samples", "training_step", "floating_point_ops",
+        "create_optimizer", "get_batch_samples", "training_step", "floating_point_ops",
         "_track_num_input_tokens", "_clip_grad_norm", "_get_grad_norm", "log", "evaluation_loop", "_save",
         "_save_optimizer_and_scheduler", "_save_rng_state", "_push_from_checkpoint", "_load_rng_state",
         "_load_from_checkpoint", "_load_best_model", "_load_optimizer_and_scheduler",
@@ -49,6 +49,7 @@ OVERRIDES = {
     }),
     D2FTLoraModel: (LoraModel, {
         "inject_adapter", "set_adapter", "delete_adapter", "_prepare_adapter_config", "_unload_and_optionally_merge",
+        "_convert_state_dict_for_initial_model",
     }),
     D2FTLayer: (BaseTunerLayer, {"merge", "unmerge"}),
     D2FTConfig: (PeftConfig, {"to_dict", "save_pretrained", "from_pretrained"}),
@@ -77,12 +78,14 @@ CALLS = [
     (Trainer._load_optimizer_and_scheduler, "self checkpoint", ""),
     (Trainer._load_from_checkpoint, "self checkpoint model", ""),
     (Trainer._push_from_checkpoint, "self folder", ""),
+    (Trainer._get_output_dir, "self", "trial"),
     (Trainer._track_num_input_tokens, "self inputs", ""),
     (Trainer.log, "self logs start_time", ""),
     (GradientState._set_sync_gradients, "self flag", ""),
     (check_adapters_to_merge, "module names", ""),
     (check_target_module_exists, "config key", ""),
     (PeftModel.save_pretrained, "self folder", ""),
+    (LoraModel.subtract_mutated_init, "self state_dict name kwargs", ""),
     (BaseTuner._cast_adapter_dtype, "self name", "autocast_adapter_dtype"),
     (BaseTuner._remap_adapter_state_dict_for_load.__func__, "cls model config name state_dict", ""),
     (get_device_states, "tensor", ""),

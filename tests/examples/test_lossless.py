@@ -129,18 +129,6 @@ def test_a_loss_is_the_mean_over_the_tokens_that_have_a_label(task, script):
     assert row["value"] == pytest.approx(again["value"], abs=1e-5)
 
 
-def test_averaged_weights_are_the_mean_of_the_last_quarter():
-    layer, callback = torch.nn.Linear(1, 1), stock_trainer.AveragedWeights()
-    frozen = torch.nn.Linear(1, 1).requires_grad_(False)
-    model = torch.nn.Sequential(layer, frozen)
-    before = frozen.weight.clone()
-    for step in range(1, 9):
-        torch.nn.init.constant_(layer.weight, float(step))
-        callback.on_step_end(None, type("State", (), {"max_steps": 8, "global_step": step}), None, model=model)
-    callback.on_train_end(None, None, None, model=model)
-    assert layer.weight.item() == 7 and torch.equal(frozen.weight, before)
-
-
 def test_every_row_runs_at_its_own_rate_found_on_samples_of_no_other_run(task, script, tmp_path, capsys):
     seen = []
     train = lossless.train
