@@ -13,12 +13,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..engine import get_runtime
+from ..head_start import HeadStart
 from ..planning import D2FTPlanner
 from ..planning.facts import BatchFacts, take_facts
 from ..planning.schedule_maker import active_adapter
 from ..processes import gather_lists
 from ..scores import INDEX_KEY
 from .data import TrainingData
+from .head_pass import start_head
 from .local_engine import LocalEngine
 from .step_log import StepLog
 from .window import StepBatches, Task, Window
@@ -46,6 +48,8 @@ class TrainingSession:
         step_runs: Whether anything of the current optimizer step runs.
         grad_norm: Of the last optimizer step that ran.
         steps: Counts the optimizer steps, and those that ran.
+        head_start: What fitting the head before the first step came to and cost, from the moment before the first
+            schedule is made; None if it was not fitted.
         trains: Whether the call of ``train()`` has not ended yet.
     """
 
@@ -67,6 +71,8 @@ class TrainingSession:
         self._batches = StepBatches(self, [])
         self._rest: dict[str, Any] | None = None
         self.steps = StepLog()
+        self.head_start: HeadStart | None = None
+        self._passed = False
         engine.begin(self)
         self.planner.runtime.driven = self.trains = True
 
@@ -79,6 +85,12 @@ class TrainingSession:
         """Score samples before a head-parallel model is cut."""
         if self.trainer.train_dataset is not None:
             TrainingData(self.trainer, planner, self._make_loader).score_once()
+
+    def _before_first_schedule(self, batch: dict[str, Any] | None) -> None:
+        """Pass over the training samples, where scores or the head need it; once. A resumed run gives no batch."""
+        if not self._passed:
+            self._passed = True
+            self.head_start = start_head(self.trainer, self.data, batch)
 
     def next_step(self, iterator: Iterator, num_batches: int) -> tuple[list[dict], list[dict]]:
         """Fetch and schedule the micro-batches of an optimizer step.
@@ -117,7 +129,7 @@ class TrainingSession:
             return self._compose(candidates)
         facts = [take_facts(batch, planner.shifts_labels) for batch in candidates]
         planner.prepare(candidates[0])
-        self.data.score_once()
+        self._before_first_schedule(candidates[0])
         planner.plan_facts(facts)
         running = set(planner.pass_over())
         return [Task(i, candidates[i], facts[i], i in running) for i in range(len(candidates))]
@@ -126,10 +138,12 @@ class TrainingSession:
         planner = self.planner
         indices, items = self.data.candidates(candidates)
         size = max(len(batch[INDEX_KEY]) for batch in candidates)
+        batch = None
         if not planner.costs.known:
             usual = len(candidates[0][INDEX_KEY])
-            planner.prepare(self.data.collate(indices[:usual], items[:usual])[0])
-        self.data.score_once()
+            batch = self.data.collate(indices[:usual], items[:usual])[0]
+            planner.prepare(batch)
+        self._before_first_schedule(batch)
         groups = planner.compose(indices, size)
         if len(groups) > len(candidates):
             raise ValueError(

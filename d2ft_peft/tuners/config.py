@@ -69,6 +69,11 @@ class D2FTConfig(LoraConfig):
             ``"rescale"``, which scales up the heads that run.
         forward_only_cost: Cost of FORWARD_ONLY relative to FULL in the schedule; None takes it from the model's own
             FLOPs, 0.4 is the paper's.
+        head_start: Whether a linear head starts from a regularised linear fit on what it reads, which takes one pass
+            without gradients over the training samples before the first step: ``"auto"`` where the head is a new one,
+            True for any head (an error where there is none), False never.
+        head_start_fraction: Share of the training samples that this pass looks at, in (0, 1]; None is all, but at most
+            as many as cost a quarter of the run's compute, and at least 50 for each class.
         seed: Seed of policies that draw at random.
     """
 
@@ -93,6 +98,8 @@ class D2FTConfig(LoraConfig):
     score_fraction: float = 1.0
     shortcut: Literal["zero", "mean", "rescale"] = "zero"
     forward_only_cost: float | None = None
+    head_start: Literal["auto"] | bool = "auto"
+    head_start_fraction: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

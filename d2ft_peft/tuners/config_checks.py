@@ -43,6 +43,7 @@ def check_own_fields(config: D2FTConfig) -> None:
         cost is None or (_is_number(cost) and 0 < cost < 1),
         "forward_only_cost", cost, "must be a number in (0, 1), or None",
     )  # fmt: skip
+    _check_head_start(config)
     check(isinstance(config.policy, str), "policy", config.policy, "must be the name of a policy")
     facts = policy_facts(config.policy)
     config.rows = config.rows or facts.rows
@@ -98,6 +99,15 @@ def _check_auto(config: D2FTConfig) -> None:
     )  # fmt: skip
 
 
+def _check_head_start(config: D2FTConfig) -> None:
+    start, fraction = config.head_start, config.head_start_fraction
+    check(isinstance(start, bool) or start == "auto", "head_start", start, "must be 'auto', True or False")
+    check(
+        fraction is None or (_is_number(fraction) and 0 < fraction <= 1),
+        "head_start_fraction", fraction, "must be a number in (0, 1], or None",
+    )  # fmt: skip
+
+
 def _check_head_parallel(config: D2FTConfig) -> None:
     for name, refused, why in (
         ("shortcut", ("mean",), "needs the features of all heads on one process; use 'zero' or 'rescale'"),
@@ -110,6 +120,7 @@ def _check_head_parallel(config: D2FTConfig) -> None:
         ("forward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'weight_magnitude' or 'fisher'"),
         ("keep_base", (False,), "trains the base itself, which head_parallel=True cuts up; leave it True"),
         ("lora_bias", (True,), "is not available under head_parallel=True; leave it out"),
+        ("head_start", (True,), "is not available under head_parallel=True; fit the head with fit_head before"),
     ):
         check(getattr(config, name) not in refused, name, getattr(config, name), why)
 
