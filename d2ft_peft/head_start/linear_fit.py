@@ -13,7 +13,7 @@ from ..scores import IGNORED
 from .linear_head import HeadStartRefused
 
 
-L2 = 3e-3
+L2 = 1e-2
 """Default weight of the penalty: half of it times the sum of the squared weights of standardised features."""
 ITERATIONS = 60
 
