@@ -1,6 +1,7 @@
 """D2FT (arXiv 2504.12471) for the Hugging Face ecosystem: fine-tuning that runs part of the model per micro-batch."""
 
 from .dlora import KillReviveCallback
+from .head_start import HeadStart, fit_head
 from .partition import Architecture, BranchSpec, partition_model, register_architecture
 from .planning import D2FTPlanner
 from .schedule import Operation, Schedule, register_policy
@@ -22,9 +23,11 @@ __all__ = [
     "D2FTPlanner",
     "D2FTTrainer",
     "D2FTTrainerMixin",
+    "HeadStart",
     "KillReviveCallback",
     "Operation",
     "Schedule",
+    "fit_head",
     "partition_model",
     "register_architecture",
     "register_policy",

@@ -37,6 +37,8 @@ DEFAULTS = {
     "forward_only_cost": None,
     "head_learning_rate_factor": 1.0,
     "learning_rate_follows_batch": None,
+    "head_start": "auto",
+    "head_start_fraction": None,
     "seed": 0,
 }
 
@@ -55,6 +57,9 @@ BAD = [
     ({"num_micro_batches": 2.0}, "num_micro_batches=2.0 must be an integer"),
     ({"num_devices": 0}, "num_devices=0 must be an integer of at least 1 or None"),
     ({"num_devices": 1.5}, "num_devices=1.5 must be an integer"),
+    ({"head_start": "yes"}, "head_start='yes' must be 'auto', True or False"),
+    ({"head_start_fraction": 1.5}, r"head_start_fraction=1.5 must be a number in \(0, 1\], or None"),
+    ({"head_start": True, "head_parallel": True}, "head_start=True is not available under head_parallel=True"),
     ({"seed": -1}, "seed=-1 must be an integer of at least 0"),
     ({"seed": None}, "seed=None must be an integer"),
     ({"compute_budget": 0}, r"compute_budget=0 must be in \(0, 1\]"),

@@ -81,6 +81,12 @@ class CostModel:
         """FLOPs of a step in which every cell is FULL."""
         return self.step_flops(np.full((len(samples), len(self.blocks)), Operation.FULL), samples)
 
+    def forward_flops(self, samples: float) -> float:
+        """FLOPs of a forward pass of the whole model."""
+        inside = 0.0 if self.inside_forward is None else self.inside_forward.sum()
+        blocks = self.forward.sum() + self.shared_forward.sum() + inside
+        return samples * float(self.below_forward + blocks + self.above_forward)
+
     def schedule_flops(self, schedule: Schedule) -> float:
         """FLOPs of a schedule whose weights are samples."""
         return self.step_flops(schedule.operations, schedule.weights)

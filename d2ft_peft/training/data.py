@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,8 +13,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
+from ..head_start import HeadFeatures
 from ..planning import D2FTPlanner
-from ..planning.candidates import Candidates
 from ..planning.facts import FACTS_KEY, BatchFacts, facts_of, take_facts
 from ..scores import (
     CANDIDATES_KEY,
@@ -66,7 +67,7 @@ class TrainingData:
                 stacklevel=2,
             )
         if not planner.source.by_sample and not planner.schedules_samples:
-            if self._is_dispatched(dataset):
+            if self.is_dispatched(dataset):
                 return self._make_loader(dataset, description, *args, **kwargs)
             collator = FactsCollator(self.trainer.data_collator, planner.shifts_labels)
             return self._with_collator(collator, dataset, description, *args, **kwargs)
@@ -127,43 +128,57 @@ class TrainingData:
             "backward_score='weight_magnitude'."
         )
 
-    def candidates(self, batches: list[dict]) -> tuple[Candidates, dict[int, Any]]:
-        """The candidates of some batches, and their items by index, as far as they are loaded.
-
-        The first ones also show what the model costs.
-        """
+    def given(self, batches: list[dict]) -> tuple[np.ndarray, dict[int, Any]]:
+        """Indices of the candidates of some batches, int [n], and their items by index, as far as they are loaded."""
         indices = torch.cat([batch[INDEX_KEY] for batch in batches]).cpu().numpy()
-        given = [item for batch in batches for item in batch[CANDIDATES_KEY].items]
-        items = {int(index): item for index, item in zip(indices, given, strict=True) if item is not None}
-        if not self.planner.costs.known:
-            self.planner.prepare(self.collate(indices[: len(batches[0][INDEX_KEY])], items)[0])
-        lengths = None
-        if self.planner.config.padding == "compose" and self._lengths.differ:
-            lengths = self._lengths.of(indices, items, self._load)
-        return Candidates.of_loader(indices, max(len(batch[INDEX_KEY]) for batch in batches), lengths), items
+        items = [item for batch in batches for item in batch[CANDIDATES_KEY].items]
+        return indices, {int(index): item for index, item in zip(indices, items, strict=True) if item is not None}
 
-    def score_once(self) -> None:
+    def lengths(self, indices: np.ndarray, items: dict[int, Any]) -> np.ndarray | None:
+        """Tokens of samples, int [n], where micro-batches are to be composed by them and they differ; else None."""
+        if self.planner.config.padding == "keep" or not self._lengths.differ:
+            return None
+        return self._lengths.of(indices, items, self._load)
+
+    def score_once(self, features: HeadFeatures | None = None) -> None:
         """Score the training samples before the first step (or a fraction of them), where a score was asked for that
-        takes a pass; what it costs counts as training."""
+        takes a pass; what it costs counts as training.
+
+        Args:
+            features: Collects what the head reads in the same pass.
+        """
         planner = self.planner
         for score in planner.source.before_training:
             if score in planner.scores:
                 continue
-            rows = len(self.trainer.train_dataset)
-            count = max(1, round(rows * planner.config.score_fraction))
-            chosen = np.sort(np.random.default_rng(planner.config.seed).permutation(rows)[:count])
-            with preserved_rng():
-                dataset, collator = self._without_unused_columns(self.trainer.train_dataset, "Scoring")
-                loader = self._with_collator(
-                    IndexedCollator(collator), IndexedDataset(dataset, chosen), "Scoring",
-                    batch_size=self.trainer.args.per_device_train_batch_size,
-                )  # fmt: skip
-                table = score_samples(planner.model, planner.partition, loader, score, planner.progress)
+            chosen = np.sort(self.draw(self.num_scored))
+            with preserved_rng(), features or contextlib.nullcontext():
+                loader = self.pass_over(chosen)
+                batches = features.announcing(loader) if features else loader
+                table = score_samples(planner.model, planner.partition, batches, score, planner.progress)
             if planner.costs.known:
                 self.trainer.current_flos += planner.cost_model.full_flops(np.array([float(len(table.samples))]))
             planner.scores[score] = gather_tables(table)
 
-    def _is_dispatched(self, dataset: Any) -> bool:
+    @property
+    def num_scored(self) -> int:
+        """Number of the training samples that are scored before training, where a score takes a pass."""
+        return max(1, round(len(self.trainer.train_dataset) * self.planner.config.score_fraction))
+
+    def draw(self, count: int) -> np.ndarray:
+        """Indices of so many training samples at random, the same in all processes; of more, the same ones first."""
+        rows = len(self.trainer.train_dataset)
+        return np.random.default_rng(self.planner.config.seed).permutation(rows)[:count]
+
+    def pass_over(self, indices: np.ndarray) -> DataLoader:
+        """A data loader that gives these samples once, without training on them; batches carry the indices."""
+        dataset, collator = self._without_unused_columns(self.trainer.train_dataset, "Scoring")
+        return self._with_collator(
+            IndexedCollator(collator), IndexedDataset(dataset, indices), "Scoring",
+            batch_size=self.trainer.args.per_device_train_batch_size,
+        )  # fmt: skip
+
+    def is_dispatched(self, dataset: Any) -> bool:
         """Whether the first process collates for all, so that a batch is cut into parts afterwards."""
         args = self.trainer.args
         dispatches = args.accelerator_config.dispatch_batches
@@ -173,7 +188,7 @@ class TrainingData:
         """Why samples cannot be told apart, or None if they can."""
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             return "a data set without length and indices does not let samples be told apart"
-        if self._is_dispatched(dataset):
+        if self.is_dispatched(dataset):
             return (
                 "dispatch_batches=True lets the first process load for all, and the others would not know which "
                 "samples they got"

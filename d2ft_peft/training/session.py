@@ -14,11 +14,15 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..engine import get_runtime
+from ..head_start import HeadStart
 from ..planning import D2FTPlanner
+from ..planning.candidates import Candidates
 from ..planning.facts import BatchFacts, take_facts
 from ..planning.schedule_maker import active_adapter
 from ..schedule import Operation, Schedule
+from ..scores import INDEX_KEY
 from .data import TrainingData
+from .head_pass import start_head
 from .local_engine import LocalEngine
 from .step_log import StepLog
 from .step_rate import FollowBatch, check_steps_by_groups
@@ -48,6 +52,8 @@ class TrainingSession:
         step_runs: Whether anything of the current optimizer step runs.
         grad_norm: Of the last optimizer step that ran.
         steps: Counts the optimizer steps, and those that ran.
+        head_start: What fitting the head before the first step came to and cost, from the moment before the first
+            schedule is made; None if it was not fitted.
         trains: Whether the call of ``train()`` has not ended yet.
     """
 
@@ -69,6 +75,8 @@ class TrainingSession:
         self._rest: dict[str, Any] | None = None
         self.steps = StepLog()
         self._rate: FollowBatch | None = None
+        self.head_start: HeadStart | None = None
+        self._passed = False
         engine.begin(self)
         if rule := self.planner.config.learning_rate_follows_batch:
             check_steps_by_groups("learning_rate_follows_batch", rule, trainer.args.optim)
@@ -87,6 +95,15 @@ class TrainingSession:
         """Score samples before a head-parallel model is cut."""
         if self.trainer.train_dataset is not None:
             TrainingData(self.trainer, planner, self._make_loader).score_once()
+
+    def _before_first_schedule(self, batch: dict[str, Any] | None) -> None:
+        """Pass over the training samples, where scores or the head need it; once. A resumed run gives no batch."""
+        if not self._passed:
+            self._passed = True
+            self.head_start = start_head(self.trainer, self.data, batch)
+            if self.head_start is not None and self.planner.account is not None:
+                steps = self.trainer.state.max_steps - self.trainer.state.global_step
+                self.planner.account.prepay(self.head_start.flops / self.trainer.args.world_size, steps)
 
     def next_step(self, iterator: Iterator, num_batches: int) -> tuple[list[dict], list[dict]]:
         """Fetch and schedule the micro-batches of an optimizer step.
@@ -135,15 +152,20 @@ class TrainingSession:
             return self._compose(candidates)
         facts = [take_facts(batch, planner.shifts_labels) for batch in candidates]
         planner.prepare(candidates[0])
-        self.data.score_once()
+        self._before_first_schedule(candidates[0])
         planner.plan_facts(facts)
         running = set(planner.pass_over())
         return [Task(i, candidates[i], facts[i], i in running) for i in range(len(candidates))]
 
     def _compose(self, batches: list[dict]) -> list[Task]:
         planner = self.planner
-        candidates, items = self.data.candidates(batches)
-        self.data.score_once()
+        indices, items = self.data.given(batches)
+        size, batch = max(len(batch[INDEX_KEY]) for batch in batches), None
+        if not planner.costs.known:
+            batch = self.data.collate(indices[: len(batches[0][INDEX_KEY])], items)[0]
+            planner.prepare(batch)
+        self._before_first_schedule(batch)
+        candidates = Candidates.of_loader(indices, size, self.data.lengths(indices, items))
         if planner.shares is None:
             candidates = candidates.dealt()
         groups = [candidates.indices[group] for group in planner.compose(candidates, candidates.size)]

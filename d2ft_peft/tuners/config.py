@@ -82,6 +82,11 @@ class D2FTConfig(LoraConfig):
         learning_rate_follows_batch: Whether `D2FTTrainer` scales the learning rate of each step by the share r of its
             samples that run: ``"sqrt"`` by the root of r (adaptive optimizers: Malladi et al., arXiv 2205.10287),
             ``"linear"`` by r (plain gradient descent: Goyal et al., arXiv 1706.02677), or None.
+        head_start: Whether a linear head starts from a regularised linear fit on what it reads, which takes one pass
+            without gradients over the training samples before the first step: ``"auto"`` where the head is a new one,
+            True for any head (an error where there is none), False never.
+        head_start_fraction: Share of the training samples that this pass looks at, in (0, 1]; None is all, but at most
+            as many as cost a quarter of the run's compute, and at least 50 for each class.
         seed: Seed of policies that draw at random.
     """
 
@@ -109,6 +114,8 @@ class D2FTConfig(LoraConfig):
     forward_only_cost: float | None = None
     head_learning_rate_factor: float = 1.0
     learning_rate_follows_batch: Literal["sqrt", "linear"] | None = None
+    head_start: Literal["auto"] | bool = "auto"
+    head_start_fraction: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

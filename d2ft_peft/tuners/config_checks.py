@@ -52,6 +52,7 @@ def check_own_fields(config: D2FTConfig) -> None:
         "head_learning_rate_factor", factor, "must be a positive number",
     )  # fmt: skip
     check(rule in (None, "sqrt", "linear"), "learning_rate_follows_batch", rule, "must be 'sqrt', 'linear' or None")
+    _check_head_start(config)
     facts = policy_facts(config.policy)
     if facts.budget_of == "schedule":
         config.rows = config.rows or facts.rows
@@ -132,6 +133,15 @@ def _check_auto(config: D2FTConfig) -> None:
     )  # fmt: skip
 
 
+def _check_head_start(config: D2FTConfig) -> None:
+    start, fraction = config.head_start, config.head_start_fraction
+    check(isinstance(start, bool) or start == "auto", "head_start", start, "must be 'auto', True or False")
+    check(
+        fraction is None or (_is_number(fraction) and 0 < fraction <= 1),
+        "head_start_fraction", fraction, "must be a number in (0, 1], or None",
+    )  # fmt: skip
+
+
 def _check_head_parallel(config: D2FTConfig) -> None:
     for name, refused, why in (
         ("shortcut", ("mean",), "needs the features of all heads on one process; use 'zero' or 'rescale'"),
@@ -144,6 +154,7 @@ def _check_head_parallel(config: D2FTConfig) -> None:
         ("forward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'weight_magnitude' or 'fisher'"),
         ("keep_base", (False,), "trains the base itself, which head_parallel=True cuts up; leave it True"),
         ("lora_bias", (True,), "is not available under head_parallel=True; leave it out"),
+        ("head_start", (True,), "is not available under head_parallel=True; fit the head with fit_head before"),
     ):
         check(getattr(config, name) not in refused, name, getattr(config, name), why)
 
