@@ -104,11 +104,11 @@ def test_a_constant_feature_does_no_harm(bias):
     x, y = data()
     for value in (0.0, 0.1):
         wider = torch.cat([x, torch.full((len(x), 1), value)], 1).float()
-        ours = fit(wider, y, bias=bias)
+        ours = fit(wider, y, bias=bias, l2=0.1)
         assert ours.weight.isfinite().all()
         if bias:
             assert not ours.weight[:, -1].any()
-            torch.testing.assert_close(ours.weight[:, :-1], fit(x.float(), y).weight, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(ours.weight[:, :-1], fit(x.float(), y, l2=0.1).weight, rtol=1e-2, atol=1e-3)
 
 
 def test_features_that_are_no_numbers_are_named():
