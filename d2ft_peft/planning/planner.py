@@ -39,6 +39,7 @@ from ..unequal import Shares
 from .execution_counts import ExecutionCounts
 from .facts import BatchFacts, shares_of_items, take_facts
 from .micro_batch import MicroBatch
+from .model_costs import Pass, Unread
 from .planned_step import PlannedStep, check_same_schedule
 from .schedule_maker import ScheduleMaker
 
@@ -278,21 +279,22 @@ class D2FTPlanner(ScheduleMaker):
             yield micro_batch
             row = executed_operations(self.partition, self.runtime.executed)
             passes = list(self.runtime.passes)
+            unread = [reading and reading.ran for reading in self.runtime.readings]
         if self.counts.each_is_a_step and not micro_batch.skipped:
             self._zero_missing_gradients()
-        self._note(index, row, passes)
+        self._note(index, row, passes, unread)
 
-    def _note(self, index: int, row: np.ndarray, passes: list[tuple[int, int]]) -> None:
+    def _note(self, index: int, row: np.ndarray, passes: list[Pass], unread: Sequence[Unread | None] = ()) -> None:
         planned, costs = self._planned, self.costs
         here, length = planned.sizes[index], planned.lengths[index]
         if passes:
             costs.saw(passes, here)
-        self._last_flops = costs.flops(row, passes)
+        self._last_flops = costs.flops(row, passes, unread)
 
         def measure() -> tuple[float, float]:
             if not here:  # samples of other processes, which are not looked at here
                 return 0.0, costs.full_flops(costs.expected(planned.schedule.weights[index], length))
-            both = costs.flops(row, passes), costs.full_flops(passes or costs.expected(here, length))
+            both = costs.flops(row, passes, unread), costs.full_flops(passes or costs.expected(here, length))
             return tuple(planned.share_here(index) * flops for flops in both)
 
         self.counts.note(index, row, measure)

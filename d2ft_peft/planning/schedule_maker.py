@@ -13,6 +13,7 @@ from ..processes import all_reduce
 from ..schedule import Budget, CostModel, Operation, Problem, Schedule, get_policy, policy_facts
 from ..scores import ScoreSource, ScoreTable, shifts_labels
 from .model_costs import ModelCosts
+from .unread_rule import UnreadRule
 
 
 class ScheduleMaker:
@@ -29,6 +30,7 @@ class ScheduleMaker:
         policy: Makes a schedule of a problem.
         rng: Source of randomness of policies that draw.
         costs: What the model costs, once `prepare` has looked at a batch.
+        unread: Finds out which rows of the last block no loss reads, at the first batch with labels.
         source: Where scores of samples come from.
         step: Number of schedules made so far.
         shifts_labels: Whether the model's own loss predicts the next token.
@@ -54,6 +56,8 @@ class ScheduleMaker:
         self.policy = get_policy(self.config.policy)
         self.rng = np.random.default_rng(self.config.seed)
         self.step = 0
+        skips = self.config.skip_unread_rows and not self.is_head_parallel
+        self.unread = UnreadRule(model, self.runtime, self.partition, skips)
         self.costs = ModelCosts(model, self.partition, self.config.forward_only_cost)
         names = tuple(dict.fromkeys(self._score_name(kind) for kind in self._kinds_read))
         self.source = ScoreSource(model, self.partition, names, self.config.interval)
@@ -87,9 +91,16 @@ class ScheduleMaker:
         return reads
 
     def prepare(self, batch: dict[str, Any]) -> None:
-        """Learn what the model costs, from one look at a batch; all processes take the mean of their lengths."""
+        """Learn what the model costs, from one look at a batch; all processes take the mean of their lengths. Then find
+        out which rows its loss reads, at the first batch with labels."""
         if not self.costs.known:
             self.costs.learn(batch, self._sum_over_replicas)
+        self.unread.find(batch)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether `prepare` has nothing more to look at."""
+        return self.costs.known and self.unread.searched
 
     def _devices(self) -> np.ndarray | None:
         """Device of each subnet: contiguous, equally many each."""

@@ -73,6 +73,7 @@ class TrainingSession:
     def close(self) -> None:
         """Leave the model as it was found, however training ended: any code may use it, or another session goes on."""
         runtime, self.trains = self.planner.runtime, False
+        self.planner.unread.close()
         runtime.driven, runtime.touch_gradients, runtime.after_backward = self._before
 
     def score_whole_model(self, planner: D2FTPlanner) -> None:
@@ -126,7 +127,7 @@ class TrainingSession:
         planner = self.planner
         indices, items = self.data.candidates(candidates)
         size = max(len(batch[INDEX_KEY]) for batch in candidates)
-        if not planner.costs.known:
+        if not planner.prepared:
             usual = len(candidates[0][INDEX_KEY])
             planner.prepare(self.data.collate(indices[:usual], items[:usual])[0])
         self.data.score_once()
@@ -177,6 +178,8 @@ class TrainingSession:
             batches, facts = [batch for batch, _ in collated], [facts for _, facts in collated]
         devices = None if rest["devices"] is None else np.array(rest["devices"])
         planner.resume(rows[: len(facts)], facts, rest["skipped"], devices)
+        if batches:
+            planner.prepare(batches[0])
         running = set(planner.pass_over())
         return [Task(i, batches[i], facts[i], i in running) for i in range(len(facts))]
 

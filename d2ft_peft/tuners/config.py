@@ -69,6 +69,10 @@ class D2FTConfig(LoraConfig):
             ``"rescale"``, which scales up the heads that run.
         forward_only_cost: Cost of FORWARD_ONLY relative to FULL in the schedule; None takes it from the model's own
             FLOPs, 0.4 is the paper's.
+        skip_unread_rows: Whether the last block leaves out the rows (token positions) that no loss reads, and the head
+            of a language model with it: classifiers read one token, causal language models the rows that predict a
+            label. The gradient is the same; which rows are read is found at the first batch, and tried. Not under
+            ``head_parallel``.
         seed: Seed of policies that draw at random.
     """
 
@@ -93,6 +97,7 @@ class D2FTConfig(LoraConfig):
     score_fraction: float = 1.0
     shortcut: Literal["zero", "mean", "rescale"] = "zero"
     forward_only_cost: float | None = None
+    skip_unread_rows: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
