@@ -60,49 +60,65 @@ class Counted(NamedTuple):
     items: int
 
 
+class Entrance(NamedTuple):
+    """What a rule looks at.
+
+    Attributes:
+        inputs: What entered the model.
+        shape: B and T of the last block.
+        device: Where its rows are.
+        config: The model's configuration.
+    """
+
+    inputs: Mapping[str, Any]
+    shape: tuple[int, int]
+    device: torch.device
+    config: Any
+
+
 @dataclass(frozen=True)
 class Rule:
     """How a model chooses the rows that its loss reads.
 
     Attributes:
         name: For logs.
-        find: From what enters the model, B, T, and its config to positions [B], or labels [B, T] of which those that
-            carry loss are read; None where it does not apply.
+        find: Gives positions [B], or labels [B, T] of which those that carry loss are read; None where it does not
+            apply.
         reads_labels: Whether it gives labels. The logits of the other rows are then of no use.
         shifts: Whether a row's label is that of the next row in the batch.
     """
 
     name: str
-    find: Callable[[Mapping[str, Any], int, int, Any], Tensor | None]
+    find: Callable[[Entrance], Tensor | None]
     reads_labels: bool = False
     shifts: bool = False
 
 
-def _first(inputs: Mapping[str, Any], samples: int, tokens: int, config: Any) -> Tensor | None:
-    return torch.zeros(samples, dtype=torch.int64)
+def _first(entrance: Entrance) -> Tensor | None:
+    return torch.zeros(entrance.shape[0], dtype=torch.int64, device=entrance.device)
 
 
-def _last_token(inputs: Mapping[str, Any], samples: int, tokens: int, config: Any) -> Tensor | None:
+def _last_token(entrance: Entrance) -> Tensor | None:
     """The rightmost token that is no padding, as sequence classification on decoders takes it."""
-    ids = inputs.get("input_ids")
+    ids, (samples, tokens) = entrance.inputs.get("input_ids"), entrance.shape
     if not isinstance(ids, Tensor) or tuple(ids.shape) != (samples, tokens):
         return None
-    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    pad = getattr(entrance.config.get_text_config(), "pad_token_id", None)
     if pad is None:
-        return torch.full((samples,), tokens - 1)
+        return torch.full((samples,), tokens - 1, device=entrance.device)
     return (torch.arange(tokens, device=ids.device) * (ids != pad)).argmax(-1)
 
 
-def _shifted_labels(inputs: Mapping[str, Any], samples: int, tokens: int, config: Any) -> Tensor | None:
+def _shifted_labels(entrance: Entrance) -> Tensor | None:
     """Each row predicts the next row's label."""
-    given, labels = inputs.get("shift_labels"), inputs.get("labels")
+    given, labels = entrance.inputs.get("shift_labels"), entrance.inputs.get("labels")
     if isinstance(given, Tensor):
         return given
     return torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:] if isinstance(labels, Tensor) else None
 
 
-def _labels(inputs: Mapping[str, Any], samples: int, tokens: int, config: Any) -> Tensor | None:
-    labels = inputs.get("labels")
+def _labels(entrance: Entrance) -> Tensor | None:
+    labels = entrance.inputs.get("labels")
     return labels if isinstance(labels, Tensor) else None
 
 
@@ -146,7 +162,7 @@ class Reading:
         return self._found[shape]
 
     def _find(self, samples: int, tokens: int, device: torch.device) -> Rows | None:
-        found = self.rule.find(self.inputs, samples, tokens, self.config)
+        found = self.rule.find(Entrance(self.inputs, (samples, tokens), device, self.config))
         if found is None:
             return None
         found = found.to(device)
@@ -159,13 +175,13 @@ class Reading:
     def _labelled(self, labels: Tensor, samples: int, tokens: int) -> Rows | None:
         if tuple(labels.shape) != (samples, tokens) or labels.is_floating_point():
             return None
-        counts, known = (labels != IGNORED).flatten(), self.counted
-        given = self.inputs.get("labels")
-        if known is not None and known.labels is given and known.version == given._version and counts.is_cuda:
-            index = counts.nonzero_static(size=known.items).squeeze(1)  # the device need not be asked how many
+        ignored, known, given = (labels == IGNORED).flatten(), self.counted, self.inputs.get("labels")
+        if known is not None and known.labels is given and known.version == given._version:
+            # The device is not asked how many there are: nobody waits for it.
+            index = ignored.to(torch.uint8).argsort(stable=True)[: known.items]
         else:
-            index = counts.nonzero().squeeze(1)
-        if not 0 < len(index) <= _MOST * len(counts):
+            index = ignored.logical_not().nonzero().squeeze(1)
+        if not 0 < len(index) <= _MOST * len(ignored):
             return None
         return Rows(index, (samples, tokens), targets=labels.flatten().index_select(0, index)[None])
 

@@ -1,8 +1,8 @@
 """Rows that no loss reads are left out of the last block and of the language model's head.
 
 The blocks' own code needs all rows, so shapes stay: rows are gathered where expensive modules are entered (query and
-output projections, FFN, head), and put at their places in zeros where they are left. Keys and values are computed of all
-rows. A row that is not read holds what nobody looks at, and its gradient is zero.
+output projections, FFN, head), and put at their places in zeros where they are left. Keys and values are computed of
+all rows. A row that is not read holds what nobody looks at, and its gradient is zero.
 """
 
 from __future__ import annotations

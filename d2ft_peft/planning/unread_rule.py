@@ -81,10 +81,17 @@ class UnreadRule:
         self.found = None
 
     @contextmanager
-    def counting(self, labels: Any, items: int | None) -> Iterator[None]:
-        """Around a forward pass on labels that were counted on the host, so that the device is not asked."""
-        known = self.found is not None and isinstance(labels, Tensor) and items is not None
-        if not known:
+    def counting(self, batch: dict[str, Any], items: int | None, shifts: bool) -> Iterator[None]:
+        """Around a forward pass on a batch whose labels were counted on the host, so that the device is not asked.
+
+        Args:
+            batch: The batch.
+            items: Labels that carry loss, or None.
+            shifts: Whether each row's first label was left out.
+        """
+        labels, rule = batch.get("labels"), self.found and self.found.rule
+        counted = rule is not None and rule.reads_labels and rule.shifts == shifts and items is not None
+        if not counted or not isinstance(labels, Tensor) or "shift_labels" in batch:
             yield
             return
         self.found.counted = Counted(labels, labels._version, items)
@@ -110,12 +117,37 @@ class UnreadRule:
         if read_BT is None:
             return None
         for rule in RULES:
-            if (rule.reads_labels and not self.labels) or not _covers(rule, probe, base.config, read_BT):
+            allowed = self.labels or not rule.reads_labels
+            if not (allowed and _covers(rule, probe, base.config, read_BT) and self._ignores_others(rule, probe)):
                 continue
             for head in (True, False) if rule.reads_labels and self.head else (False,):
                 if self._holds(rule, head, probe, expected):
                     return UnreadRows(base, self.runtime, self.partition, rule, head)
         return None
+
+    def _ignores_others(self, rule: Rule, batch: dict[str, Any]) -> bool:
+        """Whether the loss stays to the bit if noise stands in the rows that a rule says are not read."""
+        base = base_model(self.model)
+        reading = Reading(rule, batch, base.config)
+        noisy = [False]
+
+        def replace(module: nn.Module, args: tuple, output: Any) -> Any:
+            hidden, *others = output if isinstance(output, tuple) else (output,)
+            index = reading.rows(hidden).index
+            rows = hidden.flatten(0, 1)
+            noise = torch.randn_like(rows).mul_(100) if noisy[0] else torch.zeros_like(rows)
+            hidden = noise.index_copy(0, index, rows.index_select(0, index)).view(hidden.shape)
+            return (hidden, *others) if isinstance(output, tuple) else hidden
+
+        handle = base.get_submodule(self.partition.blocks[-1]).register_forward_hook(replace)
+        try:
+            with torch.no_grad():
+                losses = []
+                for noisy[0] in (False, True):
+                    losses.append(base(**batch).loss)
+        finally:
+            handle.remove()
+        return losses[0].equal(losses[1])
 
     def _holds(self, rule: Rule, head: bool, batch: dict[str, Any], expected: list[Tensor]) -> bool:
         """Whether loss and gradients stay what they are, and rows are really left out."""

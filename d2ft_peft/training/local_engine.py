@@ -121,10 +121,10 @@ class LocalEngine:
         """Run the session's current micro-batch under its row of the schedule."""
         if session.idle:
             return session.pass_over()
-        task = session.current
+        task, planner = session.current, session.planner
         with (
-            session.planner.unread.counting(inputs.get("labels"), task.facts.items),
-            session.planner.micro_batch(task.index) as micro_batch,
+            planner.unread.counting(inputs, task.facts.items, planner.shifts_labels),
+            planner.micro_batch(task.index) as micro_batch,
             self._loss.around(micro_batch, task.facts),
         ):
             return default(model, inputs, items)
