@@ -34,6 +34,7 @@ DEFAULTS = {
     "score_fraction": 1.0,
     "shortcut": "zero",
     "forward_only_cost": None,
+    "skip_unread_rows": True,
     "seed": 0,
 }
 

@@ -16,8 +16,8 @@ IGNORED = -100
 READ_BY_RULES = ("input_ids", "labels", "shift_labels")
 """What rules look at of all that enters a model."""
 
-# With more rows than this share, to gather and to scatter costs about what is saved.
-_MOST = 0.9
+# With more rows than this share little is saved, and to gather and to scatter has its price.
+_MOST = 0.8
 
 
 @dataclass(frozen=True, eq=False)
