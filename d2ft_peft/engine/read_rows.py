@@ -85,6 +85,7 @@ class Rule:
         find: Gives positions [B], or labels [B, T] of which those that carry loss are read; None where it does not
             apply.
         reads_labels: Whether it gives labels. The logits of the other rows are then of no use.
+        varies: Whether positions follow the padding: samples on which they are all the same then prove nothing.
         shifts: Whether a row's label is that of the next row in the batch.
     """
 
@@ -92,6 +93,7 @@ class Rule:
     find: Callable[[Entrance], Tensor | None]
     reads_labels: bool = False
     shifts: bool = False
+    varies: bool = False
 
 
 def _first(entrance: Entrance) -> Tensor | None:
@@ -124,7 +126,7 @@ def _labels(entrance: Entrance) -> Tensor | None:
 
 RULES = (
     Rule("first", _first),
-    Rule("last_token", _last_token),
+    Rule("last_token", _last_token, varies=True),
     Rule("shifted_labels", _shifted_labels, reads_labels=True, shifts=True),
     Rule("labels", _labels, reads_labels=True),
 )

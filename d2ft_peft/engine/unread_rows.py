@@ -117,8 +117,8 @@ class UnreadRows:
         runtime.reading = Reading(self.rule, seen, module.config, self.counted) if applies else None
 
     def _shows_hidden_states(self, inputs: dict[str, Any]) -> bool:
-        """Whether the caller looks at more than the loss and the logits."""
-        names = ("output_hidden_states", "output_attentions")
+        """Whether the caller, or a loss that balances experts, looks at more than the logits."""
+        names = ("output_hidden_states", "output_attentions", "output_router_logits")
         config = self.base.config
         return any(getattr(config, n, None) if inputs.get(n) is None else inputs[n] for n in names)
 

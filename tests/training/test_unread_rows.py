@@ -89,6 +89,25 @@ def test_a_model_that_reads_all_rows_gets_no_rule(kind, caplog):
     assert "no rule says which" in caplog.text and traces(model) == before
 
 
+def test_experts_run_whole_and_where_a_loss_balances_them_so_does_the_rest():
+    kwargs = {
+        **TINY["llama"].kwargs,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "experts_implementation": "eager",
+    }
+    tiny = Tiny(tf.MixtralConfig, tf.MixtralForCausalLM, kwargs)
+    for balances in (False, True):
+        model = tiny.build(output_router_logits=balances).double()
+        model = get_peft_model(model, D2FTConfig(policy="all_full")).train()
+        batch = batch_of("llama")
+        expected = step(model, batch)
+        found = search(model, batch).found
+        assert (found is None) == balances
+        assert_same(step(model, batch), expected)
+    assert get_runtime(model).readings == [None]
+
+
 def test_batches_that_the_model_does_not_take_and_a_mean_over_rows_get_none(caplog):
     with caplog.at_level(logging.INFO, logger=LOGGER):
         batch = batch_of("bert")
