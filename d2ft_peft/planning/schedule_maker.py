@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from ..engine import get_runtime
+from ..partition import parts_elsewhere
 from ..processes import all_reduce
 from ..schedule import Budget, CostModel, Operation, Problem, Schedule, get_policy, policy_facts
 from ..scores import ScoreSource, ScoreTable, shifts_labels
@@ -56,7 +57,8 @@ class ScheduleMaker:
         self.policy = get_policy(self.config.policy)
         self.rng = np.random.default_rng(self.config.seed)
         self.step = 0
-        skips = self.config.skip_unread_rows and not self.is_head_parallel
+        # Heads, or blocks, that run elsewhere get whole rows.
+        skips = self.config.skip_unread_rows and not self.is_head_parallel and not parts_elsewhere(model)
         self.unread = UnreadRule(model, self.runtime, self.partition, skips)
         self.costs = ModelCosts(model, self.partition, self.config.forward_only_cost)
         names = tuple(dict.fromkeys(self._score_name(kind) for kind in self._kinds_read))
