@@ -39,6 +39,7 @@ DEFAULTS = {
     "learning_rate_follows_batch": None,
     "head_start": "auto",
     "head_start_fraction": None,
+    "skip_unread_rows": True,
     "seed": 0,
 }
 

@@ -20,7 +20,11 @@ _FUSED_ATTENTION_BACKWARD = 2.5
 
 
 def cost_model(
-    model: nn.Module, partition: Partition, probe: Probe, forward_only_cost: float | None = None
+    model: nn.Module,
+    partition: Partition,
+    probe: Probe,
+    forward_only_cost: float | None = None,
+    without: frozenset[str] = frozenset(),
 ) -> CostModel:
     """FLOPs per sample of a model's subnets, full fine-tuning and LoRA alike, as its layers are now.
 
@@ -32,6 +36,8 @@ def cost_model(
         partition: Its subnets.
         probe: What one sample showed, see `probe_model`.
         forward_only_cost: Relative cost of FORWARD_ONLY to make schedules with, instead of the model's own.
+        without: Projections, attention modules and modules of the head that count for nothing: what a row costs that
+            they leave out.
     """
     base, tokens = base_model(model), probe.sequence_length
     blocks, shape = partition.subnet_blocks, len(partition.blocks)
@@ -39,12 +45,14 @@ def cost_model(
     per_head = {name: np.zeros(shape) for name in ("forward", "backward", "entry")}
     shared = {name: np.zeros(shape) for name in ("forward", "backward", "entry")}
     for branch in partition.branches:
-        products = 4.0 * tokens * branch.query_width
+        products = 4.0 * tokens * branch.query_width * (branch.region not in without)
         per_head["forward"][branch.block] += products
         per_head["backward"][branch.block] += products * attention_backward
-        for projection in branch.projections:
+        for projection in (p for p in branch.projections if p.name not in without):
             _add_projection(base, branch, projection, per_head, shared)
     heads = np.array([len(subnet.heads) for subnet in partition.subnets])
+    left_out = tuple(f"{name}." for name in without)
+    above = [entry for entry in probe.above if not f"{entry.name}.".startswith(left_out)]
     below_trains = any(p.requires_grad for name in _below(partition) for p in base.get_submodule(name).parameters())
     return CostModel(
         blocks=blocks,
@@ -58,9 +66,9 @@ def cost_model(
         below_backward=sum(entry.flops for entry in probe.below if entry.trains),
         inside_forward=_of_blocks(probe, shape, lambda entry: True),
         inside_weight_gradient=_of_blocks(probe, shape, lambda entry: entry.trains),
-        above_forward=sum(entry.flops for entry in probe.above),
-        above_weight_gradient=sum(entry.flops for entry in probe.above if entry.trains),
-        above_input_gradient=sum(entry.flops for entry in probe.above),
+        above_forward=sum(entry.flops for entry in above),
+        above_weight_gradient=sum(entry.flops for entry in above if entry.trains),
+        above_input_gradient=sum(entry.flops for entry in above),
         below_trains=below_trains,
         forward_only_cost=forward_only_cost,
     )

@@ -32,11 +32,13 @@ class Entry(NamedTuple):
         flops: FLOPs of its forward pass.
         trains: Whether a weight of its own trains.
         scales: Whether it works on every position, so that its FLOPs follow the length of the sequence.
+        name: Path of the module.
     """
 
     flops: float
     trains: bool
     scales: bool = True
+    name: str = ""
 
 
 @dataclass
@@ -125,11 +127,13 @@ class _Frame:
     Attributes:
         module: The module.
         positions: Most rows among its inputs and outputs.
+        name: Its path.
         of_subnet: Whether it is part of a projection or of attention, which the cost model knows by their shapes.
         flops: FLOPs that it computed itself, outside of its children.
     """
 
     module: nn.Module
+    name: str
     positions: int
     of_subnet: bool
     flops: float = 0.0
@@ -169,7 +173,7 @@ class _Meter(TorchDispatchMode):
                 self.place = block
                 self.samples, self.probe.sequence_length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
             of_outer = bool(self.stack) and self.stack[-1].of_subnet
-            self.stack.append(_Frame(module, _positions((*args, *kwargs.values())), of_subnet or of_outer))
+            self.stack.append(_Frame(module, name, _positions((*args, *kwargs.values())), of_subnet or of_outer))
 
         def leave(module: nn.Module, args: tuple, output: Any) -> None:
             if not self.stack or self.stack[-1].module is not module:
@@ -205,6 +209,7 @@ class _Meter(TorchDispatchMode):
                     frame.flops / self.samples,
                     any(p.requires_grad for p in frame.module.parameters(recurse=False)),
                     frame.positions >= rows,
+                    frame.name,
                 )
                 for frame in frames
             ]

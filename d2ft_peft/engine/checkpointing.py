@@ -37,15 +37,16 @@ class _UnderPlan:
     def __init__(self, runtime: Runtime, function):
         self.runtime, self.function = runtime, function
         self.plan, self.grad_at_entry = runtime.plan, torch.is_grad_enabled()
+        self.reading = runtime.reading
 
     def __call__(self, *args):
         runtime = self.runtime
-        current = runtime.plan, runtime.grad_at_entry
-        runtime.plan, runtime.grad_at_entry = self.plan, self.grad_at_entry
+        current = runtime.plan, runtime.grad_at_entry, runtime.reading
+        runtime.plan, runtime.grad_at_entry, runtime.reading = self.plan, self.grad_at_entry, self.reading
         try:
             return self.function(*args)
         finally:
-            runtime.plan, runtime.grad_at_entry = current
+            runtime.plan, runtime.grad_at_entry, runtime.reading = current
 
 
 def bind_checkpointing(block: nn.Module, runtime: Runtime) -> None:

@@ -73,6 +73,7 @@ class RegionForward(Intercept):
             if self.index == 0:
                 samples, tokens = _first_tensor(args, kwargs).shape[:2]
                 runtime.passes.append((samples, tokens))
+                runtime.readings.append(runtime.reading)
         return cell
 
     def _run(self, cell: Cell, args: tuple, kwargs: dict) -> Any:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,11 @@ from ..partition import Partition
 from .checkpointing import bind_checkpointing
 from .feature_mean import FeatureMean
 from .plan import Cell, Heads, Plan
+from .read_rows import Reading
+
+
+if TYPE_CHECKING:
+    from .unread_rows import UnreadRows
 
 
 @dataclass
@@ -73,6 +78,9 @@ class Runtime:
             FULL.
         passes: Samples and tokens per sample at the first region, one entry for each planned forward pass of the
             micro-batch; recomputation is no pass of its own.
+        readings: Which rows their loss reads, by forward pass; None where all are taken to be read.
+        reading: The same of the forward pass that is running.
+        unread: Leaves out the rows that no loss reads, or None.
         model: The model whose train mode says whether a forward pass is to be trained.
         grad_at_entry: Whether gradients were enabled where the checkpointing of the running block was entered, or None
             outside of one: reentrant checkpointing runs the block itself without.
@@ -90,6 +98,9 @@ class Runtime:
         self.follow: dict[int, Follow] = {}
         self.executed: dict[int, Cell | None] = {}
         self.passes: list[tuple[int, int]] = []
+        self.readings: list[Reading | None] = []
+        self.reading: Reading | None = None
+        self.unread: UnreadRows | None = None
         self.model: nn.Module | None = None
         self.grad_at_entry: bool | None = None
         self.driven = False
@@ -107,6 +118,7 @@ class Runtime:
             mean.commit()
         self.executed.clear()
         self.passes.clear()
+        self.readings.clear()
         self.follow.clear()
         self.plan = plan
         for block in self.blocks:

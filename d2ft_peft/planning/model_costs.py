@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,9 @@ from .facts import token_length
 
 Pass = tuple[float, int]
 """Samples and tokens per sample of a forward pass."""
+
+Unread = tuple[frozenset[str], int]
+"""The modules that left out rows which no loss reads, and on how many rows they ran, of all samples together."""
 
 
 class ModelCosts:
@@ -39,7 +43,7 @@ class ModelCosts:
         self.model, self.partition, self.forward_only_cost = model, partition, forward_only_cost
         self.probe: Probe | None = None
         self._surroundings_known = True
-        self._by_length: dict[int, CostModel] = {}
+        self._by_length: dict[tuple[int, frozenset[str]], CostModel] = {}
         self._rows_per_sample = 1.0
 
     @property
@@ -53,12 +57,13 @@ class ModelCosts:
         costs = self.at(self.probe.sequence_length).costs
         return costs / costs.max()
 
-    def at(self, tokens: int) -> CostModel:
-        """The cost model at a length, per sample."""
-        if tokens not in self._by_length:
+    def at(self, tokens: int, without: frozenset[str] = frozenset()) -> CostModel:
+        """The cost model at a length, per sample; optionally of the model without some modules."""
+        key = tokens, without
+        if key not in self._by_length:
             probe = self.probe.at(tokens)
-            self._by_length[tokens] = cost_model(self.model, self.partition, probe, self.forward_only_cost)
-        return self._by_length[tokens]
+            self._by_length[key] = cost_model(self.model, self.partition, probe, self.forward_only_cost, without)
+        return self._by_length[key]
 
     def learn(self, batch: dict[str, Any], sum_over_processes: Callable[[np.ndarray], np.ndarray]) -> None:
         """Look at the model once, on one sample.
@@ -103,16 +108,26 @@ class ModelCosts:
             self.probe, self._surroundings_known = seen.at(self.probe.sequence_length), True
             self._by_length.clear()
 
-    def flops(self, row: np.ndarray, passes: list[Pass]) -> float:
+    def flops(self, row: np.ndarray, passes: list[Pass], unread: Sequence[Unread | None] = ()) -> float:
         """FLOPs of a micro-batch as executed; 0 before `learn`.
 
         Args:
             row: Operation of each subnet, int [K].
             passes: Samples and tokens per sample of each forward pass.
+            unread: What each left out; nothing by default.
         """
         if not self.known:
             return 0.0
-        return float(sum(self.at(tokens).step_flops(row[None], np.array([n])) for n, tokens in passes))
+        pairs = itertools.zip_longest(passes, unread)
+        return float(sum(self._of_pass(row, n, tokens, left_out) for (n, tokens), left_out in pairs))
+
+    def _of_pass(self, row: np.ndarray, samples: float, tokens: int, unread: Unread | None) -> float:
+        whole = self.at(tokens).step_flops(row[None], np.array([samples]))
+        if unread is None:
+            return whole
+        without, rows = unread
+        least = self.at(tokens, without).step_flops(row[None], np.array([samples]))
+        return least + (whole - least) * rows / (samples * tokens)
 
     def full_flops(self, passes: list[Pass]) -> float:
         """FLOPs of the same passes if every subnet were FULL."""

@@ -42,6 +42,7 @@ from .candidates import Candidates
 from .execution_counts import ExecutionCounts
 from .facts import BatchFacts, shares_of_items, take_facts
 from .micro_batch import MicroBatch
+from .model_costs import Pass, Unread
 from .planned_step import PlannedStep, Prices, check_same_schedule
 from .sample_choice import SampleChoice, mean_over_processes
 from .schedule_maker import ScheduleMaker
@@ -343,16 +344,17 @@ class D2FTPlanner(ScheduleMaker):
             yield micro_batch
             row = executed_operations(self.partition, self.runtime.executed)
             passes = list(self.runtime.passes)
+            unread = [reading and reading.ran for reading in self.runtime.readings]
         if self.counts.each_is_a_step and not micro_batch.skipped:
             self._zero_missing_gradients()
-        self._note(index, row, passes)
+        self._note(index, row, passes, unread)
 
-    def _note(self, index: int, row: np.ndarray, passes: list[tuple[int, int]]) -> None:
+    def _note(self, index: int, row: np.ndarray, passes: list[Pass], unread: Sequence[Unread | None] = ()) -> None:
         planned, costs = self._planned, self.costs
         here, length = planned.sizes[index], planned.length(index)
         if passes:
             costs.saw(passes, here)
-        self._last_flops = costs.flops(row, passes)
+        self._last_flops = costs.flops(row, passes, unread)
         planned.executed += self._last_flops
         planned.full += costs.full_flops(passes)
 
@@ -361,7 +363,7 @@ class D2FTPlanner(ScheduleMaker):
             if not here:  # samples of other processes, which are not looked at here
                 here_full = costs.full_flops(costs.expected(planned.schedule.weights[index], length))
                 return 0.0, here_full if plain is None else plain
-            flops, full = costs.flops(row, passes), costs.full_flops(passes or costs.expected(here, length))
+            flops, full = costs.flops(row, passes, unread), costs.full_flops(passes or costs.expected(here, length))
             share = planned.share_here(index)
             return share * flops, share * full if plain is None else plain
 

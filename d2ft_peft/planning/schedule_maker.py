@@ -9,10 +9,12 @@ import numpy as np
 from torch import nn
 
 from ..engine import get_runtime
+from ..partition import parts_elsewhere
 from ..processes import all_reduce
 from ..schedule import Budget, CostModel, Operation, Problem, Schedule, get_policy, policy_facts
 from ..scores import ScoreSource, ScoreTable, shifts_labels
 from .model_costs import ModelCosts
+from .unread_rule import UnreadRule
 
 
 class ScheduleMaker:
@@ -30,6 +32,7 @@ class ScheduleMaker:
         rows: What its rows are: ``"samples"`` or ``"micro_batches"``.
         rng: Source of randomness of policies that draw.
         costs: What the model costs, once `prepare` has looked at a batch.
+        unread: Finds out which rows of the last block no loss reads, at the first batch with labels.
         source: Where scores of samples come from.
         step: Number of schedules made so far.
         shifts_labels: Whether the model's own loss predicts the next token.
@@ -56,6 +59,9 @@ class ScheduleMaker:
         self.rows = self.config.rows or policy_facts(self.config.policy).rows
         self.rng = np.random.default_rng(self.config.seed)
         self.step = 0
+        # Heads, or blocks, that run elsewhere get whole rows.
+        skips = self.config.skip_unread_rows and not self.is_head_parallel and not parts_elsewhere(model)
+        self.unread = UnreadRule(model, self.runtime, self.partition, skips)
         self.costs = ModelCosts(model, self.partition, self.config.forward_only_cost)
         names = tuple(dict.fromkeys(self._score_name(kind) for kind in self._kinds_read))
         self.source = ScoreSource(model, self.partition, names, self.config.interval)
@@ -89,9 +95,16 @@ class ScheduleMaker:
         return reads
 
     def prepare(self, batch: dict[str, Any]) -> None:
-        """Learn what the model costs, from one look at a batch; all processes take the mean of their lengths."""
+        """Learn what the model costs, from one look at a batch; all processes take the mean of their lengths. Then find
+        out which rows its loss reads, at the first batch with labels."""
         if not self.costs.known:
             self.costs.learn(batch, self._sum_over_replicas)
+        self.unread.find(batch)
+
+    @property
+    def prepared(self) -> bool:
+        """Whether `prepare` has nothing more to look at."""
+        return self.costs.known and self.unread.searched
 
     def _devices(self) -> np.ndarray | None:
         """Device of each subnet: contiguous, equally many each."""

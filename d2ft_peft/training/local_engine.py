@@ -17,7 +17,7 @@ from ..planning import D2FTPlanner
 from ..planning.schedule_maker import active_adapter
 from ..scores import IGNORED
 from ..tuners import check_intercepted, check_trains
-from .step_loss import StepLoss
+from .step_loss import StepLoss, computes_stock_loss
 
 
 if TYPE_CHECKING:
@@ -79,6 +79,9 @@ class LocalEngine:
             handler.find_unused_parameters = False
         if session.planner.shares is not None:
             self._prepare_shares()
+        unread = session.planner.unread
+        unread.labels = computes_stock_loss(trainer)
+        unread.head = unread.labels and not session.planner.source.live
         self._loss = StepLoss(trainer, session.planner, trainer.args.world_size)
 
     def _prepare_shares(self) -> None:
@@ -118,9 +121,10 @@ class LocalEngine:
         """Run the session's current micro-batch under its row of the schedule."""
         if session.idle:
             return session.pass_over()
-        task = session.current
+        task, planner = session.current, session.planner
         with (
-            session.planner.micro_batch(task.index) as micro_batch,
+            planner.unread.counting(inputs, task.facts.items, planner.shifts_labels),
+            planner.micro_batch(task.index) as micro_batch,
             self._loss.around(micro_batch, task.facts),
         ):
             return default(model, inputs, items)

@@ -87,6 +87,7 @@ class TrainingSession:
     def close(self) -> None:
         """Leave the model as it was found, however training ended: any code may use it, or another session goes on."""
         runtime, self.trains = self.planner.runtime, False
+        self.planner.unread.close()
         runtime.driven, runtime.touch_gradients, runtime.after_backward = self._before
         if self._rate is not None:
             self.trainer.remove_callback(self._rate)
@@ -161,7 +162,7 @@ class TrainingSession:
         planner = self.planner
         indices, items = self.data.given(batches)
         size, batch = max(len(batch[INDEX_KEY]) for batch in batches), None
-        if not planner.costs.known:
+        if not planner.prepared:
             batch = self.data.collate(indices[: len(batches[0][INDEX_KEY])], items)[0]
             planner.prepare(batch)
         self._before_first_schedule(batch)
@@ -198,6 +199,8 @@ class TrainingSession:
         facts = [take_facts(batch, planner.shifts_labels) for batch in candidates]
         devices = None if rest["devices"] is None else np.array(rest["devices"])
         planner.resume(rows[: len(facts)], facts, devices)
+        if candidates:
+            planner.prepare(candidates[0])
         running = set(planner.pass_over())
         return [Task(i, candidates[i], facts[i], i in running) for i in range(len(facts))]
 

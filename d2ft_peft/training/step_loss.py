@@ -23,6 +23,12 @@ from ..planning.facts import BatchFacts
 from .normalization import WatchedItems
 
 
+def computes_stock_loss(trainer: Trainer) -> bool:
+    """Whether nobody but the model itself looks at the logits of a training step."""
+    own = "compute_loss" in vars(trainer) or type(trainer).compute_loss is not Trainer.compute_loss
+    return not own and trainer.compute_loss_func is None and trainer.label_smoother is None
+
+
 class StepLoss:
     """Weights losses, shows them to scores that follow training, and lets every parameter hear of them.
 

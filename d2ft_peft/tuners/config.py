@@ -87,6 +87,10 @@ class D2FTConfig(LoraConfig):
             True for any head (an error where there is none), False never.
         head_start_fraction: Share of the training samples that this pass looks at, in (0, 1]; None is all, but at most
             as many as cost a quarter of the run's compute, and at least 50 for each class.
+        skip_unread_rows: Whether the last block leaves out the rows (token positions) that no loss reads, and the head
+            of a language model with it: classifiers read one token, causal language models the rows that predict a
+            label. The gradient is the same; which rows are read is found at the first batch, and tried. Not under
+            ``head_parallel``.
         seed: Seed of policies that draw at random.
     """
 
@@ -116,6 +120,7 @@ class D2FTConfig(LoraConfig):
     learning_rate_follows_batch: Literal["sqrt", "linear"] | None = None
     head_start: Literal["auto"] | bool = "auto"
     head_start_fraction: float | None = None
+    skip_unread_rows: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

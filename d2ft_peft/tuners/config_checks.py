@@ -35,7 +35,7 @@ def check_own_fields(config: D2FTConfig) -> None:
     if config.num_devices is not None:
         check_integer("num_devices", config.num_devices, 1, " or None")
     check_integer("seed", config.seed, 0)
-    for name in ("train_boundary", "keep_base", "head_parallel"):
+    for name in ("train_boundary", "keep_base", "head_parallel", "skip_unread_rows"):
         check(isinstance(getattr(config, name), bool), name, getattr(config, name), "must be True or False")
     fraction, cost = config.score_fraction, config.forward_only_cost
     check(_is_number(fraction) and 0 < fraction <= 1, "score_fraction", fraction, "must be a number in (0, 1]")

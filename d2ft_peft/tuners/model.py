@@ -121,6 +121,8 @@ class SubnetTuner(BaseTuner):
         self.model.register_forward_hook(TouchLoss(self.model, runtime))
 
     def _remove_interceptions(self) -> None:
+        if self.runtime.unread is not None:
+            self.runtime.unread.remove()
         hooks = self.model._forward_hooks
         for key in [key for key, hook in hooks.items() if isinstance(hook, TouchLoss)]:
             del hooks[key]

@@ -103,13 +103,14 @@ CALLS = [
 """What we call: (function, names of the arguments that are given by position, names of those given by name)."""
 
 ARGUMENTS = [
-    (Trainer, ["loss_is_scaled_for_ga", "model_accepts_loss_kwargs", "compute_loss_func",
+    (Trainer, ["loss_is_scaled_for_ga", "model_accepts_loss_kwargs", "compute_loss_func", "label_smoother",
                "current_gradient_accumulation_steps", "current_flos"]),
     (TrainingArguments, ["average_tokens_across_devices", "accelerator_config", "ddp_find_unused_parameters",
                          "ddp_broadcast_buffers", "ddp_timeout", "auto_find_batch_size"]),
     (DistributedDataParallel, ["_comm_hooks", "_static_graph_delay_allreduce_enqueued", "static_graph",
                                "_ddp_params_and_buffers_to_ignore"]),
-    (PreTrainedModel, ["_gradient_checkpointing_func", "_keys_to_ignore_on_load_unexpected", "main_input_name"]),
+    (PreTrainedModel, ["_gradient_checkpointing_func", "_keys_to_ignore_on_load_unexpected", "main_input_name",
+                       "_loss_function"]),
     (DynamicLayer, ["keys", "values"]),
     (Cache, ["layers"]),
     (BaseTunerLayer, ["disable_adapters", "active_adapters", "merged"]),

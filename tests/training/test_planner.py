@@ -41,7 +41,7 @@ def test_a_step_without_candidates_is_named():
 
 
 def test_what_ran_of_a_step_that_was_left_unfinished_is_counted():
-    p = planner(policy="all_full", compute_budget=1.0)
+    p = planner(policy="all_full", compute_budget=1.0, skip_unread_rows=False)
     for run in (4, 2):
         steps = batches(5 if run == 4 else 2)
         p.plan([dict(batch) for batch in steps])
