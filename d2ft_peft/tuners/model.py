@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..engine.checkpointing import unbind_checkpointing
 from ..engine.feature_mean import FeatureMean
+from ..engine.frozen_below import BlockForward, NoteEmbedded, input_embeddings
 from ..engine.intercept import Intercept, find_runtime
 from ..engine.projection import ProjectionForward
 from ..engine.region import RegionForward
 from ..engine.runtime import Runtime
 from ..engine.touch_loss import TouchLoss
-from ..partition import Partition, partition_model
+from ..partition import Partition, partition_model, parts_elsewhere
 from .adapter_checks import check_beside_others, check_loads_in_peft, check_weights, leave_out_what_peft_renames
 from .config import D2FTConfig
 from .layer import D2FTLayer
@@ -118,12 +119,32 @@ class SubnetTuner(BaseTuner):
             for interception in (*forwards, region):
                 interception.install()
         self.model.register_forward_hook(TouchLoss(self.model, runtime))
+        if not parts_elsewhere(self.model):  # a block that stands for others learns what they learn
+            self._install_entries(partition)
+
+    def _install_entries(self, partition: Partition) -> None:
+        runtime: Runtime = self.runtime
+        for index, block in enumerate(runtime.blocks):
+            branches = {
+                number: (
+                    self.model.get_submodule(branch.region),
+                    [self.model.get_submodule(projection.name) for projection in branch.projections],
+                )
+                for number, branch in enumerate(partition.branches)
+                if branch.block == index
+            }
+            entry = BlockForward(block, runtime, index, branches)
+            entry.install()
+            runtime.entries.append(entry)
+        for embeddings in input_embeddings(self.model):
+            embeddings.register_forward_hook(NoteEmbedded(runtime))
 
     def _remove_interceptions(self) -> None:
-        hooks = self.model._forward_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, TouchLoss)]:
-            del hooks[key]
+        self.runtime.entries.clear()
         for module in self.model.modules():
+            hooks = module._forward_hooks
+            for key in [key for key, hook in hooks.items() if isinstance(hook, TouchLoss | NoteEmbedded)]:
+                del hooks[key]
             if isinstance(module.__dict__.get("forward"), Intercept):
                 module.forward.remove()
         for block in self.runtime.blocks:
