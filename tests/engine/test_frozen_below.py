@@ -24,7 +24,7 @@ SITUATIONS = {
     "frozen embeddings": ({"r": 4}, (F, F, F)),
 }
 MODELS = pytest.mark.parametrize(
-    "name, situation", zip(["vit", "bert", "llama", "vit", "bert"], SITUATIONS, strict=True)
+    "name, situation", [*zip(["vit", "bert", "llama", "vit", "bert"], SITUATIONS, strict=True)]
 )
 
 
