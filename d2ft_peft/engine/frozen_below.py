@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .frozen_cache import map_tensors
 from .intercept import Intercept
 from .plan import Plan
 from .runtime import Runtime
@@ -59,15 +60,20 @@ class BlockForward(Intercept):
         if self._is_within():
             return run(*args, **kwargs)
         below, args, kwargs = self._enter(args, kwargs)
+        if below is None:
+            return self.runtime.cache.left_out(self.index, args, kwargs)
         if not below:
             return self._run(run, args, kwargs)
         # The block's regions follow the plan all the same: the pass is one that is trained, only not here.
         self.runtime.grad_at_entry = True
         try:
             with torch.no_grad():
-                return self._run(run, args, kwargs)
+                output = self._run(run, args, kwargs)
         finally:
             self.runtime.grad_at_entry = None
+        if self.runtime.cache is not None:
+            self.runtime.cache.ran(self.index, output)
+        return output
 
     def _run(self, run: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         self._entered = True
@@ -83,8 +89,8 @@ class BlockForward(Intercept):
         return self._entered or runtime.grad_at_entry is not None or runtime.plan is None or not runtime.trains
 
     @torch.compiler.disable
-    def _enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[bool, tuple, dict[str, Any]]:
-        """Whether the block is below all that learns, and its arguments."""
+    def _enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[bool | None, tuple, dict[str, Any]]:
+        """Whether the block is below all that learns, None if it does not run at all; and its arguments."""
         runtime = self.runtime
         if self.index == 0:
             runtime.learns_below = False
@@ -95,8 +101,12 @@ class BlockForward(Intercept):
             runtime.learns_below = True
             return False, args, kwargs
         if self.index == runtime.cut and tracked:
-            args, kwargs = _map_tensors(Tensor.detach, (args, kwargs))
-        return self.index < runtime.cut, args, kwargs
+            args, kwargs = map_tensors(Tensor.detach, (args, kwargs))
+        below: bool | None = self.index < runtime.cut
+        if runtime.cache is not None:
+            left_out, args, kwargs = runtime.cache.enter(self.index, args, kwargs)
+            below = None if left_out else below
+        return below, args, kwargs
 
 
 class NoteEmbedded:
@@ -156,16 +166,6 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
     elif isinstance(values, dict):
         yield from tensors_in(list(values.values()))
-
-
-def _map_tensors(change: Callable[[Tensor], Tensor], values: Any) -> Any:
-    if isinstance(values, Tensor):
-        return change(values)
-    if type(values) in (tuple, list):
-        return type(values)(_map_tensors(change, value) for value in values)
-    if type(values) is dict:
-        return {name: _map_tensors(change, value) for name, value in values.items()}
-    return values
 
 
 def _parts(modules: Iterable[nn.Module]) -> list[nn.Module]:

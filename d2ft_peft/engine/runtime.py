@@ -79,6 +79,7 @@ class Runtime:
         cut: Index of the lowest block that learns under the plan; their number if none does.
         learns_below: Whether anything below the blocks was found to learn in the running forward pass.
         embedded: What the input embeddings returned in the planned forward passes of the micro-batch.
+        cache: Keeps what the frozen lower blocks return (`FrozenCache`), or None.
         driven: Whether a D2FT trainer drives the model, so that a forward without a plan is an error.
         touch_gradients: Whether every trainable parameter must receive a gradient (DistributedDataParallel).
         after_backward: Called when this process is through with the backward pass of a micro-batch, before it waits
@@ -104,6 +105,7 @@ class Runtime:
         self.cut = 0
         self.learns_below = False
         self.embedded: list[Tensor] = []
+        self.cache: Any = None
         self._warned = False
 
     @contextmanager
@@ -114,6 +116,8 @@ class Runtime:
             mean.commit()
         self.executed.clear()
         self.passes.clear()
+        if self.cache is not None:
+            self.cache.passes.clear()
         self.follow.clear()
         self.plan = plan
         self.cut = next((entry.index for entry in self.entries if entry.learns(plan)), len(self.entries))

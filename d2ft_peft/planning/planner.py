@@ -278,21 +278,27 @@ class D2FTPlanner(ScheduleMaker):
             yield micro_batch
             row = executed_operations(self.partition, self.runtime.executed)
             passes = list(self.runtime.passes)
+            spared = self._spared_flops(row)
         if self.counts.each_is_a_step and not micro_batch.skipped:
             self._zero_missing_gradients()
-        self._note(index, row, passes)
+        self._note(index, row, passes, spared)
 
-    def _note(self, index: int, row: np.ndarray, passes: list[tuple[int, int]]) -> None:
+    def _spared_flops(self, row: np.ndarray) -> float:
+        """What a cache of frozen blocks spared in the current micro-batch."""
+        cache = self.runtime.cache
+        return 0.0 if cache is None else self.costs.flops_below(row, cache.passes, cache.cut)
+
+    def _note(self, index: int, row: np.ndarray, passes: list[tuple[int, int]], spared: float = 0.0) -> None:
         planned, costs = self._planned, self.costs
         here, length = planned.sizes[index], planned.lengths[index]
         if passes:
             costs.saw(passes, here)
-        self._last_flops = costs.flops(row, passes)
+        self._last_flops = costs.flops(row, passes) - spared
 
         def measure() -> tuple[float, float]:
             if not here:  # samples of other processes, which are not looked at here
                 return 0.0, costs.full_flops(costs.expected(planned.schedule.weights[index], length))
-            both = costs.flops(row, passes), costs.full_flops(passes or costs.expected(here, length))
+            both = costs.flops(row, passes) - spared, costs.full_flops(passes or costs.expected(here, length))
             return tuple(planned.share_here(index) * flops for flops in both)
 
         self.counts.note(index, row, measure)

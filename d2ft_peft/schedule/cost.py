@@ -84,6 +84,13 @@ class CostModel:
         """FLOPs of a step in which every cell is FULL."""
         return self.step_flops(np.full((len(samples), len(self.blocks)), Operation.FULL), samples)
 
+    def forward_below(self, operations: np.ndarray, block: int) -> float:
+        """Forward FLOPs per sample of the blocks below `block` in a row of operations, int [K]."""
+        active = (np.asarray(operations) != Operation.SHORTCUT) & (self.blocks < block)
+        runs = np.isin(np.arange(len(self.shared_forward)), self.blocks[active])
+        inside = 0.0 if self.inside_forward is None else self.inside_forward[:block].sum()
+        return float(active @ self.forward + runs @ self.shared_forward + inside)
+
     def schedule_flops(self, schedule: Schedule) -> float:
         """FLOPs of a schedule whose weights are samples."""
         return self.step_flops(schedule.operations, schedule.weights)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from ..engine import get_runtime
+from ..engine import FrozenCache, get_runtime, open_cache
 from ..planning import D2FTPlanner
 from ..planning.facts import BatchFacts, take_facts
 from ..planning.schedule_maker import active_adapter
@@ -68,12 +68,23 @@ class TrainingSession:
         self._rest: dict[str, Any] | None = None
         self.steps = StepLog()
         engine.begin(self)
+        self._cache = self._open_cache()
         self.planner.runtime.driven = self.trains = True
 
     def close(self) -> None:
         """Leave the model as it was found, however training ended: any code may use it, or another session goes on."""
         runtime, self.trains = self.planner.runtime, False
         runtime.driven, runtime.touch_gradients, runtime.after_backward = self._before
+        if self._cache is not None:
+            self._cache.close()
+
+    def _open_cache(self) -> FrozenCache | None:
+        """A cache of what frozen blocks return, where the configuration asks for one."""
+        config, processes, samples = self.planner.config, self.trainer.args.world_size, self._num_samples()
+        if config.cache_frozen is None:
+            return None
+        here = None if samples is None else -(-samples // processes)
+        return open_cache(self.model, config.cache_frozen, config.cache_gigabytes, config.cache_dtype, processes, here)
 
     def score_whole_model(self, planner: D2FTPlanner) -> None:
         """Score samples before a head-parallel model is cut."""
