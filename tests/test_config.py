@@ -35,6 +35,9 @@ DEFAULTS = {
     "shortcut": "zero",
     "forward_only_cost": None,
     "seed": 0,
+    "cache_frozen": None,
+    "cache_dtype": None,
+    "cache_gigabytes": 8.0,
 }
 
 BAD = [

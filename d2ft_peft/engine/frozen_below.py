@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..partition import Partition
 from .frozen_cache import map_tensors
 from .intercept import Intercept
 from .plan import Plan
@@ -127,7 +128,25 @@ class NoteEmbedded:
             runtime.embedded.append(output)
 
 
-def input_embeddings(model: nn.Module) -> list[nn.Module]:
+def install_entries(model: nn.Module, runtime: Runtime, partition: Partition) -> None:
+    """Put a `BlockForward` before every block, and note what the input embeddings return."""
+    for index, block in enumerate(runtime.blocks):
+        branches = {
+            number: (
+                model.get_submodule(branch.region),
+                [model.get_submodule(projection.name) for projection in branch.projections],
+            )
+            for number, branch in enumerate(partition.branches)
+            if branch.block == index
+        }
+        entry = BlockForward(block, runtime, index, branches)
+        entry.install()
+        runtime.entries.append(entry)
+    for embeddings in _input_embeddings(model):
+        embeddings.register_forward_hook(NoteEmbedded(runtime))
+
+
+def _input_embeddings(model: nn.Module) -> list[nn.Module]:
     """The modules whose output `PreTrainedModel.enable_input_require_grads` makes require a gradient."""
     found = {}
     for module in model.modules():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..engine.checkpointing import unbind_checkpointing
 from ..engine.feature_mean import FeatureMean
-from ..engine.frozen_below import BlockForward, NoteEmbedded, input_embeddings
+from ..engine.frozen_below import NoteEmbedded, install_entries
 from ..engine.intercept import Intercept, find_runtime
 from ..engine.projection import ProjectionForward
 from ..engine.region import RegionForward
@@ -120,24 +120,7 @@ class SubnetTuner(BaseTuner):
                 interception.install()
         self.model.register_forward_hook(TouchLoss(self.model, runtime))
         if not parts_elsewhere(self.model):  # a block that stands for others learns what they learn
-            self._install_entries(partition)
-
-    def _install_entries(self, partition: Partition) -> None:
-        runtime: Runtime = self.runtime
-        for index, block in enumerate(runtime.blocks):
-            branches = {
-                number: (
-                    self.model.get_submodule(branch.region),
-                    [self.model.get_submodule(projection.name) for projection in branch.projections],
-                )
-                for number, branch in enumerate(partition.branches)
-                if branch.block == index
-            }
-            entry = BlockForward(block, runtime, index, branches)
-            entry.install()
-            runtime.entries.append(entry)
-        for embeddings in input_embeddings(self.model):
-            embeddings.register_forward_hook(NoteEmbedded(runtime))
+            install_entries(self.model, runtime, partition)
 
     def _remove_interceptions(self) -> None:
         self.runtime.entries.clear()
