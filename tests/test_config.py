@@ -41,6 +41,9 @@ DEFAULTS = {
     "head_start_fraction": None,
     "skip_unread_rows": True,
     "seed": 0,
+    "cache_frozen": None,
+    "cache_dtype": None,
+    "cache_gigabytes": 8.0,
 }
 
 BAD = [

@@ -44,11 +44,14 @@ def rows(partition, seed):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("mode", ["full", "full with boundary", "lora"])
+@pytest.mark.parametrize("mode", ["full", "full with boundary", "lora", "full of upper blocks", "lora of upper blocks"])
 @pytest.mark.parametrize("name", TINY)
 def test_predicted_flops_are_the_counted_ones(name, mode, attention):
     model = TINY[name].build(**WIDER[name], attn_implementation=attention)
-    config = D2FTConfig(r=4) if mode == "lora" else D2FTConfig(train_boundary="boundary" in mode)
+    config = D2FTConfig(
+        r=4 if "lora" in mode else None, train_boundary="boundary" in mode,
+        layers_to_transform=[1, 2] if "upper" in mode else None,
+    )  # fmt: skip
     model = get_peft_model(model, config).train()
     batch, runtime = batch_of(name), get_runtime(model)
     partition = runtime.partitions["default"]

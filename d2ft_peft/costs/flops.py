@@ -50,10 +50,13 @@ def cost_model(
         per_head["backward"][branch.block] += products * attention_backward
         for projection in (p for p in branch.projections if p.name not in without):
             _add_projection(base, branch, projection, per_head, shared)
+    learns = np.array([_learns(base, partition, block) for block in range(shape)])
     heads = np.array([len(subnet.heads) for subnet in partition.subnets])
     left_out = tuple(f"{name}." for name in without)
     above = [entry for entry in probe.above if not f"{entry.name}.".startswith(left_out)]
     below_trains = any(p.requires_grad for name in _below(partition) for p in base.get_submodule(name).parameters())
+    if not below_trains:
+        _without_backward_below(partition, probe, learns, per_head, shared)
     return CostModel(
         blocks=blocks,
         forward=tokens * per_head["forward"][blocks] * heads,
@@ -70,8 +73,26 @@ def cost_model(
         above_weight_gradient=sum(entry.flops for entry in above if entry.trains),
         above_input_gradient=sum(entry.flops for entry in above),
         below_trains=below_trains,
+        learns=learns,
         forward_only_cost=forward_only_cost,
     )
+
+
+def _learns(base: nn.Module, partition: Partition, block: int) -> bool:
+    """Whether a projection of the block has weights that train."""
+    branches = [branch for branch in partition.branches if branch.block == block]
+    modules = [base.get_submodule(projection.name) for branch in branches for projection in branch.projections]
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
+def _without_backward_below(
+    partition: Partition, probe: Probe, learns: np.ndarray, per_head: dict, shared: dict
+) -> None:
+    """Take the backward pass out of the blocks below the lowest in which anything trains: none ever runs there."""
+    inside = _of_blocks(probe, len(partition.blocks), lambda entry: entry.trains) > 0
+    below = np.cumsum(learns | inside) == 0
+    for costs in (per_head, shared):
+        costs["backward"][below] = costs["entry"][below] = 0.0
 
 
 def _of_blocks(probe: Probe, num_blocks: int, counts: Callable[[Entry], bool]) -> np.ndarray:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 
@@ -31,20 +28,6 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"({', '.join(name for name, _ in found) or 'none'}); DLoRA cuts models with exactly one."
         )
     return found[0]
-
-
-def find_body(model: nn.Module, stack: str) -> PreTrainedModel:
-    """The innermost model around a stack that embeds its inputs itself: of mask and positions it makes what blocks get.
-
-    Models with a head do not always call `base_model`, but one that is within it.
-    """
-    parts = stack.split(".")
-    around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts) - 1, -1, -1))
-    return next(module for module in around if isinstance(module, PreTrainedModel) and _embeds(module))
-
-
-def _embeds(module: nn.Module) -> bool:
-    return not {"input_ids", "pixel_values"}.isdisjoint(inspect.signature(module.forward).parameters)
 
 
 def plain_facts(block: nn.Module) -> dict[str, Any]:
@@ -115,13 +98,3 @@ def write_rows(cache: Cache, index: int, rows: int, tokens: int) -> None:
 def read_rows(cache: Cache, index: int) -> list[int]:
     """Which row of the last pass each row of the cache was."""
     return [int(number) for number in cache.layers[index].keys[:, 0, -1, 0]]
-
-
-def bound_arguments(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name, those in ``**kwargs`` included."""
-    bound = inspect.signature(forward).bind_partial(*args, **kwargs)
-    found = dict(bound.arguments)
-    for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            found.update(found.pop(name, {}))
-    return found

@@ -84,6 +84,10 @@ class Runtime:
         model: The model whose train mode says whether a forward pass is to be trained.
         grad_at_entry: Whether gradients were enabled where the checkpointing of the running block was entered, or None
             outside of one: reentrant checkpointing runs the block itself without.
+        cut: Index of the lowest block that learns under the plan; their number if none does.
+        learns_below: Whether anything below the blocks was found to learn in the running forward pass.
+        embedded: What the input embeddings returned in the planned forward passes of the micro-batch.
+        cache: Keeps what the frozen lower blocks return (`FrozenCache`), or None.
         driven: Whether a D2FT trainer drives the model, so that a forward without a plan is an error.
         touch_gradients: Whether every trainable parameter must receive a gradient (DistributedDataParallel).
         after_backward: Called when this process is through with the backward pass of a micro-batch, before it waits
@@ -108,6 +112,11 @@ class Runtime:
         self.after_backward: Callable[[], None] | None = None
         self.means: dict[int, FeatureMean] = {}
         self.blocks: list[nn.Module] = []
+        self.entries: list[Any] = []  # a `BlockForward` for each block
+        self.cut = 0
+        self.learns_below = False
+        self.embedded: list[Tensor] = []
+        self.cache: Any = None
         self._warned = False
 
     @contextmanager
@@ -119,8 +128,11 @@ class Runtime:
         self.executed.clear()
         self.passes.clear()
         self.readings.clear()
+        if self.cache is not None:
+            self.cache.passes.clear()
         self.follow.clear()
         self.plan = plan
+        self.cut = next((entry.index for entry in self.entries if entry.learns(plan)), len(self.entries))
         for block in self.blocks:
             bind_checkpointing(block, self)
         try:
@@ -133,6 +145,7 @@ class Runtime:
         finally:
             self.plan = previous
             self.follow.clear()
+            self.embedded.clear()
 
     @property
     def trains(self) -> bool:

@@ -129,6 +129,10 @@ class ModelCosts:
         least = self.at(tokens, without).step_flops(row[None], np.array([samples]))
         return least + (whole - least) * rows / (samples * tokens)
 
+    def flops_below(self, row: np.ndarray, passes: list[Pass], block: int) -> float:
+        """Forward FLOPs of the blocks below `block` in some passes; 0 before `learn`."""
+        return sum(n * self.at(tokens).forward_below(row, block) for n, tokens in passes) if self.known else 0.0
+
     def full_flops(self, passes: list[Pass]) -> float:
         """FLOPs of the same passes if every subnet were FULL."""
         return self.flops(np.full(self.partition.num_scheduled, Operation.FULL), passes)

@@ -345,16 +345,29 @@ class D2FTPlanner(ScheduleMaker):
             row = executed_operations(self.partition, self.runtime.executed)
             passes = list(self.runtime.passes)
             unread = [reading and reading.ran for reading in self.runtime.readings]
+            spared = self._spared_flops(row)
         if self.counts.each_is_a_step and not micro_batch.skipped:
             self._zero_missing_gradients()
-        self._note(index, row, passes, unread)
+        self._note(index, row, passes, unread, spared)
 
-    def _note(self, index: int, row: np.ndarray, passes: list[Pass], unread: Sequence[Unread | None] = ()) -> None:
+    def _spared_flops(self, row: np.ndarray) -> float:
+        """What a cache of frozen blocks spared in the current micro-batch."""
+        cache = self.runtime.cache
+        return 0.0 if cache is None else self.costs.flops_below(row, cache.passes, cache.cut)
+
+    def _note(
+        self,
+        index: int,
+        row: np.ndarray,
+        passes: list[Pass],
+        unread: Sequence[Unread | None] = (),
+        spared: float = 0.0,
+    ) -> None:
         planned, costs = self._planned, self.costs
         here, length = planned.sizes[index], planned.length(index)
         if passes:
             costs.saw(passes, here)
-        self._last_flops = costs.flops(row, passes, unread)
+        self._last_flops = costs.flops(row, passes, unread) - spared
         planned.executed += self._last_flops
         planned.full += costs.full_flops(passes)
 
@@ -363,9 +376,9 @@ class D2FTPlanner(ScheduleMaker):
             if not here:  # samples of other processes, which are not looked at here
                 here_full = costs.full_flops(costs.expected(planned.schedule.weights[index], length))
                 return 0.0, here_full if plain is None else plain
-            flops, full = costs.flops(row, passes, unread), costs.full_flops(passes or costs.expected(here, length))
-            share = planned.share_here(index)
-            return share * flops, share * full if plain is None else plain
+            flops, share = costs.flops(row, passes, unread) - spared, planned.share_here(index)
+            full = share * costs.full_flops(passes or costs.expected(here, length)) if plain is None else plain
+            return share * flops, full
 
         self.counts.note(index, row, measure, planned.facts[index] if passes else None)
         if self.counts.is_complete(self.schedule):

@@ -33,6 +33,8 @@ class CostModel:
         above_weight_gradient: Gradient of its weights; 0 where it does not train.
         above_input_gradient: Gradient of its input.
         below_trains: Whether anything below the blocks trains.
+        learns: Whether the subnets of each block have weights that train, bool [B]; None where all have. Below the
+            lowest block that learns from a micro-batch no backward pass runs.
         forward_only_cost: Cost of FORWARD_ONLY relative to FULL that schedules are made with (the paper: 0.4), or
             None for the model's own.
     """
@@ -52,6 +54,7 @@ class CostModel:
     above_weight_gradient: float = 0.0
     above_input_gradient: float = 0.0
     below_trains: bool = False
+    learns: np.ndarray | None = None
     forward_only_cost: float | None = None
 
     @property
@@ -87,6 +90,13 @@ class CostModel:
         blocks = self.forward.sum() + self.shared_forward.sum() + inside
         return samples * float(self.below_forward + blocks + self.above_forward)
 
+    def forward_below(self, operations: np.ndarray, block: int) -> float:
+        """Forward FLOPs per sample of the blocks below `block` in a row of operations, int [K]."""
+        active = (np.asarray(operations) != Operation.SHORTCUT) & (self.blocks < block)
+        runs = np.isin(np.arange(len(self.shared_forward)), self.blocks[active])
+        inside = 0.0 if self.inside_forward is None else self.inside_forward[:block].sum()
+        return float(active @ self.forward + runs @ self.shared_forward + inside)
+
     def schedule_flops(self, schedule: Schedule) -> float:
         """FLOPs of a schedule whose weights are samples."""
         return self.step_flops(schedule.operations, schedule.weights)
@@ -105,7 +115,8 @@ class CostModel:
     def _row_flops(self, operations: np.ndarray) -> np.ndarray:
         """FLOPs per sample of each row, [N]."""
         full, active = operations == Operation.FULL, operations != Operation.SHORTCUT
-        runs, trains = active.any(axis=1), full.any(axis=1)
+        learning = full if self.learns is None else full & self.learns[self.blocks]
+        runs, trains = active.any(axis=1), learning.any(axis=1)
         in_block = (self.blocks[:, None] == np.arange(len(self.shared_forward))).astype(float)
         has_full, has_forward_only = full @ in_block > 0, (active & ~full) @ in_block > 0
         num_blocks = len(self.shared_forward)
@@ -114,12 +125,14 @@ class CostModel:
             for given in (self.inside_forward, self.inside_weight_gradient)
         )
         flops = self.below_forward + self.above_forward + self.above_weight_gradient + self.below_backward
-        flops = flops + active @ self.forward + full @ self.backward + inside.sum() + weight_gradients.sum()
-        flops += has_full @ (self.shared_forward + self.shared_backward) + has_forward_only @ self.shared_forward
         # Inputs need gradients from the head down to the lowest block in which, or below which, something trains.
-        lowest_full = np.where(trains, has_full.argmax(axis=1), num_blocks)
+        lowest_full = np.where(trains, (learning @ in_block > 0).argmax(axis=1), num_blocks)
         lowest_inside = next(iter(np.flatnonzero(weight_gradients)), num_blocks)
         lowest = np.minimum(lowest_full, lowest_inside) * (not self.below_trains)
+        goes_back = has_full & (np.arange(num_blocks) >= lowest[:, None])
+        flops = flops + active @ self.forward + inside.sum() + weight_gradients.sum()
+        flops += (full & goes_back[:, self.blocks]) @ self.backward + goes_back @ self.shared_backward
+        flops += has_full @ self.shared_forward + has_forward_only @ self.shared_forward
         inside_above = np.append(np.cumsum(inside[::-1])[::-1], 0.0)
         flops += inside_above[lowest] + self.above_input_gradient * (lowest < num_blocks)
         if not self.below_trains:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from ..engine import get_runtime
+from ..engine import FrozenCache, get_runtime, open_cache
 from ..head_start import HeadStart
 from ..planning import D2FTPlanner
 from ..planning.candidates import Candidates
@@ -82,6 +82,7 @@ class TrainingSession:
             check_steps_by_groups("learning_rate_follows_batch", rule, trainer.args.optim)
             self._rate = FollowBatch(self, rule)
             trainer.add_callback(self._rate)
+        self._cache = self._open_cache()
         self.planner.runtime.driven = self.trains = True
 
     def close(self) -> None:
@@ -91,6 +92,16 @@ class TrainingSession:
         runtime.driven, runtime.touch_gradients, runtime.after_backward = self._before
         if self._rate is not None:
             self.trainer.remove_callback(self._rate)
+        if self._cache is not None:
+            self._cache.close()
+
+    def _open_cache(self) -> FrozenCache | None:
+        """A cache of what frozen blocks return, where the configuration asks for one."""
+        config, processes, samples = self.planner.config, self.trainer.args.world_size, self._num_samples()
+        if config.cache_frozen is None:
+            return None
+        here = None if samples is None else -(-samples // processes)
+        return open_cache(self.model, config.cache_frozen, config.cache_gigabytes, config.cache_dtype, processes, here)
 
     def score_whole_model(self, planner: D2FTPlanner) -> None:
         """Score samples before a head-parallel model is cut."""

@@ -92,6 +92,11 @@ class D2FTConfig(LoraConfig):
             label. The gradient is the same; which rows are read is found at the first batch, and tried. Not under
             ``head_parallel``.
         seed: Seed of policies that draw at random.
+        cache_frozen: Folder for what comes out of the frozen lower blocks, by sample, so that later epochs begin above
+            them; None keeps nothing. It needs blocks that draw nothing at random (dropout 0). Exact where inputs are
+            the same in every epoch; what is augmented is only computed. Not saved with the adapter.
+        cache_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to keep it in; None keeps its bits.
+        cache_gigabytes: Most bytes in that folder, in units of 1e9; what comes later is computed in every epoch.
     """
 
     r: int | None = field(default=None, metadata={"help": "LoRA rank, or None for full fine-tuning"})
@@ -122,6 +127,9 @@ class D2FTConfig(LoraConfig):
     head_start_fraction: float | None = None
     skip_unread_rows: bool = True
     seed: int = 0
+    cache_frozen: str | None = None
+    cache_dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    cache_gigabytes: float = 8.0
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -162,6 +170,7 @@ class D2FTConfig(LoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary, without the fields of LoRA where there is none."""
         values = super().to_dict()
+        values.pop("cache_frozen")  # where a machine keeps things is nothing to share
         if not self.is_lora:
             lora_only = {f.name for f in dataclasses.fields(LoraConfig)} - SHARED_FIELDS
             values = {name: value for name, value in values.items() if name not in lora_only}
@@ -193,7 +202,7 @@ class D2FTConfig(LoraConfig):
         """
         if not self.is_lora:
             return
-        own = {f.name: getattr(self, f.name) for f in _own_fields()}
+        own = {f.name: getattr(self, f.name) for f in _own_fields() if f.name != "cache_frozen"}
         with open(os.path.join(save_directory, D2FT_CONFIG_NAME), "w", encoding="utf-8") as file:
             json.dump(own, file, indent=2, sort_keys=True)
 

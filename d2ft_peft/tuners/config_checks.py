@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from .config import D2FTConfig
 
 LIVE_SCORES = ("loss", "el2n")
+CACHE_DTYPES = ("float32", "float16", "bfloat16")
 SCORES = ("weight_magnitude", "fisher", "gradient_magnitude", "taylor", *LIVE_SCORES)
 
 # What a LoraConfig can ask for and the head-wise execution of LoRA does not do.
@@ -89,6 +91,7 @@ def check_own_fields(config: D2FTConfig) -> None:
             config.num_devices == len(capacities) or (config.head_parallel and config.num_devices is None),
             "device_capacities", capacities, f"needs num_devices={len(capacities)}, not {config.num_devices}",
         )  # fmt: skip
+    _check_cache(config)
     config.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
     if config.head_parallel:
         _check_head_parallel(config)
@@ -112,6 +115,19 @@ def _check_share_of_plain(config: D2FTConfig) -> None:
     for name in ("communication_budget", "num_full", "device_capacities", "num_devices"):
         require(getattr(config, name) is None, name, "is not possible")
     require(not config.head_parallel, "head_parallel", "is not possible")
+
+
+def _check_cache(config: D2FTConfig) -> None:
+    directory, size = config.cache_frozen, config.cache_gigabytes
+    fits = directory is None or (isinstance(directory, (str, os.PathLike)) and os.fspath(directory) != "")
+    check(fits, "cache_frozen", directory, "must be the path of a folder, or None")
+    check(config.cache_dtype in (None, *CACHE_DTYPES), "cache_dtype", config.cache_dtype,
+          f"must be one of {', '.join(CACHE_DTYPES)}, or None")  # fmt: skip
+    check(_is_number(size) and 0 < size < float("inf"), "cache_gigabytes", size, "must be a positive number")
+    check(
+        directory is None or not config.head_parallel,
+        "cache_frozen", directory, "keeps what whole blocks return, and is not possible with head_parallel=True",
+    )  # fmt: skip
 
 
 def _check_auto(config: D2FTConfig) -> None:

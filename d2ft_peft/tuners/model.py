@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..engine.checkpointing import unbind_checkpointing
 from ..engine.feature_mean import FeatureMean
+from ..engine.frozen_below import NoteEmbedded, install_entries
 from ..engine.intercept import Intercept, find_runtime
 from ..engine.projection import ProjectionForward
 from ..engine.region import RegionForward
 from ..engine.runtime import Runtime
 from ..engine.touch_loss import TouchLoss
-from ..partition import Partition, partition_model
+from ..partition import Partition, partition_model, parts_elsewhere
 from .adapter_checks import check_beside_others, check_loads_in_peft, check_weights, leave_out_what_peft_renames
 from .config import D2FTConfig
 from .converted_lora import subtract_initial_adapter
@@ -119,14 +120,17 @@ class SubnetTuner(BaseTuner):
             for interception in (*forwards, region):
                 interception.install()
         self.model.register_forward_hook(TouchLoss(self.model, runtime))
+        if not parts_elsewhere(self.model):  # a block that stands for others learns what they learn
+            install_entries(self.model, runtime, partition)
 
     def _remove_interceptions(self) -> None:
         if self.runtime.unread is not None:
             self.runtime.unread.remove()
-        hooks = self.model._forward_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, TouchLoss)]:
-            del hooks[key]
+        self.runtime.entries.clear()
         for module in self.model.modules():
+            hooks = module._forward_hooks
+            for key in [key for key, hook in hooks.items() if isinstance(hook, TouchLoss | NoteEmbedded)]:
+                del hooks[key]
             if isinstance(module.__dict__.get("forward"), Intercept):
                 module.forward.remove()
         for block in self.runtime.blocks:

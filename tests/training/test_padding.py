@@ -52,7 +52,8 @@ def collate(items):
 
 
 def train(folder, name="llama", data=None, cls=D2FTTrainer, model=None, args=None, **config):
-    model = adapt(name, **{"compute_budget": 1, **config}) if model is None else model
+    usual = {"compute_budget": 1, "skip_unread_rows": False}  # padding alone is looked at
+    model = adapt(name, **{**usual, **config}) if model is None else model
     usual = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0, "max_steps": 5}
     args = arguments(folder, **{**usual, **(args or {})})
     data = ragged(name) if data is None else data

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..blocks import find_body, find_stack
+from ...partition.body import find_body
+from ..blocks import find_stack
 from ..wire.fingerprint import fingerprint, name_of
 from .cut_check import check_cut
 from .singular_vectors import leading_directions

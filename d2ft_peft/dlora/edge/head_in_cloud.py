@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..blocks import bound_arguments
+from ...partition.body import bound_arguments
 from .remote_span import Head, RemoteSpan
 
 

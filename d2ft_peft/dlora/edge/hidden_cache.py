@@ -6,7 +6,6 @@ alone. A file a sample and place; only its real tokens are in it.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 import zlib
@@ -14,8 +13,8 @@ import zlib
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ...hidden_states import bytes_of, content_key, with_padding
 from ...whole_files import reading, replacing
-from ..wire.compression import bytes_of
 
 
 _ENDING = ".safetensors"
@@ -60,11 +59,7 @@ class HiddenCache:
             positions: Their positions [tokens], where the model was given them.
             place: Where in the span the hidden states are from.
         """
-        digest = hashlib.blake2b(f"{self._belongs_to} {place} {hidden.dtype}".encode(), digest_size=20)
-        digest.update(bytes_of(hidden[real]))
-        if positions is not None:
-            digest.update(bytes_of(positions[real]))
-        return digest.hexdigest()
+        return content_key(f"{self._belongs_to} {place}", hidden, real, positions).hex()
 
     def get(self, key: str, real: Tensor) -> Tensor | None:
         """Hidden states [tokens, ...] of a sample, zeros at its padding; None if they are not there, or damaged."""
@@ -75,9 +70,7 @@ class HiddenCache:
             self.misses += 1
             return None
         self.hits += 1
-        whole = found.new_zeros(real.shape[0], *found.shape[1:])
-        whole[real] = found
-        return whole
+        return with_padding(found, real)
 
     def put(self, key: str, values: Tensor, real: Tensor) -> None:
         """Keep the hidden states [tokens, ...] of a sample, if there is room."""

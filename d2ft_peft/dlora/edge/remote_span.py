@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from ..blocks import Passage, bound_arguments, find_body, find_cache, read_rows, write_rows
+from ...partition.body import bound_arguments, find_body
+from ..blocks import Passage, find_cache, read_rows, write_rows
 from ..wire.messages import Message
 from .across_link import check_arguments
 from .link import Link

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from ...hidden_states import bytes_of
+
 
 PACKINGS = ("none", "bf16", "int8")
 """As it is; rounded to bfloat16; eight bits and a float32 scale per token."""
@@ -51,12 +53,6 @@ def unpack(data: memoryview, shape: tuple[int, ...], dtype: torch.dtype, packing
     numel = math.prod(shape)
     scale = _tensor(data[numel:], torch.float32, (*shape[:-1], 1))
     return (_tensor(data[:numel], torch.int8, shape).to(torch.float32) * scale).to(dtype)
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, row by row."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
 def _tensor(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

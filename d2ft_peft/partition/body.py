@@ -1,0 +1,34 @@
+"""The part of a model around its blocks, and what it was called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def find_body(model: nn.Module, stack: str) -> PreTrainedModel:
+    """The innermost model around a stack that embeds its inputs itself: of mask and positions it makes what blocks get.
+
+    Models with a head do not always call `base_model`, but one that is within it.
+    """
+    parts = stack.split(".")
+    around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts) - 1, -1, -1))
+    return next(module for module in around if isinstance(module, PreTrainedModel) and _embeds(module))
+
+
+def _embeds(module: nn.Module) -> bool:
+    return not {"input_ids", "pixel_values"}.isdisjoint(inspect.signature(module.forward).parameters)
+
+
+def bound_arguments(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, those in ``**kwargs`` included."""
+    bound = inspect.signature(forward).bind_partial(*args, **kwargs)
+    found = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found.update(found.pop(name, {}))
+    return found
