@@ -144,7 +144,8 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, partition: Partition):
         super().__init__()
-        here = [name for name in partition.projections if not name.startswith(parts_elsewhere(model))]
+        elsewhere = parts_elsewhere(model)
+        here = [name for name in partition.projections if not name.startswith(elsewhere)]
         self.probe = Probe(unreached=tuple(here))  # of blocks elsewhere the costs are known from their shapes
         self.counts: dict[Any, Callable] = flop_counter().flop_registry
         self.stack: list[_Frame] = []

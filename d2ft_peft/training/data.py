@@ -171,7 +171,11 @@ class TrainingData:
         return np.random.default_rng(self.planner.config.seed).permutation(rows)[:count]
 
     def pass_over(self, indices: np.ndarray) -> DataLoader:
-        """A data loader that gives these samples once, without training on them; batches carry the indices."""
+        """A data loader that gives these samples once, those of about the same length together, without training on
+        them; batches carry the indices."""
+        lengths = None if self._items is None else self.lengths(indices, {})
+        if lengths is not None:
+            indices = indices[np.argsort(lengths, kind="stable")]
         dataset, collator = self._without_unused_columns(self.trainer.train_dataset, "Scoring")
         return self._with_collator(
             IndexedCollator(collator), IndexedDataset(dataset, indices), "Scoring",
