@@ -99,7 +99,7 @@ BAD = [
     ({"policy": "exact_first", "num_full": 2}, "num_full=2 is not possible under policy='exact_first'"),
     ({"policy": "exact_first", "head_parallel": True}, "head_parallel=True is not possible under policy='exact_"),
     ({"policy": 3}, "policy=3 must be the name of a policy, or None"),
-    ({"padding": "none"}, "padding='none' must be one of compose, keep"),
+    ({"padding": "none"}, "padding='none' must be one of compose, flatten, keep"),
     ({"tie_break": "even"}, "tie_break='even' must be one of aligned, spread"),
     ({"backward_score": "l2"}, "backward_score='l2' must be one of weight_magnitude, fisher"),
     ({"score_fraction": 0}, r"score_fraction=0 must be a number in \(0, 1\]"),

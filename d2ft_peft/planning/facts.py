@@ -28,6 +28,7 @@ class BatchFacts:
         indices: Indices of the samples in the data set, int64 [size], or None.
         length: Tokens of a sample, padded ones included; None where the batch holds no token ids.
         tokens: Tokens of all samples that are no padding; None where a mask on the host does not tell.
+        lengths: Tokens of each sample, int [size], where they lie in one row; else None.
     """
 
     size: int
@@ -35,6 +36,7 @@ class BatchFacts:
     indices: np.ndarray | None = None
     length: int | None = None
     tokens: int | None = None
+    lengths: np.ndarray | None = None
 
 
 def facts_of(batch: Mapping[str, Any], shifts: bool, size: int | None = None, indices: Any = None) -> BatchFacts:

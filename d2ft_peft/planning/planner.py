@@ -200,7 +200,7 @@ class D2FTPlanner(ScheduleMaker):
         if self.shares is not None:
             self.shares.begin_step(self.model)
         self._share_at_interval()
-        return self._compose(SampleChoice(self.costs, indices, self.config.padding == "compose"))
+        return self._compose(SampleChoice(self.costs, indices, self.config.padding))
 
     def _compose(self, choice: SampleChoice) -> list[np.ndarray]:
         self.settle()
@@ -343,12 +343,20 @@ class D2FTPlanner(ScheduleMaker):
         with self.costs.learning(), self.runtime.use(micro_batch.plan):
             yield micro_batch
             row = executed_operations(self.partition, self.runtime.executed)
-            passes = list(self.runtime.passes)
+            passes = self._passes(index)
             unread = [reading and reading.ran for reading in self.runtime.readings]
             spared = self._spared_flops(row)
         if self.counts.each_is_a_step and not micro_batch.skipped:
             self._zero_missing_gradients()
         self._note(index, row, passes, unread, spared)
+
+    def _passes(self, index: int) -> list[Pass]:
+        """Samples and tokens of each forward pass; of a row of several samples those that its kernel keeps apart."""
+        facts, passes = self._planned.facts[index], self.runtime.passes
+        kernel = base_model(self.model).config._attn_implementation or ""
+        if facts is None or facts.lengths is None or not kernel.startswith("flash"):
+            return list(passes)
+        return [(1, int(length)) for length in facts.lengths] * len(passes)
 
     def _spared_flops(self, row: np.ndarray) -> float:
         """What a cache of frozen blocks spared in the current micro-batch."""

@@ -24,12 +24,12 @@ class SampleChoice:
     Args:
         costs: Of the model.
         candidates: Of this process.
-        by_length: Whether samples of about the same length are to share a micro-batch.
+        padding: How samples of different lengths share a micro-batch, see `D2FTConfig`.
     """
 
-    def __init__(self, costs: ModelCosts, candidates: Candidates, by_length: bool):
+    def __init__(self, costs: ModelCosts, candidates: Candidates, padding: str):
         self.costs, self.candidates = costs, candidates
-        self.by_length = by_length and candidates.lengths is not None
+        self.padding = "keep" if candidates.lengths is None else padding
 
     @cached_property
     def flops(self) -> np.ndarray:
@@ -53,8 +53,13 @@ class SampleChoice:
 
     def cut(self, members: np.ndarray) -> list[np.ndarray]:
         """Micro-batches of some candidates, as positions, int arrays."""
-        if not self.by_length:
+        if self.padding == "keep":
             return np.array_split(members, -(-len(members) // self.candidates.size))
+        if self.padding == "flatten":
+            tokens = np.cumsum(self.candidates.lengths[members])
+            parts = -(-tokens[-1] // self.candidates.max_tokens)
+            ends = np.searchsorted(tokens, tokens[-1] * np.arange(1, parts) / parts)
+            return [part for part in np.split(members, ends) if len(part)]
         per_token = self.flops.sum() / self.candidates.lengths.sum()
         parts = cut_by_length(
             self.candidates.lengths[members], self.flops[members], self.candidates.max_tokens,
@@ -64,6 +69,8 @@ class SampleChoice:
 
     def foreseen(self, micro_batches: list[np.ndarray]) -> float:
         """FLOPs of micro-batches, padding included."""
+        if self.padding == "flatten":
+            return float(sum(self.flops[part].sum() for part in micro_batches))
         return float(sum(len(part) * self.flops[part].max() for part in micro_batches))
 
     def budget(self, budget: Budget, usual: int, account: Account | None) -> Budget:

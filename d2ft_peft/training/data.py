@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -28,6 +29,7 @@ from ..scores import (
     preserved_rng,
     score_samples,
 )
+from .flattening import Flattening
 from .sample_lengths import SampleLengths
 
 
@@ -45,6 +47,7 @@ class TrainingData:
         self._items: Any = None
         self._collator: Callable[[list], dict] | None = None
         self._lengths = SampleLengths()
+        self._flatten = Flattening(planner.model) if planner.config.padding == "flatten" else None
 
     def loader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
         """A data loader of training batches. They carry what planning has to know of them; under a policy over samples
@@ -93,7 +96,13 @@ class TrainingData:
             items: Those that are loaded, by index; gets the others.
         """
         self._load(indices, items)
-        batch = self._collator([items[int(index)] for index in indices])
+        chosen = [items[int(index)] for index in indices]
+        if self._flatten is not None and len(chosen) > 1:
+            batch = self._flatten(chosen)
+            facts = facts_of(batch, self.planner.shifts_labels, len(indices), indices)
+            lengths = np.array([len(item["input_ids"]) for item in chosen])
+            return batch, dataclasses.replace(facts, lengths=lengths)
+        batch = self._collator(chosen)
         if not isinstance(batch, Mapping):
             return batch, take_facts(batch, self.planner.shifts_labels)  # which says why it cannot be scheduled
         batch = dict(batch)

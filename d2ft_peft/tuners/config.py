@@ -62,7 +62,9 @@ class D2FTConfig(LoraConfig):
             are then composed; None is what the policy is meant for (``"exact_first"``: samples, where the data let them
             be told apart).
         padding: ``"compose"``: where samples are scheduled, those of about the same length share a micro-batch, so that
-            little of it is padding; a step's gradient stays the same. ``"keep"``: samples share it in their order.
+            little of it is padding; a step's gradient stays the same. ``"flatten"``: those of a causal language model
+            lie one after the other in one row, without any, for attention that keeps them apart at no cost
+            (flash_attention_2). ``"keep"``: samples share a micro-batch in their order.
         interval: Optimizer steps for which a policy keeps what it does not choose anew at every step, and for which
             the magnitude of the weights is kept.
         tie_break: ``"aligned"`` breaks ties towards the same micro-batches on every device, ``"spread"`` against it.
@@ -113,7 +115,7 @@ class D2FTConfig(LoraConfig):
     head_parallel: bool = False
     policy: str | None = None
     rows: Literal["micro_batches", "samples"] | None = None
-    padding: Literal["compose", "keep"] = "compose"
+    padding: Literal["compose", "flatten", "keep"] = "compose"
     interval: int = 10
     tie_break: Literal["aligned", "spread"] = "aligned"
     backward_score: str | None = None

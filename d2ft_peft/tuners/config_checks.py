@@ -65,7 +65,7 @@ def check_own_fields(config: D2FTConfig) -> None:
     for name, allowed in (
         ("backward_score", SCORES), ("forward_score", SCORES), ("rows", ("micro_batches", "samples")),
         ("tie_break", ("aligned", "spread")), ("shortcut", ("zero", "mean", "rescale")),
-        ("padding", ("compose", "keep")),
+        ("padding", ("compose", "flatten", "keep")),
     ):  # fmt: skip
         if name == "rows" and config.rows is None:
             continue  # left to what the data allow

@@ -119,6 +119,7 @@ def test_flops_are_those_of_the_cost_model(name, lora):
     model.requires_grad_(not lora)  # a frozen model: what LoRA's own factors cost is left out
     workload = workload_of_model(model, batch, lora_rank=4 if lora else None)
     partition = workload.partition
+    model.get_input_embeddings().requires_grad_(True)  # else nothing of a frozen model has a backward pass
     costs = cost_model(model, partition, probe_model(model, partition, batch))
     assert costs.forward.sum() == sum(b.heads * workload.forward(b) for b in partition.branches)
     assert costs.backward.sum() == sum(b.heads * workload.backward(b) for b in partition.branches)

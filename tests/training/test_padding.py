@@ -269,3 +269,39 @@ def test_items_that_are_images_run_as_before(tmp_path):
     for trainer in found:
         trainer.train()
     assert_equal(trained(found[0].model), trained(found[1].model))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_without_padding_leave_every_step_as_it_was(tmp_path, attention):
+    found, data = {}, ragged()
+    for item in data[::2]:
+        item["labels"] = list(item["input_ids"])  # also where the first token, which nothing predicts, is counted
+    for padding in ("keep", "flatten"):
+        model = adapt("llama", compute_budget=1, padding=padding, skip_unread_rows=False)
+        model.get_base_model().set_attn_implementation(attention)
+        found[padding] = train(tmp_path, data=data, model=model)
+    assert_close(trained(found["flatten"].model), trained(found["keep"].model))
+    assert "padding_ratio" not in last_log(found["flatten"])
+
+
+def test_what_does_not_keep_samples_apart_does_not_get_them_in_one_row(tmp_path):
+    with pytest.raises(ValueError, match="padding='flatten' puts samples of causal language models"):
+        train(tmp_path, "bert", padding="flatten")
+    model = adapt("llama", compute_budget=1, padding="flatten")
+    attention = type(model.get_base_model().model.layers[0].self_attn)
+    kept = attention.forward
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ValueError, match="does not keep samples in one row apart"),
+    ):
+        patch.setattr(
+            attention, "forward", lambda self, *args, **kwargs: kept(self, *args, **{**kwargs, "attention_mask": None})
+        )
+        train(tmp_path, model=model)
+    with pytest.raises(ValueError, match="one has .*'weight'.*choose padding='compose'"):
+        train(
+            tmp_path,
+            data=[{**item, "weight": 1} for item in ragged()],
+            padding="flatten",
+            args={"remove_unused_columns": False},
+        )
