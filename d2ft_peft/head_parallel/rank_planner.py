@@ -61,6 +61,9 @@ class HeadParallelPlanner(D2FTPlanner):
             cost_model = self.costs.at(tokens or self.costs.probe.sequence_length)
             flops, full_flops = cost_model.schedule_flops(schedule), cost_model.full_flops(schedule.weights)
         self._last_flops = flops / self.ranks.size  # this process's share
+        if self._planned is not None:
+            for facts, skipped in zip(self._planned.facts, self.schedule.skipped, strict=True):
+                self.counts.see(None if skipped else facts)
         self.counts.add(schedule, flops, full_flops)
 
     def pass_by(self, index: int) -> None:

@@ -92,12 +92,17 @@ class ExecutionCounts:
                 that ran have shown what one that did not would have cost.
             facts: What is known of its content, if it ran.
         """
-        if facts is not None and facts.tokens is not None and facts.length is not None:
-            seen = Totals(tokens=facts.tokens, padded=facts.size * facts.length)
-            self.since_log.add(seen)
-            self.of_run.add(seen)
+        self.see(facts)
         self._rows[index] = row
         self._open[index] = row, measure
+
+    def see(self, facts: BatchFacts | None) -> None:
+        """Count the tokens of a micro-batch that ran, as far as they are known."""
+        if facts is not None and facts.tokens is not None and facts.length is not None:
+            rows = facts.size if facts.lengths is None else 1
+            seen = Totals(tokens=facts.tokens, padded=rows * facts.length)
+            self.since_log.add(seen)
+            self.of_run.add(seen)
 
     def is_complete(self, schedule: Schedule) -> bool:
         """Whether every micro-batch of the planned step was noted."""

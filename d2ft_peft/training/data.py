@@ -101,7 +101,7 @@ class TrainingData:
             batch = self._flatten(chosen)
             facts = facts_of(batch, self.planner.shifts_labels, len(indices), indices)
             lengths = np.array([len(item["input_ids"]) for item in chosen])
-            return batch, dataclasses.replace(facts, lengths=lengths)
+            return batch, dataclasses.replace(facts, lengths=lengths, tokens=int(lengths.sum()))
         batch = self._collator(chosen)
         if not isinstance(batch, Mapping):
             return batch, take_facts(batch, self.planner.shifts_labels)  # which says why it cannot be scheduled

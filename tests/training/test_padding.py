@@ -280,8 +280,10 @@ def test_rows_without_padding_leave_every_step_as_it_was(tmp_path, attention):
         model = adapt("llama", compute_budget=1, padding=padding, skip_unread_rows=False)
         model.get_base_model().set_attn_implementation(attention)
         found[padding] = train(tmp_path, data=data, model=model)
-    assert_close(trained(found["flatten"].model), trained(found["keep"].model))
-    assert "padding_ratio" not in last_log(found["flatten"])
+    for name, value in trained(found["keep"].model).items():
+        # Attention's softmax is of float32 under eager, and sums another number of terms.
+        torch.testing.assert_close(trained(found["flatten"].model)[name], value, rtol=1e-6, atol=1e-7, msg=name)
+    assert last_log(found["flatten"])["padding_ratio"] == 0 < last_log(found["keep"])["padding_ratio"]
 
 
 def test_what_does_not_keep_samples_apart_does_not_get_them_in_one_row(tmp_path):
