@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--assets", help="folder with models/ and data/")
     parser.add_argument("--rows", nargs="+", default=ROWS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1.2e-2)
     parser.add_argument("--length", type=int, default=256, help="longest pair, in tokens")
