@@ -19,9 +19,8 @@ MiniLM on AG News, full fine-tuning, 60 steps of 32 candidates, none of which re
 ``screened_probe+reuse``
     As if the two blocks need not run again for those that train: what a perfect execution would charge.
 
-A line of the result file is a run: what it reached, the share of candidates that trained, and for the oracle the mean
-rank correlation of both predictions with the loss. Runs that the file holds are not made again. The table ends with
-differences to ``fewer_samples``, paired by seed.
+A line of the result file is a run, the oracle's with the mean rank correlation of both predictions with the loss. Runs
+that the file holds are not made again. The table has differences to ``fewer_samples``, paired by seed.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ from d2ft_peft.schedule.policies.samples import CAP, FLOOR
 
 
 ROWS = ["fewer_samples", "oracle", "screened_probe", "screened_probe+reuse"]
-LOWEST = 2
-"""Blocks that all candidates run."""
+LOWEST = 2  # blocks that all candidates run
 
 
 @contextmanager
@@ -113,10 +111,8 @@ def screening_cost(model: nn.Module, task: Task) -> float:
 
 def share_to_train(row: str, budget: float, cost: float) -> float:
     """Share of the candidates that train within the budget, of which screening costs `cost` per candidate."""
-    if row == "plain":
-        return 1.0
     if "screened" not in row:
-        return budget
+        return 1.0 if row == "plain" else budget
     return (budget - cost) / (1 - cost) if row.endswith("+reuse") else budget - cost
 
 
