@@ -140,8 +140,8 @@ def test_one_callback_serves_several_trainers(tmp_path):
     callback = D2FTCallback()
     for _ in range(2):
         trainer = Trainer(
-            model=adapt("vit", compute_budget=0.5).float(), args=arguments(tmp_path), train_dataset=samples(),
-            callbacks=[callback],
+            model=adapt("vit", policy="bilevel", compute_budget=0.5).float(), args=arguments(tmp_path),
+            train_dataset=samples(), callbacks=[callback],
         )  # fmt: skip
         trainer.train()
         assert isinstance(trainer, D2FTTrainerMixin) and ratios(trainer) == [0.5] * 3
@@ -184,8 +184,8 @@ def test_a_change_in_the_middle_is_refused(tmp_path, change, named):
 
 
 def test_an_adapter_that_was_switched_between_two_calls_is_followed(tmp_path):
-    model = adapt("vit", "lora", compute_budget=0.5).float()
-    model.add_adapter("other", D2FTConfig(r=4, compute_budget=0.25))
+    model = adapt("vit", "lora", policy="bilevel", compute_budget=0.5).float()
+    model.add_adapter("other", D2FTConfig(r=4, policy="bilevel", compute_budget=0.25))
     trainer = D2FTTrainer(model=model, args=arguments(tmp_path), train_dataset=samples())
     trainer.train()
     assert ratios(trainer) == [0.5] * 3
