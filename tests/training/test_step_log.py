@@ -46,7 +46,8 @@ RATIOS = {"compute_ratio", "communication_ratio", "workload_variance", "flops_ra
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("policy", ["random", "bilevel", "fewer_samples", "all_full"])
 def test_every_entry_has_the_ratios(tmp_path, policy, accumulation):
-    model = adapt("vit", policy=policy, compute_budget=1.0 if policy == "all_full" else 0.6).float()
+    budget = 1.0 if policy == "all_full" else 0.6
+    model = adapt("vit", policy=policy, compute_budget=budget, skip_unread_rows=False).float()
     args = arguments(tmp_path, gradient_accumulation_steps=accumulation, max_steps=9)
     trainer = D2FTTrainer(model=model, args=args, train_dataset=samples(n=44))
     trainer.train()
