@@ -15,6 +15,7 @@ from ..partition import Partition
 from .checkpointing import bind_checkpointing
 from .feature_mean import FeatureMean
 from .plan import Cell, Heads, Plan
+from .token_choice import TokenChoice, TokenPass
 
 
 @dataclass
@@ -72,7 +73,10 @@ class Runtime:
         executed: What each branch did in the planned forward passes of the last micro-batch, by branch; None for all
             FULL.
         passes: Samples and tokens per sample at the first region, one entry for each planned forward pass of the
-            micro-batch; recomputation is no pass of its own.
+            micro-batch, and the tokens that passed the middle blocks where they were chosen; recomputation is no pass
+            of its own.
+        tokens: How the current micro-batch's tokens are chosen, or None if every block sees all of them.
+        token_pass: Which tokens the running forward pass, or the one that is recomputed, has chosen.
         model: The model whose train mode says whether a forward pass is to be trained.
         grad_at_entry: Whether gradients were enabled where the checkpointing of the running block was entered, or None
             outside of one: reentrant checkpointing runs the block itself without.
@@ -89,7 +93,9 @@ class Runtime:
         self.run: Run | None = None
         self.follow: dict[int, Follow] = {}
         self.executed: dict[int, Cell | None] = {}
-        self.passes: list[tuple[int, int]] = []
+        self.passes: list[tuple[int, ...]] = []
+        self.tokens: TokenChoice | None = None
+        self.token_pass: TokenPass | None = None
         self.model: nn.Module | None = None
         self.grad_at_entry: bool | None = None
         self.driven = False
@@ -100,15 +106,15 @@ class Runtime:
         self._warned = False
 
     @contextmanager
-    def use(self, plan: Plan) -> Iterator[None]:
-        """Run one micro-batch, forward and backward, under `plan`."""
-        previous = self.plan
+    def use(self, plan: Plan, tokens: TokenChoice | None = None) -> Iterator[None]:
+        """Run one micro-batch, forward and backward, under `plan`, on chosen tokens where `tokens` says how."""
+        previous = self.plan, self.tokens
         for mean in self.means.values():
             mean.commit()
         self.executed.clear()
         self.passes.clear()
         self.follow.clear()
-        self.plan = plan
+        self.plan, self.tokens, self.token_pass = plan, tokens, None
         for block in self.blocks:
             bind_checkpointing(block, self)
         try:
@@ -119,8 +125,18 @@ class Runtime:
                 mean.discard()
             raise
         finally:
-            self.plan = previous
+            self.plan, self.tokens = previous
+            self.token_pass = None
             self.follow.clear()
+
+    def begin_pass(self, samples: int, tokens: int) -> None:
+        """A planned forward pass reached the first region with so many samples, and tokens of each."""
+        self.passes.append((samples, tokens))
+        self.token_pass = None if self.tokens is None else self.tokens.new_pass()
+
+    def note_kept(self, kept: int) -> None:
+        """So many tokens of a sample pass a middle block."""
+        self.passes[-1] = (*self.passes[-1][:2], kept)
 
     @property
     def trains(self) -> bool:
@@ -146,8 +162,3 @@ class Runtime:
                 "Train with D2FTTrainer, D2FTCallback or D2FTPlanner.micro_batch.",
                 stacklevel=3,
             )
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass: a forward pass is then a recomputation."""
-    return torch._C._current_graph_task_id() != -1

@@ -16,8 +16,9 @@ from ..schedule import CostModel, Operation
 from .facts import token_length
 
 
-Pass = tuple[float, int]
-"""Samples and tokens per sample of a forward pass."""
+Pass = tuple[float, int] | tuple[float, int, int]
+"""Samples and tokens per sample of a forward pass, and the tokens that passed the middle blocks where some were left
+out."""
 
 
 class ModelCosts:
@@ -33,13 +34,15 @@ class ModelCosts:
 
     Attributes:
         probe: What a look at the model showed, or None before.
+        middle: Indices of the middle blocks, where tokens may be left out.
     """
 
     def __init__(self, model: nn.Module, partition: Partition, forward_only_cost: float | None = None):
         self.model, self.partition, self.forward_only_cost = model, partition, forward_only_cost
         self.probe: Probe | None = None
         self._surroundings_known = True
-        self._by_length: dict[int, CostModel] = {}
+        self._by_length: dict[int | tuple[int, int], CostModel] = {}
+        self.middle = range(0)
         self._rows_per_sample = 1.0
 
     @property
@@ -53,8 +56,13 @@ class ModelCosts:
         costs = self.at(self.probe.sequence_length).costs
         return costs / costs.max()
 
-    def at(self, tokens: int) -> CostModel:
-        """The cost model at a length, per sample."""
+    def at(self, tokens: int, kept: int | None = None) -> CostModel:
+        """The cost model at a length, per sample; with `kept` tokens in the middle blocks."""
+        if kept is not None and kept != tokens:
+            if (tokens, kept) not in self._by_length:
+                both = self.at(tokens), self.at(kept)
+                self._by_length[tokens, kept] = both[0].with_blocks(self.middle, both[1])
+            return self._by_length[tokens, kept]
         if tokens not in self._by_length:
             probe = self.probe.at(tokens)
             self._by_length[tokens] = cost_model(self.model, self.partition, probe, self.forward_only_cost)
@@ -112,15 +120,36 @@ class ModelCosts:
         """
         if not self.known:
             return 0.0
-        return float(sum(self.at(tokens).step_flops(row[None], np.array([n])) for n, tokens in passes))
+        return float(sum(self.at(*length).step_flops(row[None], np.array([n])) for n, *length in passes))
 
     def full_flops(self, passes: list[Pass]) -> float:
-        """FLOPs of the same passes if every subnet were FULL."""
-        return self.flops(np.full(self.partition.num_scheduled, Operation.FULL), passes)
+        """FLOPs of the same passes if every subnet were FULL, on all tokens."""
+        return self.flops(self._full_row, [one[:2] for one in passes])
+
+    def share_of_full(self, tokens: int, kept: int) -> float:
+        """FLOPs with `kept` tokens of each sample in the middle blocks, relative to all tokens."""
+        return self.flops(self._full_row, [(1, tokens, kept)]) / self.full_flops([(1, tokens)])
+
+    @property
+    def _full_row(self) -> np.ndarray:
+        return np.full(self.partition.num_scheduled, Operation.FULL)
+
+    def shares(self, passes: list[Pass]) -> tuple[float, float]:
+        """What passes did of the subnets' compute, and of the tokens that blocks hand on, relative to all tokens."""
+        if not self.known or not any(len(one) > 2 for one in passes):
+            return 1.0, 1.0
+        ran, whole, tokens, everyone = 0.0, 0.0, 0.0, 0.0
+        for n, length, *kept in passes:
+            ran += n * float(self.at(length, *kept).costs[:, Operation.FULL].sum())
+            whole += n * float(self.at(length).costs[:, Operation.FULL].sum())
+            left_out = len(self.middle) * (length - (kept[0] if kept else length))
+            tokens += n * (len(self.partition.blocks) * length - left_out)
+            everyone += n * len(self.partition.blocks) * length
+        return ran / whole, tokens / everyone
 
     def saw(self, passes: list[Pass], samples: float) -> None:
         """Note how many samples go through the model for one of a micro-batch: two, where they are pairs."""
-        self._rows_per_sample = sum(n for n, _ in passes) / samples if samples else self._rows_per_sample
+        self._rows_per_sample = sum(n for n, *_ in passes) / samples if samples else self._rows_per_sample
 
     def expected(self, samples: float, length: int | None) -> list[Pass]:
         """The passes of a micro-batch that did not run; its length is the agreed one by default."""

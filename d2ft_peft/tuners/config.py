@@ -55,7 +55,8 @@ class D2FTConfig(LoraConfig):
             with `D2FTTrainer` or `d2ft_peft.head_parallel.HeadParallel`. The processes are then the devices.
         policy: Name of the scheduling policy, see `d2ft_peft.schedule.policy_names`.
         rows: What the policy schedules: ``"micro_batches"`` as they come, or ``"samples"``, from which micro-batches
-            are then composed; None is what the policy is meant for.
+            are then composed; None is what the policy is meant for. ``"tokens"`` belongs to
+            ``policy="fewer_tokens"``: the middle blocks run on some tokens of every sample.
         interval: Optimizer steps for which a policy keeps what it does not choose anew at every step, and for which
             the magnitude of the weights is kept.
         tie_break: ``"aligned"`` breaks ties towards the same micro-batches on every device, ``"spread"`` against it.
@@ -70,6 +71,13 @@ class D2FTConfig(LoraConfig):
         forward_only_cost: Cost of FORWARD_ONLY relative to FULL in the schedule; None takes it from the model's own
             FLOPs, 0.4 is the paper's.
         seed: Seed of policies that draw at random.
+        token_choice: Which tokens pass the middle blocks: drawn anew by every block (``"random"``), a regular
+            ``"grid"``, drawn by the pixel ``"variance"`` of their patches, or by the ``"attention"`` that the mean
+            token would pay them.
+        token_margins: How many of the first (at least 1) and of the last blocks see all tokens.
+        token_dense_share: Share of the last steps that run on all tokens, in [0, 1); the budget holds for the whole
+            run all the same.
+        token_ramp: Share of the first steps over which the number of tokens falls to that of the others, in [0, 1).
     """
 
     r: int | None = field(default=None, metadata={"help": "LoRA rank, or None for full fine-tuning"})
@@ -85,7 +93,7 @@ class D2FTConfig(LoraConfig):
     device_capacities: list[float] | Literal["auto"] | None = None
     head_parallel: bool = False
     policy: str = "bilevel"
-    rows: Literal["micro_batches", "samples"] | None = None
+    rows: Literal["micro_batches", "samples", "tokens"] | None = None
     interval: int = 10
     tie_break: Literal["aligned", "spread"] = "aligned"
     backward_score: str | None = None
@@ -94,6 +102,10 @@ class D2FTConfig(LoraConfig):
     shortcut: Literal["zero", "mean", "rescale"] = "zero"
     forward_only_cost: float | None = None
     seed: int = 0
+    token_choice: Literal["random", "grid", "variance", "attention"] = "random"
+    token_margins: tuple[int, int] = (1, 1)
+    token_dense_share: float = 0.1
+    token_ramp: float = 0.0
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

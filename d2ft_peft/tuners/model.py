@@ -14,6 +14,7 @@ from ..engine.intercept import Intercept, find_runtime
 from ..engine.projection import ProjectionForward
 from ..engine.region import RegionForward
 from ..engine.runtime import Runtime
+from ..engine.token_rows import check_takes_tokens, install_token_rows
 from ..engine.touch_loss import TouchLoss
 from ..partition import Partition, partition_model
 from .adapter_checks import check_beside_others, check_loads_in_peft, check_weights, leave_out_what_peft_renames
@@ -48,6 +49,8 @@ class SubnetTuner(BaseTuner):
             check_beside_others(config, adapter_name, others, partitions[next(iter(others))])
         partition = partition_model(model, config.heads_per_subnet)
         check_weights(model, partition, config)
+        if config.rows == "tokens":
+            check_takes_tokens(model, partition, config.token_margins, config.token_choice)
         partitions[adapter_name] = partition
         self._remove_interceptions()
         try:
@@ -117,6 +120,10 @@ class SubnetTuner(BaseTuner):
                 column.siblings = tuple(columns)
             for interception in (*forwards, region):
                 interception.install()
+        over_tokens = [config for name in runtime.partitions if (config := self.peft_config[name]).rows == "tokens"]
+        if over_tokens:
+            images = any(config.token_choice == "variance" for config in over_tokens)
+            install_token_rows(self.model, runtime, partition, images)
         self.model.register_forward_hook(TouchLoss(self.model, runtime))
 
     def _remove_interceptions(self) -> None:

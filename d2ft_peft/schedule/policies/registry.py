@@ -11,7 +11,7 @@ from ..schedule import Schedule
 Policy = Callable[[Problem], Schedule]
 """A policy is a function from the numbers of a step to its schedule."""
 
-Rows = Literal["micro_batches", "samples"]
+Rows = Literal["micro_batches", "samples", "tokens"]
 
 _POLICIES: dict[str, Policy] = {}
 _FACTS: dict[str, "PolicyFacts"] = {}
@@ -24,7 +24,8 @@ class PolicyFacts:
     Attributes:
         reads: which scores it looks at, "backward" or "forward"; others are not computed, and are ones.
         rows: what a row of its problem is unless the configuration says otherwise. Samples that get the same
-            operations are composed into micro-batches afterwards.
+            operations are composed into micro-batches afterwards; under "tokens" rows are micro-batches, of whose
+            samples execution leaves tokens out.
         backward_score: the backward score that it is meant for, the default of the configuration.
     """
 
@@ -46,12 +47,12 @@ def register_policy(
         reads, rows, backward_score: see `PolicyFacts`.
 
     Raises:
-        ValueError: the name is taken, `reads` names no score, or `rows` is neither micro-batches nor samples.
+        ValueError: the name is taken, `reads` names no score, or `rows` is none of micro-batches, samples, tokens.
     """
     if not set(reads) <= {"backward", "forward"}:
         raise ValueError(f"reads={reads!r} must name 'backward', 'forward' or both")
-    if rows not in ("micro_batches", "samples"):
-        raise ValueError(f"rows={rows!r} must be 'micro_batches' or 'samples'")
+    if rows not in ("micro_batches", "samples", "tokens"):
+        raise ValueError(f"rows={rows!r} must be 'micro_batches', 'samples' or 'tokens'")
 
     def register(policy: Policy) -> Policy:
         if name in _POLICIES:
