@@ -1,11 +1,13 @@
 """Blocks that run on chosen tokens, against the twin that indexes by hand; what they leave alone, and refuse."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from d2ft_peft import D2FTConfig, D2FTPlanner
@@ -39,7 +41,9 @@ def test_chosen_tokens_equal_the_twin(name, choice, attention, padding):
     base, batch = base_of(name, attn_implementation=attention), batch_of(name, padding)
     model, twin = adapted(base, token_choice=choice), plain_twin(base, "full", False).train()
     outputs, chosen, _ = run(model, batch)
-    assert all(positions.shape[1] < TOKENS for positions in chosen.values())
+    for positions in chosen.values():
+        kept, real = positions.shape[1], batch.get("attention_mask", positions.new_ones(3, TOKENS))
+        assert kept < TOKENS and (real.gather(1, positions).sum(1) == real.sum(1).clamp(max=kept)).all()
     with token_twin(blocks_of(twin), chosen):
         expected = step(twin, batch)
     torch.testing.assert_close(outputs.loss, expected.loss)
@@ -65,19 +69,43 @@ def test_recomputation_runs_on_the_tokens_of_its_forward_pass(name, kind, mode):
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_two_passes_of_a_micro_batch_keep_their_choices_apart(kind):
     """As of pairs: both forward passes are recomputed after the second has chosen anew."""
-    gradients = []
-    for checkpointing in ("off", kind):
-        model, batch = adapted(base_of("llama")), batch_of("llama")
-        enable_checkpointing(model, checkpointing)
-        planner = D2FTPlanner(model)
-        planner.plan([dict(batch)])
-        with planner.micro_batch(0):
-            (model(**batch).loss - 0.5 * model(**batch).loss).backward()
-            assert [kept[2] for kept in get_runtime(model).passes] == [planner.runtime.passes[0][2]] * 2
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
+    assert_same(of_two_passes(kind), of_two_passes("off"))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("kind", ["non-reentrant", "reentrant"])
+def test_checkpoints_around_the_call_of_a_block_keep_its_choice_too(kind, monkeypatch):
+    """As earlier versions of transformers have them: the interception itself is recomputed."""
+    expected = of_two_passes("off")
+
+    def called(block, *args, **kwargs):
+        return block._gradient_checkpointing_func(partial(nn.Module.__call__, block, **kwargs), *args)
+
+    def around_the_call(model):
+        for block in blocks_of(model.base_model.model):
+            block.gradient_checkpointing = False
+            monkeypatch.setattr(type(block), "__call__", called)
+
+    assert_same(of_two_passes(kind, around_the_call), expected)
+
+
+def of_two_passes(kind, change=lambda model: None):
+    """Gradients of a micro-batch that runs its model twice."""
+    model, batch = adapted(base_of("llama")), batch_of("llama")
+    enable_checkpointing(model, kind)
+    change(model)
+    planner = D2FTPlanner(model)
+    planner.plan([dict(batch)])
+    with planner.micro_batch(0):
+        (model(**batch).loss - 0.5 * model(**batch).loss).backward()
+        assert [len(one) for one in planner.runtime.passes] == [3, 3]
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient)
 
 
 @pytest.mark.parametrize("name", ["vit", "llama"])

@@ -1,13 +1,16 @@
 """How many tokens pass in which step: the budget holds for the run, and every way to train draws the same."""
 
+import tempfile
+
 import numpy as np
 import pytest
 import torch
 
 from d2ft_peft import D2FTPlanner, D2FTTrainer
 from d2ft_peft.planning.token_budget import share_of_step
+from tests.distributed.launch import run
 from tests.models import TINY
-from tests.test_trainer import adapt, arguments, assert_close, samples, trained
+from tests.test_trainer import adapt, arguments, assert_close, assert_equal, samples, trained
 
 
 TOKENS = {"policy": "fewer_tokens", "compute_budget": 0.9, "token_dense_share": 0.34}
@@ -89,3 +92,27 @@ def test_logs_say_what_was_executed(tmp_path):
     assert first["flops_ratio"] == second["flops_ratio"] < 0.9 and first["compute_ratio"] < 1
     assert last["flops_ratio"] == last["compute_ratio"] == 1.0
     assert run["flops_ratio"] == pytest.approx((2 * first["flops_ratio"] + 1) / 3) and run["flops_ratio"] <= 0.9
+
+
+def one_process():
+    """The weights that a process ends with, and the tokens that its second block ran on in the last micro-batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = arguments(folder, max_steps=2, gradient_accumulation_steps=2, ddp_timeout=60)
+        config = {**TOKENS, "token_dense_share": 0.0}
+
+        class Watching(D2FTTrainer):
+            def compute_loss(self, *args, **kwargs):
+                result = super().compute_loss(*args, **kwargs)
+                self.drawn = self.planner.runtime.token_pass.selections[1].index
+                return result
+
+        trainer = Watching(model=adapt("llama", "lora", **config).float(), args=args, train_dataset=samples("llama"))
+        trainer.train()
+    return trained(trainer.model), trainer.drawn
+
+
+@pytest.mark.distributed
+def test_each_process_draws_tokens_of_its_own_and_all_end_with_the_same_weights(tmp_path):
+    (weights, drawn), (others, drawn_there) = run(__name__, "one_process", tmp_path)
+    assert_equal(weights, others)
+    assert not drawn.equal(drawn_there)
