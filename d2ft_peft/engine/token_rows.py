@@ -159,24 +159,19 @@ def _unmasked(mask: Tensor | None, samples: int, tokens: int) -> Tensor | None:
     if mask is None:
         return None
     _check_mask(mask, tokens)
-    of_tokens = mask
-    if mask.ndim == 4:
-        of_tokens = mask[:, 0, 0] if mask.shape[2] == 1 else mask[:, 0].diagonal(dim1=1, dim2=2)
-    if mask.is_floating_point() and mask.ndim == 4:  # added to scores
+    of_tokens = mask[:, 0, 0] if mask.shape[2] == 1 else mask[:, 0].diagonal(dim1=1, dim2=2)
+    if mask.is_floating_point():  # added to scores
         of_tokens = of_tokens > torch.finfo(mask.dtype).min / 2
     return (of_tokens != 0).expand(samples, tokens)
 
 
 def _check_mask(mask: Any, tokens: int) -> None:
-    fits = isinstance(mask, Tensor) and (
-        (mask.ndim == 4 and mask.shape[3] == tokens and mask.shape[2] in (1, tokens))
-        or (mask.ndim == 2 and mask.shape[1] == tokens)
-    )
+    fits = isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[3] == tokens and mask.shape[2] in (1, tokens)
     if not fits:
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask={shape}: rows='tokens' knows masks [B, {tokens}] and [B, 1, {tokens}, {tokens}] only; "
-            "load the model with attn_implementation='sdpa'."
+            f"attention_mask={shape}: rows='tokens' knows masks [B, 1, {tokens}, {tokens}] and [B, 1, 1, {tokens}] "
+            "only; load the model with attn_implementation='sdpa'."
         )
 
 
@@ -193,8 +188,6 @@ def _at(name: str, value: Any, selection: TokenSelection, hidden: Tensor) -> Any
         return selection.gather(value)
     if name == "attention_mask":
         _check_mask(value, tokens)
-        if value.ndim == 2:
-            return selection.along(value)
         return selection.of_keys(value) if value.shape[2] == 1 else selection.of_pairs(value)
     if name == "position_ids" and value.ndim == 2:
         return selection.along(value)

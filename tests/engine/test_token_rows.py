@@ -33,6 +33,7 @@ CASES = [
     ("bert", "attention", "sdpa", "right"), ("llama", "random", "sdpa", "left"), ("llama", "grid", "sdpa", "right"),
     ("llama", "grid", "sdpa", "none"), ("llama", "random", "eager", "right"), ("qwen3", "random", "sdpa", "left"),
     ("gpt2", "random", "sdpa", "right"), ("gpt2", "grid", "eager", "left"),
+    ("bert", "grid", "sdpa", "right, over keys"),
 ]  # fmt: skip
 
 
@@ -43,6 +44,7 @@ def test_chosen_tokens_equal_the_twin(name, choice, attention, padding):
     outputs, chosen, _ = run(model, batch)
     for positions in chosen.values():
         kept, real = positions.shape[1], batch.get("attention_mask", positions.new_ones(3, TOKENS))
+        real = real.reshape(3, TOKENS).long()
         assert kept < TOKENS and (real.gather(1, positions).sum(1) == real.sum(1).clamp(max=kept)).all()
     with token_twin(blocks_of(twin), chosen):
         expected = step(twin, batch)

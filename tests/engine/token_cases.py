@@ -39,8 +39,10 @@ def batch_of(name: str, padding: str = "none") -> dict[str, Tensor]:
         return {"pixel_values": pixels * torch.linspace(0.1, 2, 32), "labels": torch.tensor([1, 2, 3])}
     ids, position = torch.randint(3, 60, (3, TOKENS), generator=generator), torch.arange(TOKENS)
     lengths = torch.tensor([[TOKENS], [TOKENS - 9], [4]])
-    mask = {"none": ids > 0, "right": position < lengths, "left": position >= TOKENS - lengths}[padding].long()
+    mask = {"none": ids > 0, "left": position >= TOKENS - lengths}.get(padding, position < lengths).long()
     ids = ids * mask
+    if padding == "right, over keys":
+        return {"input_ids": ids, "attention_mask": mask[:, None, None].bool(), "labels": torch.tensor([1, 2, 3])}
     if TINY[name].kind != "causal":
         return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([1, 2, 3])}
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100), "use_cache": False}
