@@ -24,7 +24,7 @@ from .token_choice import TokenSelection
 
 
 _ATTENTION = ("eager", "sdpa")
-_MIXING = (nn.modules.conv._ConvNd, nn.RNNBase)
+_MIXING = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.RNNBase)
 
 
 class TokenRows(Intercept):

@@ -136,9 +136,12 @@ class ExecutionCounts:
         rows = np.stack([self._open[index][0] for index in indices])
         flops, full_flops = np.sum([self._open[index][1]() for index in indices], axis=0).tolist()
         part = _as_executed(schedule, indices, rows)
-        shares = np.average([self._open[index][2] for index in indices], axis=0, weights=part.weights)
+        shares = np.array([self._open[index][2] for index in indices])
         self._open = {}
-        self._add(part, flops, full_flops, *shares.tolist())
+        if (shares == 1).all():  # not left to rounding
+            self._add(part, flops, full_flops)
+        else:
+            self._add(part, flops, full_flops, *np.average(shares, axis=0, weights=part.weights).tolist())
 
     def _add(
         self, part: Schedule, flops: float, full_flops: float, of_compute: float = 1.0, of_communication: float = 1.0
