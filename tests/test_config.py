@@ -92,7 +92,7 @@ BAD = [
     ({**TOKENS, "num_full": 2}, "num_full=2 is not possible with policy='fewer_tokens'; give compute_budget"),
     ({**TOKENS, "shortcut": "mean"}, "shortcut='mean' is for heads"),
     ({**TOKENS, "head_parallel": True}, "rows='tokens' is not available under head_parallel=True"),
-    ({**TOKENS, "token_choice": "best"}, "token_choice='best' must be one of random, grid, variance, attention"),
+    ({**TOKENS, "token_choice": "best"}, "token_choice='best' must be one of random, random_per_block, grid"),
     ({**TOKENS, "token_margins": (0, 1)}, r"token_margins=\(0, 1\) must be two integers, at least 1 for the first"),
     ({**TOKENS, "token_dense_share": 1}, r"token_dense_share=1 must be a number in \[0, 1\)"),
     ({**TOKENS, "token_ramp": 0.95}, "token_ramp=0.95 and token_dense_share=0.1 are more than all steps"),

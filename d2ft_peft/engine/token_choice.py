@@ -22,9 +22,10 @@ class TokenChoice:
     """How the tokens of one micro-batch are chosen.
 
     Attributes:
-        kind: ``"random"``, every block draws anew (random-LTD, arXiv 2211.11586); ``"grid"``, regular with a phase at
-            random (once for all blocks, as the following); ``"variance"``, drawn in proportion to the variance of a
-            patch's pixels; ``"attention"``, in proportion to what the sample's mean token would attend to.
+        kind: ``"random"``; ``"random_per_block"``, every block draws anew (random-LTD, arXiv 2211.11586), where the
+            others draw once for all blocks; ``"grid"``, regular with a phase at random; ``"variance"``, drawn in
+            proportion to the variance of a patch's pixels; ``"attention"``, in proportion to what the sample's mean
+            token would attend to.
         blocks: Indices of the middle blocks.
         keep: How many tokens of a sequence of a given length pass them.
         seed: Entropy of the draws.
@@ -76,7 +77,7 @@ class TokenChoice:
 
     def _weights(self, hidden: Tensor, real: Tensor) -> Tensor | None:
         """Weights of the draw, [B, T] and positive, or None where all are alike."""
-        if self.kind == "random":
+        if self.kind not in ("variance", "attention"):
             return None
         weights = self._of_patches(hidden) if self.kind == "variance" else _received(hidden.detach().float(), real)
         mean = (weights * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
@@ -100,7 +101,7 @@ class TokenPass:
 
     Attributes:
         choice: How tokens are chosen.
-        selections: What was chosen, by the index of the block (``"random"``), or once for all.
+        selections: What was chosen, by the index of the block (``"random_per_block"``), or once for all.
     """
 
     choice: TokenChoice
@@ -111,7 +112,7 @@ class TokenPass:
         self, block: int, hidden: Tensor, real: Callable[[], Tensor | None], is_causal: bool
     ) -> TokenSelection | None:
         """The tokens that pass a block, `real` is asked once a pass; see `TokenChoice.draw`."""
-        key = block if self.choice.kind == "random" else None
+        key = block if self.choice.kind == "random_per_block" else None
         if key not in self.selections:
             with torch.no_grad():
                 self._real = self._real or [real()]

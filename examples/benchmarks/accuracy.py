@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -34,7 +35,7 @@ from d2ft_peft.training.data import TrainingData
 def parse(row: str) -> tuple[str, dict]:
     """Name of a row, and the fields that it sets."""
     name, _, fields = row.partition(":")
-    pairs = (pair.split("=") for pair in fields.split(",")) if fields else ()
+    pairs = (pair.split("=") for pair in re.split(r",(?![^(]*\))", fields)) if fields else ()
     return name, {key: _literal(value) for key, value in pairs}
 
 

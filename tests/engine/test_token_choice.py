@@ -29,7 +29,7 @@ RIGHT = torch.arange(16) < torch.tensor([[16], [9], [4]])
 
 
 @pytest.mark.parametrize("real", [RIGHT, RIGHT.flip(1)], ids=["right", "left"])
-@pytest.mark.parametrize("kind", ["random", "grid", "attention"])
+@pytest.mark.parametrize("kind", ["random", "random_per_block", "grid", "attention"])
 def test_padding_is_kept_only_where_a_sample_has_too_few_real_tokens(kind, real):
     kept = drawn(kind, HIDDEN, real, is_causal=kind != "attention")
     assert (kept.diff(dim=2) > 0).all()  # in order, none twice
@@ -42,7 +42,7 @@ def test_padding_is_kept_only_where_a_sample_has_too_few_real_tokens(kind, real)
 
 
 def test_every_token_is_as_likely_as_any_other():
-    for kind in ("random", "grid"):
+    for kind in ("random", "random_per_block", "grid"):
         share = shares(drawn(kind, HIDDEN), 16)
         assert (share[:, 0] == 1).all() and (share[:, 1:] - 5 / 15).abs().max() < 0.15
 
@@ -67,8 +67,8 @@ def test_what_the_mean_token_attends_to_is_kept_more_often():
     assert share[0, 1:8].mean() < 0.8 * share[0, 8:].mean()
 
 
-def test_random_is_drawn_anew_for_every_block_and_pass_and_others_once_a_pass():
-    for kind, same in (("random", False), ("grid", True)):
+def test_tokens_are_drawn_once_a_pass_or_by_every_block():
+    for kind, same in (("random_per_block", False), ("random", True), ("grid", True)):
         first, second = (draws := choice(kind)).new_pass(), draws.new_pass()
         one, two = (first.selection(block, HIDDEN, lambda: None, False).index for block in (1, 2))
         assert one.equal(two) == same

@@ -28,11 +28,12 @@ from tests.tuners.test_equality import (
 
 
 CASES = [
-    ("vit", "random", "sdpa", "none"), ("vit", "grid", "eager", "none"), ("vit", "variance", "sdpa", "none"),
+    ("vit", "random_per_block", "sdpa", "none"), ("vit", "grid", "eager", "none"), ("vit", "variance", "sdpa", "none"),
     ("vit", "attention", "sdpa", "none"), ("bert", "random", "sdpa", "none"), ("bert", "grid", "eager", "left"),
-    ("bert", "attention", "sdpa", "right"), ("llama", "random", "sdpa", "left"), ("llama", "grid", "sdpa", "right"),
+    ("bert", "attention", "sdpa", "right"), ("llama", "random_per_block", "sdpa", "left"),
+    ("llama", "grid", "sdpa", "right"),
     ("llama", "grid", "sdpa", "none"), ("llama", "random", "eager", "right"), ("qwen3", "random", "sdpa", "left"),
-    ("gpt2", "random", "sdpa", "right"), ("gpt2", "grid", "eager", "left"),
+    ("gpt2", "random_per_block", "sdpa", "right"), ("gpt2", "grid", "eager", "left"),
     ("bert", "grid", "sdpa", "right, over keys"),
 ]  # fmt: skip
 
@@ -93,7 +94,7 @@ def test_checkpoints_around_the_call_of_a_block_keep_its_choice_too(kind, monkey
 
 def of_two_passes(kind, change=lambda model: None):
     """Gradients of a micro-batch that runs its model twice."""
-    model, batch = adapted(base_of("llama")), batch_of("llama")
+    model, batch = adapted(base_of("llama"), token_choice="random_per_block"), batch_of("llama")
     enable_checkpointing(model, kind)
     change(model)
     planner = D2FTPlanner(model)

@@ -103,7 +103,7 @@ def one_process():
         class Watching(D2FTTrainer):
             def compute_loss(self, *args, **kwargs):
                 result = super().compute_loss(*args, **kwargs)
-                self.drawn = self.planner.runtime.token_pass.selections[1].index
+                self.drawn = self.planner.runtime.token_pass.selections[None].index
                 return result
 
         trainer = Watching(model=adapt("llama", "lora", **config).float(), args=args, train_dataset=samples("llama"))
