@@ -114,10 +114,10 @@ class LowerResolution:
 
 def low_batches(task: Task, args: argparse.Namespace) -> int:
     """How many batches of a run have to be small so that its compute is the budget."""
-    model = get_peft_model(task.model(), D2FTConfig(policy="all_full", train_boundary=True))
-    planner = D2FTPlanner(model)
+    base = task.model()
+    full, low = ((side // base.config.patch_size) ** 2 + 1 for side in (args.size, args.low))
+    planner = D2FTPlanner(get_peft_model(base, D2FTConfig(policy="all_full", train_boundary=True)))
     planner.prepare(task.collate(task.train[:1]))
-    full, low = ((side // 16) ** 2 + 1 for side in (args.size, args.low))
     share = planner.costs.full_flops([(1, low)]) / planner.costs.full_flops([(1, full)])
     return round(min(1.0, (1 - args.budget) / (1 - share)) * args.steps * args.micro_batches)
 
@@ -158,12 +158,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--choices", nargs="+", default=["random", "grid", "variance", "attention"])
+    parser.add_argument("--choices", nargs="+", default=["random_per_block", "grid", "variance", "attention"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--assets")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--low", type=int, default=96, help="side of the images of lower resolution")
-    choices = [f"fewer_tokens:token_choice={choice}" for choice in ("random", "grid", "variance")]
+    choices = [f"fewer_tokens:token_choice={choice}" for choice in ("random", "random_per_block", "grid", "variance")]
     parser.add_argument("--rows", nargs="+", default=["plain", "fewer_samples", LOWER, *choices])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=60)
