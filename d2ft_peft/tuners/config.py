@@ -71,9 +71,9 @@ class D2FTConfig(LoraConfig):
         forward_only_cost: Cost of FORWARD_ONLY relative to FULL in the schedule; None takes it from the model's own
             FLOPs, 0.4 is the paper's.
         seed: Seed of policies that draw at random.
-        token_choice: Which tokens pass the middle blocks: drawn at ``"random"``, anew by every block
-            (``"random_per_block"``), a regular ``"grid"``, drawn by the pixel ``"variance"`` of their patches, or by
-            the ``"attention"`` that the mean token would pay them.
+        token_choice: Which tokens pass the middle blocks: a regular ``"grid"``, drawn at ``"random"``, anew by every
+            block (``"random_per_block"``), by the pixel ``"variance"`` of their patches, or by the ``"attention"`` that
+            the mean token would pay them.
         token_margins: How many of the first (at least 1) and of the last blocks see all tokens.
         token_dense_share: Share of the last steps that run on all tokens, in [0, 1); the budget holds for the whole
             run all the same.
@@ -102,7 +102,7 @@ class D2FTConfig(LoraConfig):
     shortcut: Literal["zero", "mean", "rescale"] = "zero"
     forward_only_cost: float | None = None
     seed: int = 0
-    token_choice: Literal["random", "random_per_block", "grid", "variance", "attention"] = "random"
+    token_choice: Literal["grid", "random", "random_per_block", "variance", "attention"] = "grid"
     token_margins: tuple[int, int] = (1, 1)
     token_dense_share: float = 0.1
     token_ramp: float = 0.0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .config import D2FTConfig
 
 LIVE_SCORES = ("loss", "el2n")
-TOKEN_CHOICES = ("random", "random_per_block", "grid", "variance", "attention")
+TOKEN_CHOICES = ("grid", "random", "random_per_block", "variance", "attention")
 SCORES = ("weight_magnitude", "fisher", "gradient_magnitude", "taylor", *LIVE_SCORES)
 
 # What a LoraConfig can ask for and the head-wise execution of LoRA does not do.

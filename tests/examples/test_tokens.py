@@ -38,7 +38,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_every_row_costs_its_share_of_the_plain_run(run):
-    fixed = ["--size", "64", "--low", "48", "--steps", "10", "--micro-batch-size", "1", "--rows"]
+    fixed = ["--size", "64", "--low", "48", "--steps", "5", "--micro-batch-size", "1", "--rows"]
     rows = run("accuracy", *fixed, "plain", "fewer_samples", "lower_resolution", "fewer_tokens:token_choice=variance")
     plain = next(row for row in rows if row["row"] == "plain")
     ratios = {row["row"]: row["flops"] / plain["flops"] for row in rows if row is not plain}
