@@ -50,7 +50,12 @@ def vision(**kwargs) -> tuple[torch.nn.Module, D2FTConfig, list[dict], float]:
             patch_size=2, num_channels=1, num_labels=10,
         )
     )  # fmt: skip
-    return model, D2FTConfig(train_boundary=True, num_full=3, **kwargs), data, 1e-3
+    return (
+        model,
+        D2FTConfig(train_boundary=True, num_full=3, head_start=False, skip_unread_rows=False, **kwargs),
+        data,
+        1e-3,
+    )
 
 
 def language(**kwargs) -> tuple[torch.nn.Module, D2FTConfig, list[dict], float]:
@@ -64,7 +69,9 @@ def language(**kwargs) -> tuple[torch.nn.Module, D2FTConfig, list[dict], float]:
             num_key_value_heads=4,
         )
     )  # fmt: skip
-    config = D2FTConfig(r=8, lora_alpha=16, policy="random", num_full=2, num_forward_only=1, **kwargs)
+    config = D2FTConfig(
+        r=8, lora_alpha=16, policy="random", num_full=2, num_forward_only=1, skip_unread_rows=False, **kwargs
+    )
     return model, config, data, 1e-2
 
 

@@ -12,6 +12,7 @@ from d2ft_peft.scores.contribution import GRADIENT_SCORES
 
 
 AUTO = {"device_capacities": "auto", "policy": "fewer_samples"}
+TOKENS = {"policy": "fewer_tokens"}
 DEFAULTS = {
     "r": None,
     "train_boundary": False,
@@ -44,6 +45,10 @@ DEFAULTS = {
     "cache_frozen": None,
     "cache_dtype": None,
     "cache_gigabytes": 8.0,
+    "token_choice": "grid",
+    "token_margins": (1, 1),
+    "token_dense_share": 0.1,
+    "token_ramp": 0.0,
 }
 
 BAD = [
@@ -93,7 +98,18 @@ BAD = [
     ({"num_devices": 2, "device_capacities": [0.5, 0]}, r"device_capacities\[1\]=0 must be in \(0, 1\]"),
     ({"policy": "best"}, "policy='best' is unknown; choose one of .*bilevel"),
     ({"policy": ["bilevel"]}, r"policy=\['bilevel'\] must be the name of a policy"),
-    ({"rows": "tokens"}, "rows='tokens' must be one of micro_batches, samples"),
+    ({"rows": "patches"}, "rows='patches' must be one of micro_batches, samples, tokens"),
+    ({"rows": "tokens"}, "rows='tokens' does not go with policy='exact_first'"),
+    ({**TOKENS, "rows": "samples"}, "rows='samples' does not go with policy='fewer_tokens'"),
+    ({**TOKENS, "num_full": 2}, "num_full=2 is not possible with policy='fewer_tokens'; give compute_budget alone"),
+    ({**TOKENS, "cache_frozen": "cache"}, "cache_frozen='cache' is not possible with policy='fewer_tokens'"),
+    ({**TOKENS, "shortcut": "mean"}, "shortcut='mean' is for heads"),
+    ({**TOKENS, "head_parallel": True}, "rows='tokens' is not available under head_parallel=True"),
+    ({**TOKENS, "token_choice": "best"}, "token_choice='best' must be one of grid, random, random_per_block"),
+    ({**TOKENS, "token_margins": (0, 1)}, r"token_margins=\(0, 1\) must be two integers, at least 1 for the first"),
+    ({**TOKENS, "token_dense_share": 1}, r"token_dense_share=1 must be a number in \[0, 1\)"),
+    ({**TOKENS, "token_ramp": 0.95}, "token_ramp=0.95 and token_dense_share=0.1 are more than all steps"),
+    ({"token_choice": "random"}, "token_choice='random' is for policy='fewer_tokens', not 'exact_first'; leave it out"),
     ({"interval": 0}, "interval=0 must be an integer of at least 1"),
     ({"policy": "importance", "num_full": 1, "num_forward_only": 1}, "num_forward_only=1 counts micro-batches"),
     ({"policy": "exact_first", "num_full": 2}, "num_full=2 is not possible under policy='exact_first'"),

@@ -26,6 +26,10 @@ CASES = {
     "last losses of micro-batches, inside a window": (
         {"policy": "importance", "rows": "micro_batches", "compute_budget": 0.5, "num_micro_batches": 4}, 1,
     ),
+    "tokens": ({"policy": "fewer_tokens", "compute_budget": 0.95, "token_dense_share": 0.34, "token_ramp": 0.2}, 2),
+    "tokens, inside a window": (
+        {"policy": "fewer_tokens", "compute_budget": 0.9, "token_dense_share": 0.0, "num_micro_batches": 4}, 1,
+    ),
     "means of features": ({"policy": "random", "compute_budget": 0.5, "shortcut": "mean"}, 2),
 }  # fmt: skip
 

@@ -58,16 +58,26 @@ class _UnderPlan:
     def __init__(self, runtime: Runtime, function):
         self.runtime, self.function = runtime, function
         self.plan, self.grad_at_entry = runtime.plan, torch.is_grad_enabled()
-        self.reading = runtime.reading
+        self.reading, self.token_pass = runtime.reading, runtime.token_pass
 
     def __call__(self, *args):
         runtime = self.runtime
-        current = runtime.plan, runtime.grad_at_entry, runtime.reading
+        current = runtime.plan, runtime.grad_at_entry, runtime.reading, runtime.token_pass
         runtime.plan, runtime.grad_at_entry, runtime.reading = self.plan, self.grad_at_entry, self.reading
+        recomputes = in_backward()
+        if recomputes:  # a forward pass begins within its first block
+            runtime.token_pass = self.token_pass
         try:
             return self.function(*args)
         finally:
-            runtime.plan, runtime.grad_at_entry, runtime.reading = current
+            runtime.plan, runtime.grad_at_entry, runtime.reading = current[:3]
+            if recomputes:
+                runtime.token_pass = current[3]
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass: a forward pass is then a recomputation."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _requires_grad(value: Any) -> bool:

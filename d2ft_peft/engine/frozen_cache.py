@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..hidden_states import content_key, with_padding
 from ..partition.body import bound_arguments
+from .checkpointing import in_backward
 from .row_store import RowStore
-from .runtime import Runtime, in_backward
+from .runtime import Runtime
 
 
 # Arguments that a model turns into the embeddings' output, or that blocks see as mask and positions only.

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..partition import Branch
+from .checkpointing import in_backward
 from .intercept import Intercept
 from .plan import Cell, Heads
 from .projection import ProjectionForward
-from .runtime import Follow, Run, Runtime, in_backward
+from .runtime import Follow, Run, Runtime
 
 
 class RegionForward(Intercept):
@@ -72,7 +73,7 @@ class RegionForward(Intercept):
             runtime.executed[self.index] = cell
             if self.index == 0:
                 samples, tokens = _first_tensor(args, kwargs).shape[:2]
-                runtime.passes.append((samples, tokens))
+                runtime.begin_pass(samples, tokens)
                 runtime.readings.append(runtime.reading)
         return cell
 

@@ -16,6 +16,7 @@ from .checkpointing import bind_checkpointing
 from .feature_mean import FeatureMean
 from .plan import Cell, Heads, Plan
 from .read_rows import Reading
+from .token_choice import TokenChoice, TokenPass
 
 
 if TYPE_CHECKING:
@@ -77,10 +78,13 @@ class Runtime:
         executed: What each branch did in the planned forward passes of the last micro-batch, by branch; None for all
             FULL.
         passes: Samples and tokens per sample at the first region, one entry for each planned forward pass of the
-            micro-batch; recomputation is no pass of its own.
+            micro-batch, and the tokens that passed the middle blocks where they were chosen; recomputation is no pass
+            of its own.
         readings: Which rows their loss reads, by forward pass; None where all are taken to be read.
         reading: The same of the forward pass that is running.
         unread: Leaves out the rows that no loss reads, or None.
+        tokens: How the current micro-batch's tokens are chosen, or None if every block sees all of them.
+        token_pass: Which tokens the running forward pass, or the one that is recomputed, has chosen.
         model: The model whose train mode says whether a forward pass is to be trained.
         grad_at_entry: Whether gradients were enabled where the checkpointing of the running block was entered, or None
             outside of one: reentrant checkpointing runs the block itself without.
@@ -101,10 +105,12 @@ class Runtime:
         self.run: Run | None = None
         self.follow: dict[int, Follow] = {}
         self.executed: dict[int, Cell | None] = {}
-        self.passes: list[tuple[int, int]] = []
         self.readings: list[Reading | None] = []
         self.reading: Reading | None = None
         self.unread: UnreadRows | None = None
+        self.passes: list[tuple[int, ...]] = []
+        self.tokens: TokenChoice | None = None
+        self.token_pass: TokenPass | None = None
         self.model: nn.Module | None = None
         self.grad_at_entry: bool | None = None
         self.driven = False
@@ -120,9 +126,9 @@ class Runtime:
         self._warned = False
 
     @contextmanager
-    def use(self, plan: Plan) -> Iterator[None]:
-        """Run one micro-batch, forward and backward, under `plan`."""
-        previous = self.plan
+    def use(self, plan: Plan, tokens: TokenChoice | None = None) -> Iterator[None]:
+        """Run one micro-batch, forward and backward, under `plan`, on chosen tokens where `tokens` says how."""
+        previous = self.plan, self.tokens
         for mean in self.means.values():
             mean.commit()
         self.executed.clear()
@@ -131,7 +137,7 @@ class Runtime:
         if self.cache is not None:
             self.cache.passes.clear()
         self.follow.clear()
-        self.plan = plan
+        self.plan, self.tokens, self.token_pass = plan, tokens, None
         self.cut = next((entry.index for entry in self.entries if entry.learns(plan)), len(self.entries))
         for block in self.blocks:
             bind_checkpointing(block, self)
@@ -143,9 +149,19 @@ class Runtime:
                 mean.discard()
             raise
         finally:
-            self.plan = previous
+            self.plan, self.tokens = previous
+            self.token_pass = None
             self.follow.clear()
             self.embedded.clear()
+
+    def begin_pass(self, samples: int, tokens: int) -> None:
+        """A planned forward pass reached the first region with so many samples, and tokens of each."""
+        self.passes.append((samples, tokens))
+        self.token_pass = None if self.tokens is None else self.tokens.new_pass()
+
+    def note_kept(self, kept: int) -> None:
+        """So many tokens of a sample pass a middle block."""
+        self.passes[-1] = (*self.passes[-1][:2], kept)
 
     @property
     def trains(self) -> bool:
@@ -171,8 +187,3 @@ class Runtime:
                 "Train with D2FTTrainer, D2FTCallback or D2FTPlanner.micro_batch.",
                 stacklevel=3,
             )
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass: a forward pass is then a recomputation."""
-    return torch._C._current_graph_task_id() != -1

@@ -69,7 +69,9 @@ class ExecutionCounts:
     last: Schedule | None = None
     since_log: Totals = field(default_factory=Totals)
     of_run: Totals = field(default_factory=Totals)
-    _open: dict[int, tuple[np.ndarray, Callable[[], tuple[float, float]]]] = field(default_factory=dict)
+    _open: dict[int, tuple[np.ndarray, Callable[[], tuple[float, float]], tuple[float, float]]] = field(
+        default_factory=dict
+    )
     _rows: dict[int, np.ndarray] = field(default_factory=dict)
 
     def begin(self) -> None:
@@ -82,6 +84,7 @@ class ExecutionCounts:
         row: np.ndarray,
         measure: Callable[[], tuple[float, float]],
         facts: BatchFacts | None = None,
+        shares: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         """A micro-batch of the planned step ran, or was passed over.
 
@@ -91,10 +94,11 @@ class ExecutionCounts:
             measure: Gives its FLOPs, and those if it had been FULL everywhere; asked once the step is over, when those
                 that ran have shown what one that did not would have cost.
             facts: What is known of its content, if it ran.
+            shares: What it did of the row's compute and communication, where tokens were left out.
         """
         self.see(facts)
         self._rows[index] = row
-        self._open[index] = row, measure
+        self._open[index] = row, measure, shares
 
     def see(self, facts: BatchFacts | None) -> None:
         """Count the tokens of a micro-batch that ran, as far as they are known."""
@@ -149,13 +153,19 @@ class ExecutionCounts:
             return
         rows = np.stack([self._open[index][0] for index in indices])
         flops, full_flops = np.sum([self._open[index][1]() for index in indices], axis=0).tolist()
-        self._open = {}
         part = _as_executed(schedule, indices, rows)
-        self._add(part, flops, full_flops)
+        shares = np.array([self._open[index][2] for index in indices])
+        self._open = {}
+        if (shares == 1).all():  # not left to rounding
+            self._add(part, flops, full_flops)
+        else:
+            self._add(part, flops, full_flops, *np.average(shares, axis=0, weights=part.weights).tolist())
 
-    def _add(self, part: Schedule, flops: float, full_flops: float) -> None:
+    def _add(
+        self, part: Schedule, flops: float, full_flops: float, of_compute: float = 1.0, of_communication: float = 1.0
+    ) -> None:
         ratios, weight = (
-            (part.compute_ratio, part.communication_ratio, part.workload_variance),
+            (of_compute * part.compute_ratio, of_communication * part.communication_ratio, part.workload_variance),
             float(part.weights.sum()),
         )
         totals = Totals(0, weight, *(weight * ratio for ratio in ratios), flops, full_flops)

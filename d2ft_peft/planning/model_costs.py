@@ -17,8 +17,9 @@ from ..schedule import CostModel, Operation
 from .facts import token_length
 
 
-Pass = tuple[float, int]
-"""Samples and tokens per sample of a forward pass."""
+Pass = tuple[float, int] | tuple[float, int, int]
+"""Samples and tokens per sample of a forward pass, and the tokens that passed the middle blocks where some were left
+out."""
 
 Unread = tuple[frozenset[str], int]
 """The modules that left out rows which no loss reads, and on how many rows they ran, of all samples together."""
@@ -37,13 +38,15 @@ class ModelCosts:
 
     Attributes:
         probe: What a look at the model showed, or None before.
+        middle: Indices of the middle blocks, where tokens may be left out.
     """
 
     def __init__(self, model: nn.Module, partition: Partition, forward_only_cost: float | None = None):
         self.model, self.partition, self.forward_only_cost = model, partition, forward_only_cost
         self.probe: Probe | None = None
         self._surroundings_known = True
-        self._by_length: dict[tuple[int, frozenset[str]], CostModel] = {}
+        self._by_length: dict[tuple[int, int | None, frozenset[str]], CostModel] = {}
+        self.middle = range(0)
         self._rows_per_sample = 1.0
 
     @property
@@ -57,10 +60,13 @@ class ModelCosts:
         costs = self.at(self.probe.sequence_length).costs
         return costs / costs.max()
 
-    def at(self, tokens: int, without: frozenset[str] = frozenset()) -> CostModel:
-        """The cost model at a length, per sample; optionally of the model without some modules."""
-        key = tokens, without
-        if key not in self._by_length:
+    def at(self, tokens: int, kept: int | None = None, without: frozenset[str] = frozenset()) -> CostModel:
+        """The cost model at a length, per sample; with `kept` tokens in the middle blocks, or without some modules."""
+        key = tokens, None if kept == tokens else kept, without
+        if key not in self._by_length and key[1] is not None:
+            both = self.at(tokens, None, without), self.at(kept, None, without)
+            self._by_length[key] = both[0].with_blocks(self.middle, both[1])
+        elif key not in self._by_length:
             probe = self.probe.at(tokens)
             self._by_length[key] = cost_model(self.model, self.partition, probe, self.forward_only_cost, without)
         return self._by_length[key]
@@ -119,14 +125,16 @@ class ModelCosts:
         if not self.known:
             return 0.0
         pairs = itertools.zip_longest(passes, unread)
-        return float(sum(self._of_pass(row, n, tokens, left_out) for (n, tokens), left_out in pairs))
+        return float(sum(self._of_pass(row, *one, unread=left_out) for one, left_out in pairs))
 
-    def _of_pass(self, row: np.ndarray, samples: float, tokens: int, unread: Unread | None) -> float:
-        whole = self.at(tokens).step_flops(row[None], np.array([samples]))
+    def _of_pass(
+        self, row: np.ndarray, samples: float, tokens: int, kept: int | None = None, unread: Unread | None = None
+    ) -> float:
+        whole = self.at(tokens, kept).step_flops(row[None], np.array([samples]))
         if unread is None:
             return whole
         without, rows = unread
-        least = self.at(tokens, without).step_flops(row[None], np.array([samples]))
+        least = self.at(tokens, kept, without).step_flops(row[None], np.array([samples]))
         return least + (whole - least) * rows / (samples * tokens)
 
     def flops_below(self, row: np.ndarray, passes: list[Pass], block: int) -> float:
@@ -134,8 +142,29 @@ class ModelCosts:
         return sum(n * self.at(tokens).forward_below(row, block) for n, tokens in passes) if self.known else 0.0
 
     def full_flops(self, passes: list[Pass]) -> float:
-        """FLOPs of the same passes if every subnet were FULL."""
-        return self.flops(np.full(self.partition.num_scheduled, Operation.FULL), passes)
+        """FLOPs of the same passes if every subnet were FULL, on all tokens."""
+        return self.flops(self._full_row, [one[:2] for one in passes])
+
+    def share_of_full(self, tokens: int, kept: int) -> float:
+        """FLOPs with `kept` tokens of each sample in the middle blocks, relative to all tokens."""
+        return self.flops(self._full_row, [(1, tokens, kept)]) / self.full_flops([(1, tokens)])
+
+    @property
+    def _full_row(self) -> np.ndarray:
+        return np.full(self.partition.num_scheduled, Operation.FULL)
+
+    def shares(self, passes: list[Pass]) -> tuple[float, float]:
+        """What passes did of the subnets' compute, and of the tokens that blocks hand on, relative to all tokens."""
+        if not self.known or not any(len(one) > 2 for one in passes):
+            return 1.0, 1.0
+        ran, whole, tokens, everyone = 0.0, 0.0, 0.0, 0.0
+        for n, length, *kept in passes:
+            ran += n * float(self.at(length, *kept).costs[:, Operation.FULL].sum())
+            whole += n * float(self.at(length).costs[:, Operation.FULL].sum())
+            left_out = len(self.middle) * (length - (kept[0] if kept else length))
+            tokens += n * (len(self.partition.blocks) * length - left_out)
+            everyone += n * len(self.partition.blocks) * length
+        return ran / whole, tokens / everyone
 
     def of_samples(self, tokens: np.ndarray) -> np.ndarray:
         """FLOPs of samples of these lengths where every subnet is FULL, [n]."""
@@ -144,7 +173,7 @@ class ModelCosts:
 
     def saw(self, passes: list[Pass], samples: float) -> None:
         """Note how many samples go through the model for one of a micro-batch: two, where they are pairs."""
-        self._rows_per_sample = sum(n for n, _ in passes) / samples if samples else self._rows_per_sample
+        self._rows_per_sample = sum(n for n, *_ in passes) / samples if samples else self._rows_per_sample
 
     def expected(self, samples: float, length: int | None) -> list[Pass]:
         """The passes of a micro-batch that did not run; its length is the agreed one by default."""

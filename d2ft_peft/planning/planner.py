@@ -46,6 +46,7 @@ from .model_costs import Pass, Unread
 from .planned_step import PlannedStep, Prices, check_same_schedule
 from .sample_choice import SampleChoice, mean_over_processes
 from .schedule_maker import ScheduleMaker
+from .token_budget import TokenBudget
 
 
 class D2FTPlanner(ScheduleMaker):
@@ -56,9 +57,11 @@ class D2FTPlanner(ScheduleMaker):
         num_micro_batches: Micro-batches of a usual step; a shorter one is the rest of an epoch. By default those of
             the first step.
         progress: Whether scoring passes show a progress bar.
+        steps: Optimizer steps of the whole run, which policies over tokens ask for; the Trainer says it itself.
 
     Attributes:
         counts: What was executed.
+        tokens: How many tokens pass the middle blocks, or None unless the policy is over tokens.
         shares: How samples are shared out over unequal processes, or None if all run equally many.
         account: What the run may spend, where its budget is a share of plain training's compute; else None.
         open_step: Of a step that a checkpoint interrupts and that is to be entered into the account: the fields of its
@@ -66,9 +69,19 @@ class D2FTPlanner(ScheduleMaker):
         table_files: Where score tables were written, by their fingerprint: they are written once a run.
     """
 
-    def __init__(self, model: nn.Module, num_micro_batches: int | None = None, progress: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        num_micro_batches: int | None = None,
+        progress: bool = True,
+        steps: int | None = None,
+    ):
         super().__init__(model, num_micro_batches)
-        self.progress = progress
+        self.progress, self.steps = progress, steps
+        self.tokens: TokenBudget | None = None
+        if self.config.rows == "tokens":
+            self.tokens = TokenBudget(self.config, self.costs, len(self.partition.blocks))
+            self.costs.middle = self.tokens.blocks
         self.counts = ExecutionCounts()
         base = base_model(model)
         projections = [base.get_submodule(name) for name in self.partition.projections]
@@ -113,6 +126,8 @@ class D2FTPlanner(ScheduleMaker):
         self._refuse_samples()
         facts = [take_facts(batch, self.shifts_labels) for batch in batches]
         self.prepare(batches[0])
+        if self.tokens is not None:
+            self.tokens.begin_step(self.step, self.steps)
         return self.plan_facts(facts)
 
     def plan_facts(self, facts: Sequence[BatchFacts]) -> Schedule:
@@ -340,12 +355,15 @@ class D2FTPlanner(ScheduleMaker):
     def micro_batch(self, index: int) -> Iterator[MicroBatch]:
         """Run forward and backward of one micro-batch under its row of the schedule."""
         micro_batch = self.peek(index)
-        with self.costs.learning(), self.runtime.use(micro_batch.plan):
+        tokens = self.tokens and self.tokens.next_micro_batch()
+        with self.costs.learning(), self.runtime.use(micro_batch.plan, tokens):
             yield micro_batch
             row = executed_operations(self.partition, self.runtime.executed)
             passes = self._passes(index)
             unread = [reading and reading.ran for reading in self.runtime.readings]
             spared = self._spared_flops(row)
+        if self.tokens is not None:
+            self.tokens.check_ran(passes)
         if self.counts.each_is_a_step and not micro_batch.skipped:
             self._zero_missing_gradients()
         self._note(index, row, passes, unread, spared)
@@ -388,7 +406,7 @@ class D2FTPlanner(ScheduleMaker):
             full = share * costs.full_flops(passes or costs.expected(here, length)) if plain is None else plain
             return share * flops, full
 
-        self.counts.note(index, row, measure, planned.facts[index] if passes else None)
+        self.counts.note(index, row, measure, planned.facts[index] if passes else None, costs.shares(passes))
         if self.counts.is_complete(self.schedule):
             self._finish_step()
 

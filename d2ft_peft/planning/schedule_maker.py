@@ -122,6 +122,8 @@ class ScheduleMaker:
         """The configured budget, or that of the shorter rest of an epoch."""
         if self.num_micro_batches is None:
             self.num_micro_batches = num_micro_batches
+        if self.config.rows == "tokens":  # kept within the micro-batches, not by their schedule
+            return Budget(compute=1.0)
         if num_micro_batches >= self.num_micro_batches:
             return self.config.budget
         costs = self.costs.relative.sum(axis=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,6 +69,19 @@ class CostModel:
         table[:, Operation.FULL] = full
         table[:, Operation.FORWARD_ONLY] = forward if self.forward_only_cost is None else self.forward_only_cost * full
         return table
+
+    def with_blocks(self, blocks: Sequence[int], other: CostModel) -> CostModel:
+        """These costs, with those of `other` (the same model on other samples) in some blocks."""
+        of_block = np.isin(np.arange(len(self.shared_forward)), blocks)
+        changed = {}
+        for name in ("forward", "backward", "entry_gradient"):
+            changed[name] = np.where(of_block[self.blocks], getattr(other, name), getattr(self, name))
+        for name in (
+            "shared_forward", "shared_backward", "shared_entry_gradient", "inside_forward", "inside_weight_gradient",
+        ):  # fmt: skip
+            if getattr(self, name) is not None:
+                changed[name] = np.where(of_block, getattr(other, name), getattr(self, name))
+        return replace(self, **changed)
 
     def step_flops(self, operations: np.ndarray, samples: np.ndarray) -> float:
         """FLOPs of a step, exactly: with the passes that blocks share, the embeddings and head of the micro-batches

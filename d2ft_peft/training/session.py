@@ -128,6 +128,8 @@ class TrainingSession:
             As many batches as there are, those that do not run first; and the ones that run.
         """
         self._check_unchanged()
+        if self.planner.tokens is not None:
+            self.planner.tokens.begin_step(self.trainer.state.global_step, self.trainer.state.max_steps)
         if self.accumulation == 1 and not self.planner.schedules_samples:
             self.step_tasks = tasks = self._next_of_window(iterator)
         else:

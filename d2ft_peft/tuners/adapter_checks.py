@@ -88,7 +88,7 @@ def is_dense(weight: torch.Tensor) -> bool:
 
 
 def _runs_whole_projections(config: D2FTConfig) -> bool:
-    return config.rows == "samples" or config.policy in ("all_full", "exact_first")
+    return config.rows in ("samples", "tokens") or config.policy in ("all_full", "exact_first")
 
 
 def check_loads_in_peft(model: nn.Module, partition: Partition, config: D2FTConfig) -> None:

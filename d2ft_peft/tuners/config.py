@@ -60,7 +60,8 @@ class D2FTConfig(LoraConfig):
             for what only the paper's ``"bilevel"`` does (counts, devices, scores, ties, ``head_parallel``).
         rows: What the policy schedules: ``"micro_batches"`` as they come, or ``"samples"``, from which micro-batches
             are then composed; None is what the policy is meant for (``"exact_first"``: samples, where the data let them
-            be told apart).
+            be told apart). ``"tokens"`` belongs to ``policy="fewer_tokens"``: the middle blocks run on some tokens of
+            every sample.
         padding: ``"compose"``: where samples are scheduled, those of about the same length share a micro-batch, so that
             little of it is padding; a step's gradient stays the same. ``"flatten"``: those of a causal language model
             lie one after the other in one row, without any, for attention that keeps them apart at no cost
@@ -99,6 +100,13 @@ class D2FTConfig(LoraConfig):
             the same in every epoch; what is augmented is only computed. Not saved with the adapter.
         cache_dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` to keep it in; None keeps its bits.
         cache_gigabytes: Most bytes in that folder, in units of 1e9; what comes later is computed in every epoch.
+        token_choice: Which tokens pass the middle blocks: a regular ``"grid"``, drawn at ``"random"``, anew by every
+            block (``"random_per_block"``), by the pixel ``"variance"`` of their patches, or by the ``"attention"`` that
+            the mean token would pay them.
+        token_margins: How many of the first (at least 1) and of the last blocks see all tokens.
+        token_dense_share: Share of the last steps that run on all tokens, in [0, 1); the budget holds for the whole
+            run all the same.
+        token_ramp: Share of the first steps over which the number of tokens falls to that of the others, in [0, 1).
     """
 
     r: int | None = field(default=None, metadata={"help": "LoRA rank, or None for full fine-tuning"})
@@ -114,7 +122,7 @@ class D2FTConfig(LoraConfig):
     device_capacities: list[float] | Literal["auto"] | None = None
     head_parallel: bool = False
     policy: str | None = None
-    rows: Literal["micro_batches", "samples"] | None = None
+    rows: Literal["micro_batches", "samples", "tokens"] | None = None
     padding: Literal["compose", "flatten", "keep"] = "compose"
     interval: int = 10
     tie_break: Literal["aligned", "spread"] = "aligned"
@@ -132,6 +140,10 @@ class D2FTConfig(LoraConfig):
     cache_frozen: str | None = None
     cache_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     cache_gigabytes: float = 8.0
+    token_choice: Literal["grid", "random", "random_per_block", "variance", "attention"] = "grid"
+    token_margins: tuple[int, int] = (1, 1)
+    token_dense_share: float = 0.1
+    token_ramp: float = 0.0
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LIVE_SCORES = ("loss", "el2n")
 CACHE_DTYPES = ("float32", "float16", "bfloat16")
+TOKEN_CHOICES = ("grid", "random", "random_per_block", "variance", "attention")
 SCORES = ("weight_magnitude", "fisher", "gradient_magnitude", "taylor", *LIVE_SCORES)
 
 # What a LoraConfig can ask for and the head-wise execution of LoRA does not do.
@@ -63,7 +64,7 @@ def check_own_fields(config: D2FTConfig) -> None:
     config.backward_score = config.backward_score or facts.backward_score
     config.forward_score = config.forward_score or "weight_magnitude"
     for name, allowed in (
-        ("backward_score", SCORES), ("forward_score", SCORES), ("rows", ("micro_batches", "samples")),
+        ("backward_score", SCORES), ("forward_score", SCORES), ("rows", ("micro_batches", "samples", "tokens")),
         ("tie_break", ("aligned", "spread")), ("shortcut", ("zero", "mean", "rescale")),
         ("padding", ("compose", "flatten", "keep")),
     ):  # fmt: skip
@@ -95,6 +96,45 @@ def check_own_fields(config: D2FTConfig) -> None:
     config.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
     if config.head_parallel:
         _check_head_parallel(config)
+    _check_tokens(config)
+
+
+def _check_tokens(config: D2FTConfig) -> None:
+    fields = {f.name: f for f in dataclasses.fields(config) if f.name.startswith("token_")}
+    if isinstance(config.token_margins, list):  # as JSON has it
+        config.token_margins = tuple(config.token_margins)
+    over_tokens = config.policy == "fewer_tokens"
+    check(
+        (config.rows == "tokens") == over_tokens, "rows", config.rows,
+        f"does not go with policy={config.policy!r}; rows='tokens' and policy='fewer_tokens' belong together",
+    )  # fmt: skip
+    if not over_tokens:
+        for name, f in fields.items():
+            value = getattr(config, name)
+            check(value == f.default, name, value, f"is for policy='fewer_tokens', not {config.policy!r}; leave it out")
+        return
+    for name in ("communication_budget", "num_full", "device_capacities", "cache_frozen"):
+        value = getattr(config, name)
+        check(value is None, name, value, "is not possible with policy='fewer_tokens'; give compute_budget alone")
+    check(
+        config.shortcut == "zero", "shortcut", config.shortcut, "is for heads; policy='fewer_tokens' runs all of them"
+    )
+    check(
+        config.token_choice in TOKEN_CHOICES, "token_choice", config.token_choice,
+        f"must be one of {', '.join(TOKEN_CHOICES)}",
+    )  # fmt: skip
+    margins = config.token_margins
+    check(
+        isinstance(margins, tuple) and len(margins) == 2
+        and all(isinstance(n, Integral) and not isinstance(n, bool) for n in margins)
+        and margins[0] >= 1 and margins[1] >= 0,
+        "token_margins", margins, "must be two integers, at least 1 for the first blocks and 0 for the last",
+    )  # fmt: skip
+    for name in ("token_dense_share", "token_ramp"):
+        value = getattr(config, name)
+        check(_is_number(value) and 0 <= value < 1, name, value, "must be a number in [0, 1)")
+    dense, ramp = config.token_dense_share, config.token_ramp
+    check(dense + ramp <= 1, "token_ramp", ramp, f"and token_dense_share={dense} are more than all steps; lower one")
 
 
 def _default_policy(config: D2FTConfig) -> str:
@@ -166,6 +206,7 @@ def _check_head_parallel(config: D2FTConfig) -> None:
             ("samples",),
             "skips whole samples, as plain data parallelism can; choose a policy over micro-batches",
         ),
+        ("rows", ("tokens",), "is not available under head_parallel=True; choose a policy over micro-batches"),
         ("backward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'weight_magnitude'"),
         ("forward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'weight_magnitude' or 'fisher'"),
         ("keep_base", (False,), "trains the base itself, which head_parallel=True cuts up; leave it True"),

@@ -15,6 +15,7 @@ from ..engine.intercept import Intercept, find_runtime
 from ..engine.projection import ProjectionForward
 from ..engine.region import RegionForward
 from ..engine.runtime import Runtime
+from ..engine.token_rows import check_takes_tokens, install_token_rows
 from ..engine.touch_loss import TouchLoss
 from ..partition import Partition, partition_model, parts_elsewhere
 from .adapter_checks import check_beside_others, check_loads_in_peft, check_weights, leave_out_what_peft_renames
@@ -50,6 +51,8 @@ class SubnetTuner(BaseTuner):
             check_beside_others(config, adapter_name, others, partitions[next(iter(others))])
         partition = partition_model(model, config.heads_per_subnet)
         check_weights(model, partition, config)
+        if config.rows == "tokens":
+            check_takes_tokens(model, partition, config.token_margins, config.token_choice)
         partitions[adapter_name] = partition
         self._remove_interceptions()
         try:
@@ -119,6 +122,10 @@ class SubnetTuner(BaseTuner):
                 column.siblings = tuple(columns)
             for interception in (*forwards, region):
                 interception.install()
+        over_tokens = [config for name in runtime.partitions if (config := self.peft_config[name]).rows == "tokens"]
+        if over_tokens:
+            images = any(config.token_choice == "variance" for config in over_tokens)
+            install_token_rows(self.model, runtime, partition, images)
         self.model.register_forward_hook(TouchLoss(self.model, runtime))
         if not parts_elsewhere(self.model):  # a block that stands for others learns what they learn
             install_entries(self.model, runtime, partition)

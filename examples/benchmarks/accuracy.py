@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import tempfile
 import time
 import warnings
@@ -39,7 +40,7 @@ OF_THE_RUN = ("lr", "steps", "averaged")
 def parse(row: str) -> tuple[str, dict]:
     """Name of a row, and the fields that it sets."""
     name, _, fields = row.partition(":")
-    pairs = (pair.split("=") for pair in fields.split(",")) if fields else ()
+    pairs = (pair.split("=") for pair in re.split(r",(?![^(]*\))", fields)) if fields else ()
     return name, {key: _literal(value) for key, value in pairs}
 
 

@@ -46,6 +46,7 @@ def assert_resumes(folder, config, stops=(2, 4), **kwargs):
 NEEDS = {
     "bilevel": {"forward_score": "weight_magnitude"}, "joint": {"forward_score": "weight_magnitude"},
     "all_full": {"compute_budget": 1.0}, "drop_bp": {"compute_budget": 0.8}, "lisa": {"compute_budget": 0.8},
+    "fewer_tokens": {"compute_budget": 0.9},
 }  # fmt: skip
 POLICIES = [name for name in policy_names() if not name.startswith("test")]
 

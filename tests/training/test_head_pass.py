@@ -12,10 +12,17 @@ from transformers import Trainer, TrainerCallback, set_seed
 
 from d2ft_peft import D2FTCallback, D2FTConfig, D2FTTrainer, fit_head
 from d2ft_peft.head_start import HeadFeatures, HeadStartRefused
+from d2ft_peft.training import head_pass
 from tests.distributed.launch import run
 from tests.head_start.test_fit_head import batches, build
 from tests.models import TINY
 from tests.test_trainer import arguments, assert_equal, trained
+
+
+@pytest.fixture(autouse=True)
+def few_classes_are_enough(monkeypatch):
+    """The tiny models have three."""
+    monkeypatch.setattr(head_pass, "_FEWEST_CLASSES", 2)
 
 
 def adapt(name="vit", dtype=torch.float32, **config):
@@ -215,7 +222,7 @@ def test_a_fraction_and_the_runs_compute_bound_the_pass(tmp_path):
 
 
 def two_processes(batch_size):
-    model = adapt(dtype=torch.float64, policy="all_full")
+    model = adapt(dtype=torch.float64, policy="all_full", head_start=True)  # processes of their own know no fixture
     data = samples(dtype=torch.float64)
     with tempfile.TemporaryDirectory() as folder:
         args = {"per_device_train_batch_size": int(batch_size)}
@@ -232,3 +239,11 @@ def test_two_processes_fit_what_one_does(tmp_path):
     assert torch.equal(first["head"], second["head"]) and torch.equal(first["facts"], second["facts"])
     torch.testing.assert_close(first["head"], whole["head"], rtol=1e-6, atol=1e-8)
     assert first["facts"][0] == 41 and first["facts"][2] == pytest.approx(whole["facts"][2].item())
+
+
+def test_a_head_of_few_classes_starts_as_it_is_unless_asked_for(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(head_pass, "_FEWEST_CLASSES", 10)
+    with caplog.at_level(logging.INFO):
+        assert started(tmp_path)._d2ft_session.head_start is None
+    assert "has 3 outputs, and a head start pays from 10 on" in caplog.text
+    assert started(tmp_path, head_start=True)._d2ft_session.head_start is not None

@@ -117,7 +117,8 @@ def test_a_compute_loss_that_knows_fewer_arguments(tmp_path):
         def compute_loss(self, model, inputs, num_items_in_batch=None):
             return model(**inputs).loss
 
-    trainer = Short(model=adapt("vit", compute_budget=0.5).float(), args=arguments(tmp_path), train_dataset=samples())
+    model = adapt("vit", policy="bilevel", compute_budget=0.5).float()
+    trainer = Short(model=model, args=arguments(tmp_path), train_dataset=samples())
     trainer.train()
     assert ratios(trainer) == [0.5] * 3
 

@@ -36,6 +36,7 @@ CONFIGS = {
     "random": {"policy": "random", "compute_budget": 0.5},
     "importance": {"policy": "importance", "compute_budget": 0.5},
     "last losses of micro-batches": {"policy": "importance", "rows": "micro_batches", "compute_budget": 0.5},
+    "tokens": {"policy": "fewer_tokens", "compute_budget": 0.9},
     "means": {"policy": "random", "compute_budget": 0.5, "shortcut": "mean"},
 }
 

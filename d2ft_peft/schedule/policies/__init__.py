@@ -13,6 +13,7 @@ from .registry import Policy, PolicyFacts, get_policy, policy_facts, policy_name
 from .round_robin import round_robin
 from .samples import exact_first, fewer_samples, importance, selective_backprop
 from .stochastic_depth import stochastic_depth
+from .tokens import fewer_tokens
 
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "dynamic_pruning",
     "exact_first",
     "fewer_samples",
+    "fewer_tokens",
     "get_policy",
     "importance",
     "joint",

@@ -11,7 +11,7 @@ from ..schedule import Schedule
 Policy = Callable[[Problem], Schedule]
 """A policy is a function from the numbers of a step to its schedule."""
 
-Rows = Literal["micro_batches", "samples"]
+Rows = Literal["micro_batches", "samples", "tokens"]
 BudgetOf = Literal["schedule", "plain"]
 
 _POLICIES: dict[str, Policy] = {}
@@ -25,7 +25,8 @@ class PolicyFacts:
     Attributes:
         reads: which scores it looks at, "backward" or "forward"; others are not computed, and are ones.
         rows: what a row of its problem is unless the configuration says otherwise. Samples that get the same
-            operations are composed into micro-batches afterwards.
+            operations are composed into micro-batches afterwards; under "tokens" rows are micro-batches, of whose
+            samples execution leaves tokens out.
         backward_score: the backward score that it is meant for, the default of the configuration.
         budget_of: what a compute budget is a share of. "schedule": of all cells FULL, so that work which is saved
             besides (padding, unread rows) comes on top. "plain": of what plain training computes on the same batches,
@@ -56,8 +57,8 @@ def register_policy(
     """
     if not set(reads) <= {"backward", "forward"}:
         raise ValueError(f"reads={reads!r} must name 'backward', 'forward' or both")
-    if rows not in ("micro_batches", "samples"):
-        raise ValueError(f"rows={rows!r} must be 'micro_batches' or 'samples'")
+    if rows not in ("micro_batches", "samples", "tokens"):
+        raise ValueError(f"rows={rows!r} must be 'micro_batches', 'samples' or 'tokens'")
     if budget_of not in ("schedule", "plain"):
         raise ValueError(f"budget_of={budget_of!r} must be 'schedule' or 'plain'")
 
