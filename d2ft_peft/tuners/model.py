@@ -138,7 +138,7 @@ class SubnetTuner(BaseTuner):
             hooks = module._forward_hooks
             for key in [key for key, hook in hooks.items() if isinstance(hook, TouchLoss | NoteEmbedded)]:
                 del hooks[key]
-            if isinstance(module.__dict__.get("forward"), Intercept):
+            while isinstance(module.__dict__.get("forward"), Intercept):  # one may stand before another
                 module.forward.remove()
         for block in self.runtime.blocks:
             unbind_checkpointing(block)

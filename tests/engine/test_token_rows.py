@@ -115,7 +115,8 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("name", ["vit", "llama"])
 def test_a_budget_of_one_is_plain_fine_tuning_to_the_bit(name):
     base, batch = base_of(name), batch_of(name, "right")
-    model, twin = adapted(base, compute_budget=1.0), plain_twin(base, "full", False).train()
+    model = adapted(base, compute_budget=1.0, skip_unread_rows=False)
+    twin = plain_twin(base, "full", False).train()
     planner = D2FTPlanner(model)
     planner.plan([dict(batch)])
     with planner.micro_batch(0):
@@ -130,7 +131,7 @@ def test_counted_flops_meet_the_budget_and_are_what_was_foreseen(model, length, 
     name, overrides = model, {"num_hidden_layers": 6, "max_position_embeddings": length, "intermediate_size": 96}
     base, ids = TINY[name].build(**overrides), torch.randint(3, 60, (1, length))
     batch = {"input_ids": ids, "labels": ids if TINY[name].kind == "causal" else torch.tensor([1])}
-    model = adapted(base, mode, compute_budget=0.6)
+    model = adapted(base, mode, compute_budget=0.6, skip_unread_rows=False)
     planner = D2FTPlanner(model)
     flops = []
     for budget in (0.6, 1.0):

@@ -42,8 +42,9 @@ def check_rows(rows):
     assert compute["D2FT"] == pytest.approx(0.6, abs=0.15)  # on average over the run, which has two steps
     assert compute["LoRA, fewer samples"] == pytest.approx(0.6 * compute["LoRA"])
     assert compute["D2FT-LoRA"] == pytest.approx(0.6 * compute["LoRA"], abs=0.15)
-    # Two FULL and three FORWARD_ONLY of five, and the pass that scores 160 samples before 2 steps of 80.
-    assert compute["D2FT, head by head"] == pytest.approx(0.6 + 160 / 160, abs=0.05)
+    # Two FULL and three FORWARD_ONLY of five, and the pass that scores 160 samples before 2 steps of 80,
+    # which leave out the rows of the last of two blocks that no loss reads.
+    assert compute["D2FT, head by head"] == pytest.approx(0.6 + 160 / 160, abs=0.2)
     memory = {name: row["peak memory, MiB"] for name, row in rows.items()}
     assert memory["D2FT"] > memory["full"] > 0, "the original weights stay beside the trained ones"
 
