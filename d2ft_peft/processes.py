@@ -36,6 +36,11 @@ def all_reduce(values: np.ndarray, operation: Any = None) -> np.ndarray:
     return tensor.numpy()
 
 
+def mean_over_processes(*values: float) -> np.ndarray:
+    """Means of some numbers over the processes, the same bits on each."""
+    return all_reduce(np.array(values, dtype=float)) / world_size()
+
+
 def broadcast(values: np.ndarray, source: int) -> np.ndarray:
     """Values of one process on all of them, of any type; the others give an array of the same shape."""
     if world_size() == 1:

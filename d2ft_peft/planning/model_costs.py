@@ -12,9 +12,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..costs import Probe, ProjectionsBypassed, cost_model, probe_model, watch
-from ..partition import Partition
+from ..engine import FrozenCache
+from ..partition import Partition, base_model
 from ..schedule import CostModel, Operation
-from .facts import token_length
+from .facts import BatchFacts, token_length
 
 
 Pass = tuple[float, int] | tuple[float, int, int]
@@ -23,6 +24,15 @@ out."""
 
 Unread = tuple[frozenset[str], int]
 """The modules that left out rows which no loss reads, and on how many rows they ran, of all samples together."""
+
+
+def separated(passes: Sequence[Pass], facts: BatchFacts | None, model: nn.Module) -> list[Pass]:
+    """Forward passes as kernels compute them: one that knows where the samples of a row begin computes nothing between
+    them."""
+    kernel = base_model(model).config._attn_implementation or ""
+    if facts is None or facts.lengths is None or not kernel.startswith("flash"):
+        return list(passes)
+    return [(1, int(length)) for length in facts.lengths] * len(passes)
 
 
 class ModelCosts:
@@ -140,6 +150,10 @@ class ModelCosts:
     def flops_below(self, row: np.ndarray, passes: list[Pass], block: int) -> float:
         """Forward FLOPs of the blocks below `block` in some passes; 0 before `learn`."""
         return sum(n * self.at(tokens).forward_below(row, block) for n, tokens in passes) if self.known else 0.0
+
+    def spared(self, row: np.ndarray, cache: FrozenCache | None) -> float:
+        """FLOPs that a cache of frozen blocks spared in the current micro-batch."""
+        return 0.0 if cache is None else self.flops_below(row, cache.passes, cache.cut)
 
     def full_flops(self, passes: list[Pass]) -> float:
         """FLOPs of the same passes if every subnet were FULL, on all tokens."""

@@ -9,8 +9,9 @@ import numpy as np
 
 from ..engine import compile_plan
 from ..partition import Partition
-from ..processes import gather, world_size
+from ..processes import gather, mean_over_processes, world_size
 from ..schedule import Schedule
+from .account import Account
 from .facts import BatchFacts
 from .micro_batch import MicroBatch
 
@@ -71,6 +72,30 @@ class PlannedStep:
             dataclasses.replace(micro_batch, weight=float(weight))
             for micro_batch, weight in zip(self.micro_batches, weights, strict=True)
         ]
+
+    def enter(self, account: Account) -> None:
+        """Enter what the step cost into the run's account, once; every process calls it alike."""
+        if self.prices is None:
+            return
+        plain, foreseen, executed, full = self._figures()
+        if full:  # at the prices that the step was planned with, whatever lengths its batches turned out to have
+            account.settle(plain, foreseen, foreseen * executed / full)
+        self.prices = None
+
+    def enter_or_leave_open(self, account: Account) -> tuple[float, ...] | None:
+        """`enter`, if the step is over; else what `reopen` needs to go on with it."""
+        if self.prices is None or self.complete:
+            self.enter(account)
+            return None
+        return tuple(self._figures().tolist())
+
+    def reopen(self, figures: Sequence[float]) -> None:
+        """Go on with a step that a checkpoint interrupted."""
+        plain, foreseen, self.executed, self.full = figures
+        self.prices = Prices(plain, foreseen)
+
+    def _figures(self) -> np.ndarray:
+        return mean_over_processes(self.prices.plain, self.prices.foreseen, self.executed, self.full)
 
     def share_here(self, index: int) -> float:
         """How many times over what this process runs of a micro-batch stands for what all processes do."""

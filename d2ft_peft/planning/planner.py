@@ -35,16 +35,16 @@ from torch import Tensor, nn
 from ..engine.plan import executed_operations
 from ..partition import base_model
 from ..processes import all_reduce, world_size
-from ..schedule import Budget, Schedule, compose, policy_facts
+from ..schedule import Schedule, compose, policy_facts
 from ..unequal import Shares
 from .account import Account
 from .candidates import Candidates
 from .execution_counts import ExecutionCounts
 from .facts import BatchFacts, shares_of_items, take_facts
 from .micro_batch import MicroBatch
-from .model_costs import Pass, Unread
+from .model_costs import Pass, Unread, separated
 from .planned_step import PlannedStep, Prices, check_same_schedule
-from .sample_choice import SampleChoice, mean_over_processes
+from .sample_choice import SampleChoice, budget_of_batches, prices_of_batches
 from .schedule_maker import ScheduleMaker
 from .token_budget import TokenBudget
 
@@ -145,28 +145,21 @@ class D2FTPlanner(ScheduleMaker):
             return self._sum_over_replicas(np.add.reduceat(values, starts)) / global_sizes[:, None]
 
         checks = self.step % self.config.interval == 0
-        budget, plain = self._budget_of(facts, global_sizes)
+        prices = None
+        if self.account is None:
+            budget = self._budget(len(facts))
+        else:
+            self.settle()
+            prices = prices_of_batches(self.costs, facts)
+            budget = budget_of_batches(self.account, prices, global_sizes)
         self.use(self._make(samples, mean, budget, global_sizes), sizes)
-        if plain is not None:
-            foreseen = float(plain[~self.schedule.skipped].sum())
-            self._planned.prices = Prices(float(plain.sum()), foreseen)
+        if prices is not None:
+            self._planned.prices = Prices(float(prices.sum()), float(prices[~self.schedule.skipped].sum()))
         if checks and not self.is_head_parallel:
             check_same_schedule(self.schedule)
         self._planned.weigh(items, global_items)
         self._planned.note_facts(facts)
         return self.schedule
-
-    def _budget_of(self, facts: Sequence[BatchFacts], sizes: np.ndarray) -> tuple[Budget, np.ndarray | None]:
-        """The budget of a step over micro-batches of these sizes [N] in all processes; and where it is a share of plain
-        training's compute, FLOPs of each micro-batch there, [N], in the mean over processes."""
-        if self.account is None:
-            return self._budget(len(facts)), None
-        self.settle()
-        agreed = self.costs.probe.sequence_length
-        flops = self.costs.of_samples(np.array([one.length or agreed for one in facts]))
-        plain = mean_over_processes(*(flops * [one.size for one in facts]))
-        share = self.account.allowance(float(plain.sum())) / plain.sum()
-        return Budget(compute=min(1.0, max(share, sizes.max() / sizes.sum()))), plain
 
     @property
     def _step(self) -> PlannedStep:
@@ -243,15 +236,8 @@ class D2FTPlanner(ScheduleMaker):
 
     def settle(self) -> None:
         """Enter the last step into the run's account; every process calls it alike."""
-        step = self._planned
-        if self.account is None or step is None or step.prices is None:
-            return
-        plain, foreseen, executed, full = mean_over_processes(
-            *dataclasses.astuple(step.prices), step.executed, step.full
-        )
-        if full:  # at the prices that the step was planned with, whatever lengths its batches turned out to have
-            self.account.settle(plain, foreseen, foreseen * executed / full)
-        step.prices = None
+        if self.account is not None and self._planned is not None:
+            self._planned.enter(self.account)
 
     def weigh(self, facts: Sequence[BatchFacts]) -> None:
         """Weight composed micro-batches by the items that they turned out to hold, instead of by their samples.
@@ -281,13 +267,9 @@ class D2FTPlanner(ScheduleMaker):
         if self.shares is not None:
             self.shares.exchange()
             self.shares.pace.begin()
-        step, self.open_step = self._planned, None
-        if self.account is not None and step is not None and step.prices is not None:
-            if step.complete:
-                self.settle()
-            else:
-                prices = dataclasses.astuple(step.prices)
-                self.open_step = *prices, *mean_over_processes(step.executed, step.full).tolist()
+        self.open_step = None
+        if self.account is not None and self._planned is not None:
+            self.open_step = self._planned.enter_or_leave_open(self.account)
 
     def observe(self, indices: np.ndarray, logits: Tensor, labels: Tensor | None, **layout: Tensor | None) -> None:
         """Let scores that follow training see a forward pass of this process.
@@ -334,8 +316,8 @@ class D2FTPlanner(ScheduleMaker):
             self._planned.weigh(items, global_items)
             self._planned.note_facts(facts)
             if self.open_step is not None:
-                *prices, self._planned.executed, self._planned.full = self.open_step
-                self._planned.prices, self.open_step = Prices(*prices), None
+                self._planned.reopen(self.open_step)
+                self.open_step = None
 
     def pass_over(self) -> list[int]:
         """Note that the micro-batches which are skipped as a whole do not run; returns the indices of the others."""
@@ -359,27 +341,14 @@ class D2FTPlanner(ScheduleMaker):
         with self.costs.learning(), self.runtime.use(micro_batch.plan, tokens):
             yield micro_batch
             row = executed_operations(self.partition, self.runtime.executed)
-            passes = self._passes(index)
+            passes = separated(self.runtime.passes, self._planned.facts[index], self.model)
             unread = [reading and reading.ran for reading in self.runtime.readings]
-            spared = self._spared_flops(row)
+            spared = self.costs.spared(row, self.runtime.cache)
         if self.tokens is not None:
             self.tokens.check_ran(passes)
         if self.counts.each_is_a_step and not micro_batch.skipped:
             self._zero_missing_gradients()
         self._note(index, row, passes, unread, spared)
-
-    def _passes(self, index: int) -> list[Pass]:
-        """Samples and tokens of each forward pass; of a row of several samples those that its kernel keeps apart."""
-        facts, passes = self._planned.facts[index], self.runtime.passes
-        kernel = base_model(self.model).config._attn_implementation or ""
-        if facts is None or facts.lengths is None or not kernel.startswith("flash"):
-            return list(passes)
-        return [(1, int(length)) for length in facts.lengths] * len(passes)
-
-    def _spared_flops(self, row: np.ndarray) -> float:
-        """What a cache of frozen blocks spared in the current micro-batch."""
-        cache = self.runtime.cache
-        return 0.0 if cache is None else self.costs.flops_below(row, cache.passes, cache.cut)
 
     def _note(
         self,

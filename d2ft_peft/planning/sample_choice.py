@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 
-from ..processes import all_reduce, world_size
+from ..processes import mean_over_processes
 from ..schedule import Budget
 from ..schedule.by_length import cut_by_length
 from .account import Account
 from .candidates import Candidates
+from .facts import BatchFacts
 from .model_costs import ModelCosts
 
 
@@ -95,6 +97,13 @@ class SampleChoice:
         return Budget(compute=share) if budget.communication is None else Budget(communication=share)
 
 
-def mean_over_processes(*values: float) -> np.ndarray:
-    """Means of some numbers over the processes, the same bits on each."""
-    return all_reduce(np.array(values, dtype=float)) / world_size()
+def prices_of_batches(costs: ModelCosts, facts: Sequence[BatchFacts]) -> np.ndarray:
+    """FLOPs of micro-batches in plain training, in the mean over the processes, [N]."""
+    lengths = np.array([one.length or costs.probe.sequence_length for one in facts])
+    return mean_over_processes(*(costs.of_samples(lengths) * [one.size for one in facts]))
+
+
+def budget_of_batches(account: Account, prices: np.ndarray, sizes: np.ndarray) -> Budget:
+    """The budget of a step over whole micro-batches of these prices and sizes [N]; one of them fits, whichever."""
+    share = account.allowance(float(prices.sum())) / prices.sum()
+    return Budget(compute=min(1.0, max(share, sizes.max() / sizes.sum())))
