@@ -63,7 +63,9 @@ def time_shape(name: str, args: argparse.Namespace) -> list[dict]:
         if choice != "plain":
             fields = {"policy": "fewer_tokens", "compute_budget": args.budget, "token_choice": choice}
             fields["token_dense_share"] = 0.0
-        model = get_peft_model(build_model(shape), D2FTConfig(train_boundary=True, **fields)).train()
+        model = get_peft_model(
+            build_model(shape), D2FTConfig(train_boundary=True, skip_unread_rows=False, **fields)
+        ).train()
         planners[choice] = D2FTPlanner(model, num_micro_batches=1)
     seconds: dict[str, list[float]] = {choice: [] for choice in planners}
     for repeat in range(args.repeats + 1):
@@ -125,11 +127,16 @@ def low_batches(task: Task, args: argparse.Namespace) -> int:
 def accuracy_row(task: Task, row: str, seed: int, args: argparse.Namespace) -> dict:
     """One run."""
     if row != LOWER:
-        return train(task, row, args.budget, seed, args)
+        return train(task, alone(row), args.budget, seed, args) | {"row": row}
     collate = LowerResolution(task, args.low, low_batches(task, args))
-    return train(dataclasses.replace(task, collate=collate), "plain", args.budget, seed, args) | {
+    return train(dataclasses.replace(task, collate=collate), alone("plain"), args.budget, seed, args) | {
         "row": f"{LOWER}:{args.low}", "budget": args.budget,
     }  # fmt: skip
+
+
+def alone(row: str) -> str:
+    """The row without what else saves compute, or helps: tokens are what is compared."""
+    return f"{row}{',' if ':' in row else ':'}skip_unread_rows=False,head_start=False"
 
 
 def run_accuracy(args: argparse.Namespace) -> None:
