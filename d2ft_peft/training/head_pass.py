@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _SHARE_OF_RUN = 0.25
 _SAMPLES_PER_CLASS = 50
 _FEWEST_CLASSES = 10
-"""Classes from which on "auto" fits a head: with ten it gains, with two it costs accuracy (docs/head_start.md)."""
+"""Classes from which on "auto" fits a head: with ten it gains, with four it costs accuracy (docs/head_start.md)."""
 
 
 def start_head(trainer: Trainer, data: TrainingData, batch: dict[str, Any] | None) -> HeadStart | None:
@@ -81,6 +81,8 @@ def _head(trainer: Trainer, data: TrainingData, batch: dict[str, Any]) -> Linear
             "it out, or set head_start=False."
         )
     head = find_head(planner.model, batch)
+    if planner.config.head_start == "auto" and planner.config.is_lora:
+        raise HeadStartRefused("a head start costs accuracy under LoRA; head_start=True fits the head all the same.")
     if planner.config.head_start == "auto" and head.layer.out_features < _FEWEST_CLASSES:
         raise HeadStartRefused(
             f"{head.name} has {head.layer.out_features} outputs, and a head start pays from {_FEWEST_CLASSES} on; "

@@ -86,8 +86,8 @@ class D2FTConfig(LoraConfig):
             samples that run: ``"sqrt"`` by the root of r (adaptive optimizers: Malladi et al., arXiv 2205.10287),
             ``"linear"`` by r (plain gradient descent: Goyal et al., arXiv 1706.02677), or None.
         head_start: Whether a linear head starts from a regularised linear fit on what it reads, which takes one pass
-            without gradients over the training samples before the first step: ``"auto"`` where the head is a new one,
-            True for any head (an error where there is none), False never.
+            without gradients over the training samples before the first step: ``"auto"`` where the head is a new one of
+            at least ten classes and fine-tuning is full, True for any head (an error where there is none), False never.
         head_start_fraction: Share of the training samples that this pass looks at, in (0, 1]; None is all, but at most
             as many as cost a quarter of the run's compute, and at least 50 for each class.
         skip_unread_rows: Whether the last block leaves out the rows (token positions) that no loss reads, and the head

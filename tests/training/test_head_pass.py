@@ -67,7 +67,7 @@ class Watching(D2FTTrainer):
 @pytest.mark.parametrize(
     "config",
     [
-        {"policy": "all_full"}, {"policy": "fewer_samples", "r": 4}, {"policy": "random"},
+        {"policy": "all_full"}, {"policy": "fewer_samples", "r": 4, "head_start": True}, {"policy": "random"},
         {"backward_score": "fisher", "num_full": 2},
     ],
     ids=str,
@@ -196,7 +196,7 @@ def test_texts_of_any_length_are_read_at_their_last_token(tmp_path):
         texts = {k: pad([i[k] for i in items], batch_first=True) for k in ("input_ids", "attention_mask")}
         return {**texts, "labels": torch.stack([i["labels"] for i in items])}
 
-    model = adapt("llama", policy="fewer_samples", r=4)
+    model = adapt("llama", policy="fewer_samples", r=4, head_start=True)
     args = arguments(tmp_path)
     trainer = D2FTTrainer(model=model, args=args, train_dataset=data, data_collator=collate)
     trainer.train()
@@ -247,3 +247,10 @@ def test_a_head_of_few_classes_starts_as_it_is_unless_asked_for(tmp_path, monkey
         assert started(tmp_path)._d2ft_session.head_start is None
     assert "has 3 outputs, and a head start pays from 10 on" in caplog.text
     assert started(tmp_path, head_start=True)._d2ft_session.head_start is not None
+
+
+def test_under_lora_a_head_starts_as_it_is_unless_asked_for(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        assert started(tmp_path, r=4)._d2ft_session.head_start is None
+    assert "costs accuracy under LoRA" in caplog.text
+    assert started(tmp_path, r=4, head_start=True)._d2ft_session.head_start is not None
