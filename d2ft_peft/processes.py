@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -48,17 +47,6 @@ def broadcast(values: np.ndarray, source: int) -> np.ndarray:
     tensor = torch.from_numpy(np.array(values))
     dist.broadcast(tensor, source, _host_group())
     return tensor.numpy()
-
-
-def gather_lists(lists: list[list[int]]) -> list[list[list[int]]]:
-    """Lists of numbers of all processes, one entry for each; as tensors, so that nothing is unpickled."""
-    flat = [len(lists), *itertools.chain.from_iterable((len(one), *one) for one in lists)]
-    longest = int(all_reduce(np.array([float(len(flat))]), dist.ReduceOp.MAX if world_size() > 1 else None)[0])
-    found = []
-    for row in gather(np.array([*flat, *[0] * (longest - len(flat))], dtype=np.float64)):
-        numbers = iter(int(number) for number in row)
-        found.append([list(itertools.islice(numbers, next(numbers))) for _ in range(next(numbers))])
-    return found
 
 
 _host_groups: dict[Any, Any] = {}

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .operations import Operation
 from .schedule import Schedule
 
 
@@ -40,7 +39,7 @@ class Composition:
         """
         here = self.schedule
         sizes, running = here.weights, ~here.skipped
-        if candidates > sizes.sum() and (here.operations[running] != Operation.FULL).any():
+        if candidates > sizes.sum() and here.runs_in_part:
             raise ValueError(
                 "a policy over samples ran some of them in part; in several processes they run as a whole: choose "
                 "policy='fewer_samples', 'importance' or 'selective_backprop', or set rows='micro_batches'"

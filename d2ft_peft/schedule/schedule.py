@@ -131,6 +131,11 @@ class Schedule:
         return float(np.var(shares - shares[0]))
 
     @property
+    def runs_in_part(self) -> bool:
+        """Whether a micro-batch runs, and not with every subnet FULL."""
+        return bool((self.operations[~self.skipped] != Operation.FULL).any())
+
+    @property
     def alignment(self) -> float:
         """How much subnets agree on what a micro-batch gets, in [0, 1]; 1: every row has a single operation.
 

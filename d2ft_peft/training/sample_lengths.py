@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -45,13 +45,6 @@ class SampleLengths:
 
 
 def num_tokens(item: Any) -> int | None:
-    """Tokens of an item that is not collated yet, at least 1: its row of token ids, and of an encoder-decoder's item
-    that of its labels; None if it has no such row."""
-    if not isinstance(item, Mapping):
-        return None
-    ids = item.get("input_ids")
-    if not isinstance(ids, Sequence | np.ndarray) and not hasattr(ids, "shape"):
-        return None
-    if np.ndim(ids) != 1:
-        return None
-    return max(len(ids), 1)
+    """Tokens of an item that is not collated yet, at least 1; None if it has no single row of token ids."""
+    ids = item.get("input_ids") if isinstance(item, Mapping) else None
+    return max(len(ids), 1) if np.ndim(ids) == 1 else None

@@ -19,7 +19,6 @@ from ..planning import D2FTPlanner
 from ..planning.candidates import Candidates
 from ..planning.facts import BatchFacts, take_facts
 from ..planning.schedule_maker import active_adapter
-from ..schedule import Operation, Schedule
 from ..scores import INDEX_KEY
 from .data import TrainingData
 from .head_pass import start_head
@@ -183,7 +182,7 @@ class TrainingSession:
         if planner.shares is None:
             candidates = candidates.dealt()
         groups = [candidates.indices[group] for group in planner.compose(candidates, candidates.size)]
-        if planner.schedule.num_micro_batches > len(batches) and _runs_in_part(planner.schedule):
+        if planner.schedule.num_micro_batches > len(batches) and planner.schedule.runs_in_part:
             raise ValueError(
                 f"policy={planner.config.policy!r} with rows='samples' composed {len(groups)} micro-batches of "
                 f"{len(batches)}; set rows='micro_batches', or choose a policy that runs samples as a whole."
@@ -327,7 +326,3 @@ class TrainingSession:
                     f"{name} changed in the middle of training, from {before!r} to {now!r}; D2FT makes its schedules "
                     "for the former. Change it between two calls of train()."
                 )
-
-
-def _runs_in_part(schedule: Schedule) -> bool:
-    return bool((schedule.operations[~schedule.skipped] != Operation.FULL).any())

@@ -49,12 +49,7 @@ def check_own_fields(config: D2FTConfig) -> None:
     given = config.policy is None or isinstance(config.policy, str)
     check(given, "policy", config.policy, "must be the name of a policy, or None")
     config.policy = config.policy or _default_policy(config)
-    factor, rule = config.head_learning_rate_factor, config.learning_rate_follows_batch
-    check(
-        _is_number(factor) and 0 < factor < float("inf"),
-        "head_learning_rate_factor", factor, "must be a positive number",
-    )  # fmt: skip
-    check(rule in (None, "sqrt", "linear"), "learning_rate_follows_batch", rule, "must be 'sqrt', 'linear' or None")
+    _check_learning_rates(config)
     _check_head_start(config)
     facts = policy_facts(config.policy)
     if facts.budget_of == "schedule":
@@ -82,6 +77,24 @@ def check_own_fields(config: D2FTConfig) -> None:
         config.rows != "samples" or not config.num_forward_only,
         "num_forward_only", config.num_forward_only, "counts micro-batches; with rows='samples' give compute_budget",
     )  # fmt: skip
+    _check_capacities(config)
+    _check_cache(config)
+    config.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
+    if config.head_parallel:
+        _check_head_parallel(config)
+    _check_tokens(config)
+
+
+def _check_learning_rates(config: D2FTConfig) -> None:
+    factor, rule = config.head_learning_rate_factor, config.learning_rate_follows_batch
+    check(
+        _is_number(factor) and 0 < factor < float("inf"),
+        "head_learning_rate_factor", factor, "must be a positive number",
+    )  # fmt: skip
+    check(rule in (None, "sqrt", "linear"), "learning_rate_follows_batch", rule, "must be 'sqrt', 'linear' or None")
+
+
+def _check_capacities(config: D2FTConfig) -> None:
     capacities = config.device_capacities
     if config.is_auto:
         _check_auto(config)
@@ -92,11 +105,6 @@ def check_own_fields(config: D2FTConfig) -> None:
             config.num_devices == len(capacities) or (config.head_parallel and config.num_devices is None),
             "device_capacities", capacities, f"needs num_devices={len(capacities)}, not {config.num_devices}",
         )  # fmt: skip
-    _check_cache(config)
-    config.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
-    if config.head_parallel:
-        _check_head_parallel(config)
-    _check_tokens(config)
 
 
 def _check_tokens(config: D2FTConfig) -> None:

@@ -42,6 +42,22 @@ def append_rows(path: str | Path, rows: Iterable[dict]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def run_missing(path: str | Path, settings: Iterable[dict], run: Callable[[dict], dict]) -> None:
+    """Make the runs that a file does not hold yet, one line each: a command can be continued.
+
+    Args:
+        path: The file.
+        settings: What tells runs apart, by the names that their rows have.
+        run: Makes the run of a setting.
+    """
+    done = list(read_rows(path))
+    for setting in settings:
+        if not any(all(row.get(key) == value for key, value in setting.items()) for row in done):
+            result = run(setting)
+            append_rows(path, [result])
+            print({key: round(v, 4) if isinstance(v, float) else v for key, v in result.items()}, flush=True)
+
+
 def publish(
     description: str,
     argv: list[str] | None,

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from loss_predictors import Probe, Ridge, rank_correlation
-from rows import append_rows, command_line, read_rows
+from rows import command_line, read_rows, run_missing
 from tasks import Task, load_task
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup, set_seed
@@ -235,13 +235,9 @@ def main(argv: list[str] | None = None) -> None:
             f"train={len(task.train)} is less than steps x candidates = {args.steps * args.candidates}: samples would "
             "return; raise it or lower one of these."
         )
-    known = {(row["row"], row["seed"], row["steps"], row["candidates"], row["budget"]) for row in read_rows(args.json)}
-    for seed in args.seeds:
-        for row in args.rows:
-            if (row, seed, args.steps, args.candidates, args.budget) not in known:
-                result = run(task, row, seed, args.steps, args.candidates, args.budget)
-                append_rows(args.json, [result])
-                print({key: round(v, 3) if isinstance(v, float) else v for key, v in result.items()}, flush=True)
+    fixed = {"steps": args.steps, "candidates": args.candidates, "budget": args.budget}
+    settings = [{"row": row, "seed": seed, **fixed} for seed in args.seeds for row in args.rows]
+    run_missing(args.json, settings, lambda setting: run(task, **setting))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 import transformers as tf
 from peft import LoraConfig, get_peft_model
-from rows import append_rows, command_line, read_rows
+from rows import command_line, read_rows, run_missing
 from sparse_frozen import ROLES, Control, intercept
 from tasks import _rows
 from torch import Tensor, nn
@@ -233,14 +233,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     train, test = load_pairs(args.assets, "train", 5000, args.length), load_pairs(args.assets, "test", 200, args.length)
     folder = Path(args.assets) / "models" / "stories260k-llama"
-    known = {(row["row"], row["seed"], row["steps"], row["batch"], row["lr"]) for row in read_rows(args.json)}
-    for seed in args.seeds:
-        for row in args.rows:
-            if (row, seed, args.steps, args.batch, args.lr) not in known:
-                build = partial(tf.LlamaForCausalLM.from_pretrained, folder, dtype=torch.float32)
-                result = run(row, seed, build, train, test, args)
-                append_rows(args.json, [result])
-                print({key: round(v, 4) if isinstance(v, float) else v for key, v in result.items()}, flush=True)
+    build = partial(tf.LlamaForCausalLM.from_pretrained, folder, dtype=torch.float32)
+    fixed = {"steps": args.steps, "batch": args.batch, "lr": args.lr}
+    settings = [{"row": row, "seed": seed, **fixed} for seed in args.seeds for row in args.rows]
+    run_missing(args.json, settings, lambda one: run(one["row"], one["seed"], build, train, test, args))
 
 
 if __name__ == "__main__":
