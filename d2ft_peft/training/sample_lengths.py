@@ -47,4 +47,6 @@ class SampleLengths:
 def num_tokens(item: Any) -> int | None:
     """Tokens of an item that is not collated yet, at least 1; None if it has no single row of token ids."""
     ids = item.get("input_ids") if isinstance(item, Mapping) else None
-    return max(len(ids), 1) if np.ndim(ids) == 1 else None
+    # Of a list its first entry tells: several rows of different lengths (multiple choice) make no array.
+    axes = np.ndim(ids[:1] if isinstance(ids, list | tuple) else ids)
+    return max(len(ids), 1) if axes == 1 else None

@@ -13,7 +13,7 @@ from d2ft_peft import D2FTPlanner, D2FTTrainer
 from d2ft_peft.planning import sample_choice
 from d2ft_peft.planning.account import Account
 from d2ft_peft.planning.candidates import Candidates, deal
-from d2ft_peft.training.sample_lengths import SampleLengths
+from d2ft_peft.training.sample_lengths import SampleLengths, num_tokens
 from tests.distributed.launch import run
 from tests.models import TINY
 from tests.test_trainer import adapt, arguments, assert_close, assert_equal, doubles, samples, trained, trained_as_plain
@@ -164,6 +164,14 @@ def test_lengths_are_read_once():
         found = lengths.of(np.array([3, 8, 3, 1]), {}, load)
         assert found.tolist() == [len(data[index]["input_ids"]) for index in (3, 8, 3, 1)]
     assert sorted(loads) == [1, 3, 8]
+
+
+@pytest.mark.parametrize(
+    "ids, tokens",
+    [([5, 6, 7], 3), (np.array([5, 6]), 2), (torch.tensor([5]), 1), ([], 1), ([[5, 6], [7]], None), (None, None)],
+)
+def test_only_a_single_row_of_token_ids_has_a_length(ids, tokens):
+    assert num_tokens({"input_ids": ids}) == tokens
 
 
 def test_a_stream_leaves_whole_micro_batches_out_and_says_so(tmp_path):
