@@ -8,7 +8,7 @@ import numpy as np
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..partition import Branch, Partition, Projection, base_model
+from ..partition import Branch, Partition, Projection, base_model, unwrap
 from ..schedule import CostModel
 from ..tuners.layer import D2FTLayer
 from .probe import Entry, Probe
@@ -50,6 +50,9 @@ def cost_model(
         per_head["backward"][branch.block] += products * attention_backward
         for projection in (p for p in branch.projections if p.name not in without):
             _add_projection(base, branch, projection, per_head, shared)
+        for name in branch.whole:
+            if name not in without:
+                _add_whole(base.get_submodule(name), branch, shared)
     learns = np.array([_learns(base, partition, block) for block in range(shape)])
     heads = np.array([len(subnet.heads) for subnet in partition.subnets])
     left_out = tuple(f"{name}." for name in without)
@@ -129,8 +132,25 @@ def _add_projection(base: nn.Module, branch: Branch, projection: Projection, per
         shared["entry"][block] += common * is_entry
 
 
+def _add_whole(module: nn.Module, branch: Branch, shared: dict) -> None:
+    """Add the FLOPs per token of a projection that every pass of its region computes whole."""
+    dense, trains = 2.0 * unwrap(module).weight.numel(), unwrap(module).weight.requires_grad
+    if isinstance(module, D2FTLayer):
+        trains = any(p.requires_grad for p in module.parameters())
+    forward, backward = dense, dense * (1 + trains)
+    if isinstance(module, LoraLayer):
+        names = [name for name in module.active_adapters if name in module.lora_A]
+        factors = [part[name].weight for part in (module.lora_A, module.lora_B) for name in names]
+        low_rank = 2.0 * sum(factor.numel() for factor in factors)
+        forward, backward = forward + low_rank, backward + 2 * low_rank
+    shared["forward"][branch.block] += forward
+    shared["backward"][branch.block] += backward
+    shared["entry"][branch.block] += dense
+
+
 def _below(partition: Partition) -> list[str]:
     """Boundary modules before the blocks: those that the first block's boundary follows in the model's own order."""
-    inside = (i for i, name in enumerate(partition.boundary) if name.startswith(partition.blocks[0] + "."))
+    first_block = f"{partition.blocks[0]}."  # itself one, where nothing in it is cut
+    inside = (i for i, name in enumerate(partition.boundary) if f"{name}.".startswith(first_block))
     first = next(inside, 0)
     return list(partition.boundary[:first])
