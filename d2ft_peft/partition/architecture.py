@@ -1,8 +1,9 @@
-"""Where an architecture keeps its blocks, heads and projections: a table, and the tensor-parallel plan as a fallback.
+"""Where an architecture keeps its blocks, heads and projections: a table, tensor-parallel plans, and the structure.
 
 A model can be cut into heads when its attention derives the number of heads from what its projections return
 (``view(*shape, -1, head_dim)``), the contract that tensor parallelism relies on too. transformers ships a
-tensor-parallel plan for most decoders; the encoders and GPT-2 stand in the table below.
+tensor-parallel plan for most decoders; what has none, and does not stand in the table below, is found from its modules
+and tried (`structure.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ _REFUSED = {
     "falcon": "it fuses query, key and value in one projection with a fixed split",
     "swin": "its windows carry a relative position bias per head",
     "swinv2": "its windows carry a relative position bias per head",
-    "beit": "its attention adds a relative position bias per head",
+    "swin2sr": "its windows carry a relative position bias per head",
+    "maskformer-swin": "its windows carry a relative position bias per head",
+    "donut-swin": "its windows carry a relative position bias per head",
+    "hiera": "its blocks change their width and their number of heads from stage to stage",
+    "albert": "its blocks share their weights: one module runs as every block, and a schedule has a cell for each",
+    "big_bird": "its sparse attention is built for a fixed number of heads",
+    "longformer": "its attention has a second set of projections for global tokens, which only some batches use",
+    "led": "its attention has a second set of projections for global tokens, which only some batches use",
+    "squeezebert": "its projections are convolutions",
+    "wavlm": "its attention reads the weights of its projections instead of calling them",
     "opt": "its attention reshapes to a fixed number of heads",
     "gpt_oss": "its attention has one sink per head",
     "deepseek_v2": "multi-head latent attention shares a compressed key/value across heads",
@@ -40,6 +50,14 @@ class BranchSpec:
             thing that its output meets (BERT).
         parts: Number of equal parts in each column-parallel projection (3 for a fused query-key-value).
         scaled_attributes: Integer attributes of the region that are proportional to the number of heads that run.
+        per_head: Arguments of the region with an axis of heads, and that axis (position biases): what belongs to the
+            heads that run is taken of them. An axis with one entry is shared by all heads.
+        apart: Those of the columns that do not take the region's input (embeddings of relative positions).
+        joined: Whether something lies between the region and the row, outside of the region, that works on each
+            feature alone (an activation in the block's own forward): FULL and FORWARD_ONLY heads then go through it
+            side by side.
+        returns: Number of values in the tuple that the region returns, 0 if it returns a tensor; by default a tuple of
+            two for attention, and a tensor for the FFN.
     """
 
     region: str
@@ -47,6 +65,10 @@ class BranchSpec:
     row: str
     parts: int = 1
     scaled_attributes: tuple[str, ...] = ()
+    per_head: tuple[tuple[str, int], ...] = ()
+    apart: tuple[str, ...] = ()
+    joined: bool = False
+    returns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,7 @@ def register_architecture(model_type: str, architecture: Architecture) -> None:
 
 
 def find_architecture(model: nn.Module) -> Architecture:
-    """Return the architecture of a transformers model, from the table or from its tensor-parallel plan.
+    """Return the architecture of a transformers model: from the table, its tensor-parallel plan, or its structure.
 
     Raises:
         ValueError: If the model cannot be cut into heads; the message says why.
@@ -120,13 +142,11 @@ def find_architecture(model: nn.Module) -> Architecture:
     if model_type in _REFUSED:
         raise ValueError(f"model_type={model_type!r} cannot be partitioned into heads: {_REFUSED[model_type]}.")
     plan = getattr(config, "base_model_tp_plan", None)
-    if not plan:
-        raise ValueError(
-            f"model_type={model_type!r} is not known to D2FT and its config has no `base_model_tp_plan`; describe it "
-            f"with d2ft_peft.register_architecture({model_type!r}, Architecture(...)). "
-            f"Known: {', '.join(sorted(_ARCHITECTURES))}."
-        )
-    return _from_tp_plan(model_type, plan)
+    if plan:
+        return _from_tp_plan(model_type, plan)
+    from .structure import read_structure  # it builds branches, which are built of what this module describes
+
+    return read_structure(model)
 
 
 def _from_tp_plan(model_type: str, plan: dict[str, str]) -> Architecture:

@@ -121,6 +121,9 @@ def _branch(
         row=_projection(block, prefix, spec.row, "row", heads, 1),
         scaled_attributes=spec.scaled_attributes,
         query_width=query_width,
+        apart=tuple(f"{prefix}.{path}" for path in spec.apart),
+        joined=spec.joined,
+        returns=spec.returns,
     )
 
 

@@ -72,6 +72,9 @@ class Branch:
         row: Its row-parallel projection.
         scaled_attributes: See `BranchSpec`.
         query_width: Width of one head's queries (attention), or 0: width that enters the attention products.
+        apart: Paths of the column-parallel projections that do not take the region's input.
+        joined: See `BranchSpec`.
+        returns: See `BranchSpec`.
     """
 
     name: Literal["attention", "ffn"]
@@ -81,6 +84,9 @@ class Branch:
     row: Projection
     scaled_attributes: tuple[str, ...] = ()
     query_width: int = 0
+    apart: tuple[str, ...] = ()
+    joined: bool = False
+    returns: int | None = None
 
     @property
     def heads(self) -> int:
@@ -96,6 +102,13 @@ class Branch:
     def projections(self) -> tuple[Projection, ...]:
         """All projections, column-parallel ones first."""
         return (*self.columns, self.row)
+
+    def siblings(self, column: Projection) -> tuple[Projection, ...]:
+        """The column-parallel projections that share the input of one of them, itself included."""
+        if column.name in self.apart:
+            return (column,)
+        others = (other for other in self.columns if other.name not in self.apart)
+        return tuple(other for other in others if other.in_features == column.in_features)
 
 
 @dataclass(frozen=True)

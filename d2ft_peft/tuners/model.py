@@ -119,7 +119,7 @@ class SubnetTuner(BaseTuner):
                 forwards.append(ProjectionForward(module, runtime, projection, index, inside))
             *columns, region.row = forwards
             for column in columns:
-                column.siblings = tuple(columns)
+                column.siblings = tuple(c for c in columns if c.projection in branch.siblings(column.projection))
             for interception in (*forwards, region):
                 interception.install()
         over_tokens = [config for name in runtime.partitions if (config := self.peft_config[name]).rows == "tokens"]
