@@ -131,6 +131,9 @@ def _attention_branch(model: nn.Module, block: nn.Module, prefix: str, index: in
         whole=tuple(f"{prefix}.{path}" for path in spec.whole),
         residual=spec.residual,
         shared_input=spec.shared_input,
+        apart=tuple(f"{prefix}.{path}" for path in spec.apart),
+        joined=spec.joined,
+        returns=spec.returns,
     )
 
 
@@ -180,6 +183,8 @@ def _ffn_branch(block: nn.Module, prefix: str, index: int, spec: BranchSpec, hea
         row=shared(spec.row, "row"),
         scaled_attributes=spec.scaled_attributes,
         residual=spec.residual,
+        joined=spec.joined,
+        returns=spec.returns,
     )
 
 

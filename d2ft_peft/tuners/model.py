@@ -120,7 +120,7 @@ class SubnetTuner(BaseTuner):
                 forwards.append(ProjectionForward(module, runtime, projection, index, inside))
             *columns, region.row = forwards
             for column in columns:
-                column.siblings = tuple(columns) if branch.shared_input else (column,)
+                column.siblings = tuple(c for c in columns if c.projection in branch.siblings(column.projection))
             outputs = [
                 HeadsOfOutput(region.module.get_submodule(entry.name), runtime, entry, branch.heads)
                 for entry in branch.per_head
