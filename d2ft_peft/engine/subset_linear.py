@@ -151,7 +151,7 @@ def subset_linears(x: Tensor, layers: Sequence[SubsetLayer], heads: Heads) -> tu
                 f"weight is a {type(layer.weight).__name__}, whose features cannot be taken head by head; D2FT needs "
                 "plain tensors: load the model without this quantization or sharding."
             )
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     selections = [select(layer.head_axis.layout, heads) for layer in layers]
     if not torch.is_grad_enabled():
