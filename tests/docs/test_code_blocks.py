@@ -9,6 +9,7 @@ import pytest
 from accelerate import PartialState
 
 from tests.distributed.launch import run
+from tests.models import TINY
 
 from .given import GIVEN, REPLACED, everywhere
 from .pages import ROOT, blocks, with_blocks
@@ -54,6 +55,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.distributed
 def test_the_code_for_several_processes_runs(tmp_path):
+    TINY["llama"].build().save_pretrained(tmp_path / "base")  # under a process group rank 0 alone writes
     for head_parallel, simulator in run(__name__, "execute_on_rank", tmp_path, str(tmp_path)):
         assert {"trainer", "parallel"} <= head_parallel and {"capacities", "prediction"} <= simulator
 
