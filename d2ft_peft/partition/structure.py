@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .architecture import Architecture, BranchSpec
-from .discovery import _attention_branch, _branch, _linear_shape, unwrap
+from .discovery import _attention_branch, _ffn_branch, _linear_shape, unwrap
 from .trial import try_block
 
 
@@ -161,7 +161,7 @@ def _tried(
         tried = replace(attention, scaled_attributes=scaled, per_head=_biases(block, region))
         branches = [_attention_branch(model, block, prefix, 0, tried)]
         if ffn is not None:
-            branches.append(_branch("ffn", block, prefix, 0, ffn, branches[0].heads))
+            branches.append(_ffn_branch(block, prefix, 0, ffn, branches[0].heads))
         found = try_block(block, prefix, branches, getattr(model.config, "hidden_size", None))
         if isinstance(found, str):
             reasons.append(found)

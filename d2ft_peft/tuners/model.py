@@ -14,6 +14,7 @@ from ..engine.frozen_below import NoteEmbedded, install_entries
 from ..engine.intercept import Intercept, find_runtime
 from ..engine.projection import ProjectionForward
 from ..engine.region import RegionForward
+from ..engine.region_view import HeadsOfOutput
 from ..engine.runtime import Runtime
 from ..engine.token_rows import check_takes_tokens, install_token_rows
 from ..engine.touch_loss import TouchLoss
@@ -86,7 +87,7 @@ class SubnetTuner(BaseTuner):
             runtime.means.clear()
             return
         for index, branch in enumerate(runtime.partitions[active].branches):
-            runtime.means.setdefault(index, FeatureMean(branch.heads, branch.row.layout.width))
+            runtime.means.setdefault(index, FeatureMean(branch.row.layout))
 
     def _partition_of(self, peft_config: D2FTConfig) -> Partition:
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
@@ -100,7 +101,7 @@ class SubnetTuner(BaseTuner):
         if peft_config.target_modules is None:
             blocks = _transformed_blocks(peft_config, partition)
             branches = [branch for branch in partition.branches if branch.block in blocks]
-            peft_config.target_modules = {p.name for branch in branches for p in branch.projections}
+            peft_config.target_modules = {name for branch in branches for name in branch.targets}
         return peft_config
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -120,7 +121,12 @@ class SubnetTuner(BaseTuner):
             *columns, region.row = forwards
             for column in columns:
                 column.siblings = tuple(c for c in columns if c.projection in branch.siblings(column.projection))
-            for interception in (*forwards, region):
+            outputs = [
+                HeadsOfOutput(region.module.get_submodule(entry.name), runtime, entry, branch.heads)
+                for entry in branch.per_head
+                if entry.kind == "module"
+            ]
+            for interception in (*forwards, *outputs, region):
                 interception.install()
         over_tokens = [config for name in runtime.partitions if (config := self.peft_config[name]).rows == "tokens"]
         if over_tokens:
