@@ -187,9 +187,10 @@ ZOO: dict[str, Animal] = {
         tf.VideoMAEConfig, tf.VideoMAEForVideoClassification, "VideoMAE", "video", num_frames=4, tubelet_size=2
     ),
     "yolos": _image(tf.YolosConfig, tf.YolosModel, "YOLOS", image_size=[16, 16], num_detection_tokens=2),
-    "swin": _image(
-        tf.SwinConfig, tf.SwinForImageClassification, "Swin", refused="per head", embed_dim=16, depths=[1, 1],
-        num_heads=[2, 4], window_size=2, image_size=[16, 16], patch_size=2, num_attention_heads=[2, 4],
+    "swin": Animal(
+        tf.SwinConfig, tf.SwinForImageClassification,
+        {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2},
+        "image", "vision", "Swin", refused="per head",
     ),
     "hiera": _image(
         tf.HieraConfig, tf.HieraForImageClassification, "Hiera", refused="from stage to stage", image_size=[32, 32],

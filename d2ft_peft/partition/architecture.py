@@ -2,8 +2,8 @@
 
 A model can be cut into heads when its attention derives the number of heads from what its projections return
 (``view(*shape, -1, head_dim)``), the contract that tensor parallelism relies on too, or from attributes that can be
-scaled with it. transformers ships a tensor-parallel plan for most decoders; what has none, and does not stand in the
-table, is found from its modules and tried (`structure.py`).
+scaled with it. transformers ships a tensor-parallel plan for most decoders; others stand in the table, or are found
+from their modules and tried.
 """
 
 from __future__ import annotations
@@ -151,3 +151,8 @@ def known_architecture(model_type: str | None, config: Any) -> Architecture | No
     if model_type in _REFUSED:
         raise ValueError(f"model_type={model_type!r} cannot be partitioned into heads: {_REFUSED[model_type]}.")
     return None
+
+
+def known_model_types() -> list[str]:
+    """What the table knows."""
+    return sorted(_ARCHITECTURES)

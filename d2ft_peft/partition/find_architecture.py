@@ -1,4 +1,4 @@
-"""Where a model keeps its blocks, heads and projections: from the table, its tensor-parallel plan, or its modules."""
+"""Where a model keeps its blocks, heads and projections: asked of the table, of its tensor-parallel plan, of itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .tp_plan import architecture_of_plan
 
 
 def find_architecture(model: nn.Module) -> Architecture:
-    """Return the architecture of a transformers model, from the table, its tensor-parallel plan, or its structure.
+    """Return the architecture of a transformers model, from the table, its tensor-parallel plan, or its modules.
 
     Raises:
         ValueError: If the model cannot be cut into heads; the message says why.
@@ -22,6 +22,6 @@ def find_architecture(model: nn.Module) -> Architecture:
     plan = getattr(config, "base_model_tp_plan", None)
     if plan:
         return architecture_of_plan(model, model_type, plan)
-    from .structure import read_structure  # it builds branches, of architectures that are found here
+    from .structure import read_structure  # tries blocks cut into branches, which `discovery` makes of architectures
 
     return read_structure(model)

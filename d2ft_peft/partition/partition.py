@@ -141,17 +141,17 @@ class Branch:
         """All projections, column-parallel ones first."""
         return (*self.columns, self.row)
 
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Paths of the linear layers that train unless something else is asked for."""
-        return (*(projection.name for projection in self.projections), *self.whole)
-
     def siblings(self, column: Projection) -> tuple[Projection, ...]:
         """The column-parallel projections that share the input of one of them, itself included."""
         if column.name in self.apart or not self.shared_input:
             return (column,)
         others = (other for other in self.columns if other.name not in self.apart)
         return tuple(other for other in others if other.in_features == column.in_features)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Paths of the linear layers that train unless something else is asked for."""
+        return (*(projection.name for projection in self.projections), *self.whole)
 
 
 @dataclass(frozen=True)

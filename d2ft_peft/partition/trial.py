@@ -115,7 +115,7 @@ class _Trial:
         self.heads, self.number = heads, number
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        for entry in getattr(branch, "per_head", ()):
+        for entry in branch.per_head:
             if (value := given.get(entry.name)) is not None:
                 index = [head * entry.width + i for head in heads for i in range(entry.width)]
                 given[entry.name] = value.index_select(entry.axis, torch.tensor(index))

@@ -174,9 +174,9 @@ REFUSED = {
         "relative position bias per head",
     ),
     "mamba": (lambda: on_meta("MambaConfig", "MambaForCausalLM"), "mamba.* it has no attention"),
-    "fnet": (
-        lambda: on_meta("FNetConfig", "FNetModel"),
-        "model_type='fnet' is not known to D2FT .*no list of blocks .*register_architecture",
+    "xlnet": (
+        lambda: on_meta("XLNetConfig", "XLNetLMHeadModel", d_model=32, n_head=4, n_layer=2, d_inner=48),
+        "model_type='xlnet' is not known to D2FT .*register_architecture",
     ),
 }  # fmt: skip
 
