@@ -106,6 +106,9 @@ class Branch:
         whole: Projections of the region that compute every feature whenever it runs: they belong to no head.
         residual: Argument of the region that it adds to its output, or "".
         shared_input: Whether the column-parallel projections have the region's input in common.
+        apart: Paths of the column-parallel projections that do not take the region's input.
+        joined: See `BranchSpec`.
+        returns: See `BranchSpec`.
     """
 
     name: Literal["attention", "ffn"]
@@ -119,6 +122,9 @@ class Branch:
     whole: tuple[str, ...] = ()
     residual: str = ""
     shared_input: bool = True
+    apart: tuple[str, ...] = ()
+    joined: bool = False
+    returns: int | None = None
 
     @property
     def heads(self) -> int:
@@ -134,6 +140,13 @@ class Branch:
     def projections(self) -> tuple[Projection, ...]:
         """All projections, column-parallel ones first."""
         return (*self.columns, self.row)
+
+    def siblings(self, column: Projection) -> tuple[Projection, ...]:
+        """The column-parallel projections that share the input of one of them, itself included."""
+        if column.name in self.apart or not self.shared_input:
+            return (column,)
+        others = (other for other in self.columns if other.name not in self.apart)
+        return tuple(other for other in others if other.in_features == column.in_features)
 
     @property
     def targets(self) -> tuple[str, ...]:
