@@ -9,6 +9,7 @@ model, a quantized one or one without weights (on the meta device) costs millise
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,13 +99,18 @@ class _Trial:
             setattr(module, name, value // branch.heads * len(heads))
         self.heads, self.number = heads, number
         names = list(inspect.signature(type(module).forward).parameters)[1:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        for entry in branch.per_head:
-            if (value := given.get(entry.name)) is not None:
-                index = [head * entry.width + i for head in heads for i in range(entry.width)]
-                given[entry.name] = value.index_select(entry.axis, torch.tensor(index))
+        taken = {entry.name: entry for entry in branch.per_head}
+
+        def of_heads(name: str, value: Any) -> Any:
+            if value is None or name not in taken:
+                return value
+            width = taken[name].width
+            index = torch.tensor([head * width + i for head in heads for i in range(width)])
+            return value.index_select(taken[name].axis, index)
+
+        args = tuple(of_heads(name, value) for name, value in itertools.zip_longest(names[: len(args)], args))
         try:
-            return type(module).forward(module, **given)
+            return type(module).forward(module, *args, **{name: of_heads(name, kwargs[name]) for name in kwargs})
         finally:
             self.heads = None
             for name, value in whole.items():
