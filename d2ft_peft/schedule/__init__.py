@@ -5,7 +5,7 @@ A `Problem` holds scores, costs, sizes and the `Budget` of one step; a policy tu
 
 from .balance import balance, balanced_total
 from .budget import Budget
-from .compose import compose
+from .compose import Composition, compose
 from .cost import CostModel
 from .operations import COMMUNICATION, Operation
 from .policies import bilevel_gap, get_policy, objective, policy_facts, policy_names, register_policy
@@ -16,6 +16,7 @@ from .schedule import Schedule
 __all__ = [
     "COMMUNICATION",
     "Budget",
+    "Composition",
     "CostModel",
     "Operation",
     "Problem",
