@@ -25,7 +25,7 @@ class ProjectionForward(Intercept):
         inside: Whether it is part of its branch's region.
         head_axis: Which features of its weight belong to heads.
         lora_axis: Which features of LoRA's B (column-parallel) or A (row-parallel) do.
-        siblings: The column-parallel projections of the branch, which share their input; itself included.
+        siblings: The column-parallel projections of the branch that share its input; itself included.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime, projection: Projection, index: int, inside: bool):
@@ -96,7 +96,7 @@ class ProjectionForward(Intercept):
 
     def _column(self, x: Tensor, run: Run) -> Tensor:
         """Column-parallel projections share their input: the first that is asked for computes all of them."""
-        if run.x is None:
+        if run.x is None or (run.x is not x and not run.outputs):
             run.x, run.outputs = x, dict(zip(self.siblings, _subset(self.siblings, x, run), strict=True))
         if run.x is x and self in run.outputs:
             return run.outputs.pop(self)

@@ -13,6 +13,7 @@ from .checkpointing import in_backward
 from .intercept import Intercept
 from .plan import Cell, Heads
 from .projection import ProjectionForward
+from .row_counts import rows_at
 from .runtime import Follow, Run, Runtime
 
 
@@ -71,10 +72,9 @@ class RegionForward(Intercept):
         cell = runtime.plan.cells[self.index] if self.module.training else None
         if not in_backward():
             runtime.executed[self.index] = cell
-            if self.index == 0:
-                samples, tokens = _first_tensor(args, kwargs).shape[:2]
-                runtime.begin_pass(samples, tokens)
-                runtime.readings.append(runtime.reading)
+            for place, gauge in enumerate(runtime.gauges):
+                if gauge.branch == self.index:
+                    runtime.count_rows(place, *rows_at(args, kwargs, gauge.other))
         return cell
 
     def _run(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
@@ -126,7 +126,7 @@ class RegionForward(Intercept):
             out = self.row.constant(x, self._run_of(cell, Heads()))
         else:
             out = x.new_zeros(*x.shape[:-1], 0)
-        return (out, None) if self.branch.name == "attention" else out
+        return out if self.branch.name == "ffn" else (out, None)
 
     def _without_cache(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Training forwards fill a key/value cache that nobody reads; with some of the heads it would break.

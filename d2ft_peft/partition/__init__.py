@@ -2,7 +2,7 @@
 
 from .architecture import Architecture, BranchSpec, register_architecture
 from .discovery import base_model, partition_model, parts_elsewhere, unwrap
-from .partition import Branch, FeatureLayout, Partition, Projection, Subnet
+from .partition import Branch, FeatureLayout, Gauge, Partition, Projection, Stack, Subnet
 
 
 __all__ = [
@@ -10,8 +10,10 @@ __all__ = [
     "Branch",
     "BranchSpec",
     "FeatureLayout",
+    "Gauge",
     "Partition",
     "Projection",
+    "Stack",
     "Subnet",
     "base_model",
     "partition_model",

@@ -40,6 +40,9 @@ class BranchSpec:
             thing that its output meets (BERT).
         parts: Number of equal parts in each column-parallel projection (3 for a fused query-key-value).
         scaled_attributes: Integer attributes of the region that are proportional to the number of heads that run.
+        other_input: Those of `columns` that read other rows than the first (keys and values of cross attention).
+        hands_on: Argument of the region with an axis of heads, [1, heads, queries, keys], that it also returns, as its
+            second output, to the next block; where it is missing, the region's ``compute_bias`` makes it (T5).
     """
 
     region: str
@@ -47,6 +50,8 @@ class BranchSpec:
     row: str
     parts: int = 1
     scaled_attributes: tuple[str, ...] = ()
+    other_input: tuple[str, ...] = ()
+    hands_on: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,14 @@ class Architecture:
         blocks: Name of the ``nn.ModuleList`` that holds the blocks, e.g. ``"layers"`` or ``"encoder.layer"``.
         attention: The attention branch.
         ffn: The feed-forward branch, or None where it cannot be cut (mixture of experts): it then always runs.
+        cross_attention: Attention to the rows of another stack (decoders), between the two; a head of it belongs to the
+            subnet of the same head of `attention`.
     """
 
     blocks: str
     attention: BranchSpec
     ffn: BranchSpec | None
+    cross_attention: BranchSpec | None = None
 
 
 _VIT = Architecture(
@@ -88,15 +96,16 @@ _GPT2 = Architecture(
     ffn=BranchSpec("mlp", ("mlp.c_fc",), "mlp.c_proj"),
 )
 
-_ARCHITECTURES: dict[str, Architecture] = {"vit": _VIT, "bert": _BERT, "gpt2": _GPT2}
+_ARCHITECTURES: dict[str, Architecture | tuple[Architecture, ...]] = {"vit": _VIT, "bert": _BERT, "gpt2": _GPT2}
 
 
-def register_architecture(model_type: str, architecture: Architecture) -> None:
+def register_architecture(model_type: str, architecture: Architecture | tuple[Architecture, ...]) -> None:
     """Teach D2FT a model that has no tensor-parallel plan.
 
     Args:
         model_type: ``config.model_type`` of the model.
-        architecture: Where its blocks, heads and projections are.
+        architecture: Where its blocks, heads and projections are; one for each of several stacks, in the order in which
+            they run.
 
     Raises:
         ValueError: If the model type is already registered with something else.
@@ -107,8 +116,14 @@ def register_architecture(model_type: str, architecture: Architecture) -> None:
     _ARCHITECTURES[model_type] = architecture
 
 
-def find_architecture(model: nn.Module) -> Architecture:
-    """Return the architecture of a transformers model, from the table or from its tensor-parallel plan.
+def is_registered(model_type: str | None) -> bool:
+    """Whether a model type stands in the table, or was registered."""
+    return model_type in _ARCHITECTURES
+
+
+def find_architecture(model: nn.Module) -> Architecture | tuple[Architecture, ...]:
+    """Return the architecture of a transformers model, from the table or from its tensor-parallel plan; one for each
+    stack where it has several.
 
     Raises:
         ValueError: If the model cannot be cut into heads; the message says why.

@@ -2,44 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .architecture import Architecture, BranchSpec, find_architecture
-from .partition import Branch, FeatureLayout, Partition, Projection, Subnet
+from .architecture import BranchSpec
+from .partition import Branch, FeatureLayout, Partition, Projection, Stack, Subnet
+from .stacks import FoundStack, find_stacks, has_module
 
 
-def partition_model(model: nn.Module, heads_per_subnet: int = 1) -> Partition:
+def partition_model(
+    model: nn.Module, heads_per_subnet: int = 1, stacks: str | Sequence[str] | None = None
+) -> Partition:
     """Cut a transformers model into subnets (arXiv 2504.12471, section 3).
 
     Args:
         model: The model, with or without PEFT layers in it.
         heads_per_subnet: Heads (key/value heads under grouped-query attention) that one subnet groups.
+        stacks: Which stacks of blocks are cut, where there are several; see `D2FTConfig`.
 
     Raises:
         ValueError: If the model cannot be cut; the message says what stands in the way.
     """
-    architecture = find_architecture(model)
-    stack, blocks = _find_blocks(model, architecture)
-    branches, subnets = [], []
-    for index, block in enumerate(blocks):
-        prefix = f"{stack}.{index}"
-        attention = _attention_branch(model, block, prefix, index, architecture.attention)
-        _check_heads_per_subnet(heads_per_subnet, attention.heads)
-        branches.append(attention)
-        if architecture.ffn is not None and _has_module(block, architecture.ffn.row):
-            branches.append(_branch("ffn", block, prefix, index, architecture.ffn, attention.heads))
-        for first in range(0, attention.heads, heads_per_subnet):
-            heads = tuple(range(first, first + heads_per_subnet))
-            subnets.append(Subnet(len(subnets), index, heads))
+    branches: list[Branch] = []
+    subnets: list[Subnet] = []
+    blocks: list[str] = []
+    cut: list[Stack] = []
+    for found in find_stacks(model, stacks):
+        cut.append(Stack(found.name, len(blocks), len(found.blocks), found.reads))
+        for number in range(len(found.blocks)):
+            of_block = _branches(found, number, len(blocks))
+            heads = of_block[0].heads
+            _check_heads_per_subnet(heads_per_subnet, heads)
+            for first in range(0, heads, heads_per_subnet):
+                members = tuple(range(first, first + heads_per_subnet))
+                subnets.append(Subnet(len(subnets), len(blocks), members))
+            branches += of_block
+            blocks.append(f"{found.name}.{number}")
     projections = {p.name for branch in branches for p in branch.projections}
     return Partition(
         model_type=model.config.model_type,
         branches=tuple(branches),
         subnets=tuple(subnets),
-        blocks=tuple(f"{stack}.{index}" for index in range(len(blocks))),
+        blocks=tuple(blocks),
         boundary=tuple(_boundary(model, "", projections)),
         heads_per_subnet=heads_per_subnet,
+        stacks=tuple(cut),
     )
 
 
@@ -50,30 +60,22 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def _find_blocks(model: nn.Module, architecture: Architecture) -> tuple[str, nn.ModuleList]:
-    """The one ModuleList of the model whose children hold the architecture's projections."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and (name == architecture.blocks or name.endswith("." + architecture.blocks))
-        and len(module) > 0
-        and _has_module(module[0], architecture.attention.row)
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"expected one stack of blocks named {architecture.blocks!r} in {type(model).__name__}, found "
-            f"{len(found)} ({', '.join(name for name, _ in found) or 'none'}); D2FT partitions models with one stack."
-        )
-    return found[0]
-
-
-def _has_module(block: nn.Module, path: str) -> bool:
-    try:
-        block.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+def _branches(found: FoundStack, number: int, index: int) -> list[Branch]:
+    """The branches of one block of a stack, in the order in which they run; `index` is the block's in the model."""
+    block, architecture, prefix = found.blocks[number], found.architecture, f"{found.name}.{number}"
+    attention = _attention_branch("attention", found, block, prefix, index, architecture.attention)
+    branches = [attention]
+    cross = architecture.cross_attention
+    if cross is not None and has_module(block, cross.row):
+        branches.append(_attention_branch("cross_attention", found, block, prefix, index, cross))
+        if branches[1].heads != attention.heads:
+            raise ValueError(
+                f"{prefix} cannot be cut into heads: its attention has {attention.heads} (key/value) heads and its "
+                f"cross attention {branches[1].heads}."
+            )
+    if architecture.ffn is not None and has_module(block, architecture.ffn.row):
+        branches.append(_branch("ffn", block, prefix, index, architecture.ffn, attention.heads))
+    return branches
 
 
 def _submodule(block: nn.Module, prefix: str, path: str) -> nn.Module:
@@ -86,9 +88,11 @@ def _submodule(block: nn.Module, prefix: str, path: str) -> nn.Module:
         ) from error
 
 
-def _attention_branch(model: nn.Module, block: nn.Module, prefix: str, index: int, spec: BranchSpec) -> Branch:
+def _attention_branch(
+    name: str, found: FoundStack, block: nn.Module, prefix: str, index: int, spec: BranchSpec
+) -> Branch:
     region = _submodule(block, prefix, spec.region)
-    head_dim = _head_dim(model, region)
+    head_dim = _head_dim(found.config, region)
     shapes = [_linear_shape(block, prefix, path) for path in spec.columns]
     # Query, key and value differ in width under grouped-query attention; the narrowest counts key/value heads.
     widths = [out_features // spec.parts for _, out_features, _, _ in shapes]
@@ -107,7 +111,7 @@ def _attention_branch(model: nn.Module, block: nn.Module, prefix: str, index: in
             "d2ft_peft.register_architecture)."
         )
     _check_region_parameters(region, prefix, spec, head_dim)
-    return _branch("attention", block, prefix, index, spec, heads, query_width=max(widths) // heads)
+    return _branch(name, block, prefix, index, spec, heads, query_width=max(widths) // heads)
 
 
 def _branch(
@@ -121,6 +125,8 @@ def _branch(
         row=_projection(block, prefix, spec.row, "row", heads, 1),
         scaled_attributes=spec.scaled_attributes,
         query_width=query_width,
+        other_input=tuple(f"{prefix}.{path}" for path in spec.other_input),
+        hands_on=spec.hands_on,
     )
 
 
@@ -150,11 +156,12 @@ def _linear_shape(block: nn.Module, prefix: str, path: str) -> tuple[int, int, b
     )
 
 
-def _head_dim(model: nn.Module, region: nn.Module) -> int:
-    for source, name in ((region, "head_dim"), (region, "attention_head_size"), (model.config, "head_dim")):
+def _head_dim(config: Any, region: nn.Module) -> int:
+    names = ("head_dim", "attention_head_size", "key_value_proj_dim")
+    for source, name in (*((region, name) for name in names), (config, "head_dim")):
         if isinstance(getattr(source, name, None), int):
             return getattr(source, name)
-    return model.config.hidden_size // model.config.num_attention_heads
+    return config.hidden_size // config.num_attention_heads
 
 
 def _check_heads_per_subnet(heads_per_subnet: int, heads: int) -> None:

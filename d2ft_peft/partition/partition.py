@@ -62,25 +62,30 @@ class Projection:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch (attention or FFN) of one block.
+    """One residual branch (attention, cross attention or FFN) of one block.
 
     Attributes:
-        name: ``"attention"`` or ``"ffn"``.
+        name: ``"attention"``, ``"cross_attention"`` or ``"ffn"``.
         block: Index of the block.
         region: Path of the module that D2FT runs once per operation.
         columns: Its column-parallel projections.
         row: Its row-parallel projection.
         scaled_attributes: See `BranchSpec`.
         query_width: Width of one head's queries (attention), or 0: width that enters the attention products.
+        other_input: Those of `columns`, by name, that read other rows than the first: keys and values of cross
+            attention, which come from the encoder.
+        hands_on: See `BranchSpec`.
     """
 
-    name: Literal["attention", "ffn"]
+    name: Literal["attention", "cross_attention", "ffn"]
     block: int
     region: str
     columns: tuple[Projection, ...]
     row: Projection
     scaled_attributes: tuple[str, ...] = ()
     query_width: int = 0
+    other_input: tuple[str, ...] = ()
+    hands_on: str = ""
 
     @property
     def heads(self) -> int:
@@ -108,6 +113,45 @@ class Subnet:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Blocks that follow one another.
+
+    Attributes:
+        name: Path of the module that holds them.
+        first: Index of its first block.
+        size: Number of its blocks.
+        reads: What enters the stack besides inputs of its own: ``"inputs"``: nothing; ``"before"``: what the stacks
+            before it return is among the rows of its first block (a language model behind a vision tower);
+            ``"states"``: attention in every block reads what the stack before it returned (a decoder).
+    """
+
+    name: str
+    first: int
+    size: int
+    reads: Literal["inputs", "before", "states"] = "inputs"
+
+    @property
+    def blocks(self) -> range:
+        """Indices of its blocks."""
+        return range(self.first, self.first + self.size)
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """A place at which rows are counted while a model runs.
+
+    Attributes:
+        branch: Index of the branch at which that is done.
+        stack: Index of its stack.
+        other: Whether the rows are those that cross attention reads.
+    """
+
+    branch: int
+    stack: int
+    other: bool = False
+
+
+@dataclass(frozen=True)
 class Partition:
     """A model cut into subnets.
 
@@ -118,6 +162,7 @@ class Partition:
         blocks: Paths of the blocks.
         boundary: Paths of the modules outside the subnets (embeddings, norms, task head): they always run FULL.
         heads_per_subnet: Heads (key/value heads) that one subnet groups.
+        stacks: The stacks of blocks, in the order in which they run.
     """
 
     model_type: str
@@ -126,6 +171,27 @@ class Partition:
     blocks: tuple[str, ...]
     boundary: tuple[str, ...]
     heads_per_subnet: int
+    stacks: tuple[Stack, ...] = ()
+
+    @property
+    def several(self) -> bool:
+        """Whether blocks differ in the rows that they see: several stacks, or cross attention."""
+        return len(self.gauges) > 1
+
+    @cached_property
+    def gauges(self) -> tuple[Gauge, ...]:
+        """Where rows are counted: at the first attention of every stack, and at its first cross attention."""
+        found = []
+        for number, stack in enumerate(self.stacks):
+            for name in ("attention", "cross_attention"):
+                at = (i for i, b in enumerate(self.branches) if b.name == name and b.block in stack.blocks)
+                found += [Gauge(branch, number, name == "cross_attention") for branch in (next(at, None),)
+                          if branch is not None]  # fmt: skip
+        return tuple(found) or (Gauge(0, 0),)
+
+    def stack_of(self, block: int) -> int:
+        """Index of the stack of a block."""
+        return next((number for number, stack in enumerate(self.stacks) if block in stack.blocks), 0)
 
     @property
     def num_scheduled(self) -> int:
@@ -160,7 +226,7 @@ class Partition:
             share = len(subnets[0].heads)
             parameters = sum(subnet_parameters(branch, share) for branch in branches.values())
             flops = 2 * sum(subnet_weights(branch, share) for branch in branches.values())
-            flops += 4 * share * branches["attention"].query_width * sequence_length
+            flops += sum(4 * share * branch.query_width * sequence_length for branch in branches.values())
             features = [
                 str(share * branches[name].row.layout.width) if name in branches else "-"
                 for name in ("attention", "ffn")

@@ -18,7 +18,13 @@ from ..engine.runtime import Runtime
 from ..engine.token_rows import check_takes_tokens, install_token_rows
 from ..engine.touch_loss import TouchLoss
 from ..partition import Partition, partition_model, parts_elsewhere
-from .adapter_checks import check_beside_others, check_loads_in_peft, check_weights, leave_out_what_peft_renames
+from .adapter_checks import (
+    check_beside_others,
+    check_loads_in_peft,
+    check_one_stack,
+    check_weights,
+    leave_out_what_peft_renames,
+)
 from .config import D2FTConfig
 from .converted_lora import subtract_initial_adapter
 from .layer import D2FTLayer
@@ -49,8 +55,10 @@ class SubnetTuner(BaseTuner):
         others = {name: self.peft_config[name] for name in partitions if name != adapter_name}
         if others:
             check_beside_others(config, adapter_name, others, partitions[next(iter(others))])
-        partition = partition_model(model, config.heads_per_subnet)
+        partition = partition_model(model, config.heads_per_subnet, config.stacks)
         check_weights(model, partition, config)
+        if config.head_parallel:
+            check_one_stack(partition)
         if config.rows == "tokens":
             check_takes_tokens(model, partition, config.token_margins, config.token_choice)
         partitions[adapter_name] = partition
@@ -94,6 +102,12 @@ class SubnetTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: D2FTConfig, model_config: dict) -> D2FTConfig:
         partition = self._partition_of(peft_config)
+        if peft_config.layers_to_transform is not None and len(partition.stacks) > 1:
+            raise ValueError(
+                f"layers_to_transform={peft_config.layers_to_transform!r} numbers the blocks of one stack, and "
+                f"{', '.join(stack.name for stack in partition.stacks)} are scheduled; choose one in `stacks`, or name "
+                "projections in target_modules."
+            )
         if peft_config.layers_to_transform is not None and not peft_config.layers_pattern:
             # PEFT guesses where the index of a block stands, and does not find it in models without a task head.
             peft_config.layers_pattern = partition.blocks[0].split(".")[-2]
@@ -110,6 +124,7 @@ class SubnetTuner(BaseTuner):
     def _install_interceptions(self, partition: Partition) -> None:
         runtime: Runtime = self.runtime
         runtime.blocks = [self.model.get_submodule(name) for name in partition.blocks]
+        runtime.gauges = partition.gauges
         for index, branch in enumerate(partition.branches):
             region = RegionForward(self.model.get_submodule(branch.region), runtime, branch, index)
             forwards = []
@@ -119,7 +134,8 @@ class SubnetTuner(BaseTuner):
                 forwards.append(ProjectionForward(module, runtime, projection, index, inside))
             *columns, region.row = forwards
             for column in columns:
-                column.siblings = tuple(columns)
+                elsewhere = column.projection.name in branch.other_input
+                column.siblings = tuple(c for c in columns if (c.projection.name in branch.other_input) == elsewhere)
             for interception in (*forwards, region):
                 interception.install()
         over_tokens = [config for name in runtime.partitions if (config := self.peft_config[name]).rows == "tokens"]
