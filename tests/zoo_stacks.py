@@ -63,6 +63,10 @@ _BART = {
     "decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 64, "max_position_embeddings": 16,
     "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, **_TEXT,
 }  # fmt: skip
+_T5 = {
+    "d_model": 32, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4, "d_kv": 8, "d_ff": 48, "dropout_rate": 0.0,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, **_TEXT,
+}  # fmt: skip
 _SOUND = {"num_mel_bins": 8, "max_source_positions": 6, "max_target_positions": 16}
 
 
@@ -91,4 +95,12 @@ ENCODER_DECODERS = {
         tf.WhisperConfig, tf.WhisperForConditionalGeneration, {**_BART, **_SOUND}, "speech", quick=True
     ),
 }  # fmt: skip
-ZOO = ENCODER_DECODERS
+T5S = {
+    "t5": Stacks(tf.T5Config, tf.T5ForConditionalGeneration, _T5, "seq2seq", quick=True),
+    "flan-t5": Stacks(
+        tf.T5Config, tf.T5ForConditionalGeneration, {**_T5, "feed_forward_proj": "gated-gelu"}, "seq2seq"
+    ),
+    "mt5": Stacks(tf.MT5Config, tf.MT5ForConditionalGeneration, _T5, "seq2seq"),
+    "umt5": Stacks(tf.UMT5Config, tf.UMT5ForConditionalGeneration, _T5, "seq2seq", quick=True),
+}
+ZOO = {**ENCODER_DECODERS, **T5S}

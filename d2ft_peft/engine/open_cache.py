@@ -50,7 +50,8 @@ def open_cache(
     if partition.several:
         raise ValueError(
             "cache_frozen keeps what the lower blocks of one stack return, and "
-            f"model_type={partition.model_type!r} has several, or cross attention; leave cache_frozen out, or name a single stack in `stacks`."
+            f"model_type={partition.model_type!r} has several, or cross attention; leave cache_frozen out, or name a "
+            "single stack in `stacks`."
         )
     body = find_body(base, partition.blocks[0].rpartition(".")[0])
     blocks = [base.get_submodule(name) for name in partition.blocks]

@@ -89,8 +89,7 @@ class ProjectionForward(Intercept):
         if not run.skipped or not run.with_bias:
             return out
         with torch.no_grad():
-            mean = self.runtime.means[self.index].value.to(out)
-            features = mean[run.skipped.index(out.device)].flatten()
+            features = self.runtime.means[self.index].features(run.skipped).to(out)
             (contribution,) = _subset((self,), features, Run(run.skipped, with_bias=False))
         return out + contribution
 

@@ -13,6 +13,7 @@ from .checkpointing import in_backward
 from .intercept import Intercept
 from .plan import Cell, Heads
 from .projection import ProjectionForward
+from .region_view import RegionView
 from .row_counts import rows_at
 from .runtime import Follow, Run, Runtime
 
@@ -28,6 +29,7 @@ class RegionForward(Intercept):
         super().__init__(module, runtime)
         self.branch, self.index = branch, index
         self.row: ProjectionForward | None = None
+        self.view = RegionView(module, branch)
         self._followed_plan = False
 
     @torch.compiler.disable
@@ -78,6 +80,16 @@ class RegionForward(Intercept):
         return cell
 
     def _run(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
+        residual, args, kwargs = self.view.take_residual(args, kwargs)
+        handed_on, kwargs = self.view.hand_on(args, kwargs)
+        out = self._branch(cell, args, kwargs)
+        if self.branch.hands_on:
+            out = (out[0], handed_on, *(out[2:] or (None,)))
+        if residual is None:
+            return out
+        return (residual + out[0], *out[1:]) if isinstance(out, tuple) else residual + out
+
+    def _branch(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
         full = forward_only = None
         # FULL first: under autocast the second pass may reuse casts of weights, and those must carry gradients.
         if cell.full:
@@ -100,16 +112,13 @@ class RegionForward(Intercept):
         return Run(heads, with_bias, scale, cell.skipped if shortcut == "mean" else Heads())
 
     def _pass(self, run: Run, args: tuple, kwargs: dict) -> Any:
-        dense = {name: getattr(self.module, name) for name in self.branch.scaled_attributes}
-        try:
-            for name, value in dense.items():
-                setattr(self.module, name, value // self.branch.heads * len(run.heads))
+        args, kwargs = self.view.arguments(run.heads, args, kwargs)
+        with self.view.of(run.heads):
             self.runtime.run = run
-            return self.original(*args, **kwargs)
-        finally:
-            self.runtime.run = None
-            for name, value in dense.items():
-                setattr(self.module, name, value)
+            try:
+                return self.original(*args, **kwargs)
+            finally:
+                self.runtime.run = None
 
     def _leave_to_row(self, cell: Cell, forward_only: Any) -> None:
         self.runtime.follow[self.index] = Follow(

@@ -76,7 +76,7 @@ class Selection:
     _indices: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def take(self, tensor: Tensor, axis: int) -> Tensor:
-        """The features along `axis`, 0 or 1: a view where they are neighbours, else a copy."""
+        """The features along `axis`, counted from the front: a view where they are neighbours, else a copy."""
         if len(self.runs) == 1:
             return tensor.narrow(axis, *self.runs[0])
         units = tensor.unflatten(axis, (-1, self.unit))
@@ -115,13 +115,15 @@ class Selection:
 def select(layout: FeatureLayout, heads: Heads) -> Selection:
     """Find the runs of neighbours among some heads' features."""
     runs: list[list[int]] = []
-    for part in range(layout.parts):
+    offset = 0
+    for width in layout.part_widths:
         for head in heads.indices:
-            start = (part * layout.heads + head) * layout.width
+            start = offset + head * width
             if runs and sum(runs[-1]) == start:
-                runs[-1][1] += layout.width
+                runs[-1][1] += width
             else:
-                runs.append([start, layout.width])
+                runs.append([start, width])
+        offset += layout.heads * width
     return Selection(tuple((start, length) for start, length in runs), math.gcd(layout.size, *itertools.chain(*runs)))
 
 

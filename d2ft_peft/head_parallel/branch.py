@@ -49,7 +49,7 @@ class BranchForward:
         self._shards = {id(shard.tensor): shard for shard in shards}
         modules = [self.region, self.row]
         self._convolutions = [
-            (shard.module, shard.layout.parts * shard.layout.width)
+            (shard.module, shard.layout.head_size)
             for shard in shards
             if shard.module in set(self.region.modules()) and isinstance(shard.module, Conv1D) and shard.axis == 1
         ]

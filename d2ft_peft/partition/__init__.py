@@ -1,8 +1,9 @@
 """What a subnet is: discovery of blocks, heads and projections in a transformers model."""
 
+from . import decoders, encoder_decoders  # noqa: F401  they register their architectures
 from .architecture import Architecture, BranchSpec, register_architecture
 from .discovery import base_model, partition_model, parts_elsewhere, unwrap
-from .partition import Branch, FeatureLayout, Gauge, Partition, Projection, Stack, Subnet
+from .partition import Branch, FeatureLayout, Gauge, Partition, PerHead, Projection, Stack, Subnet
 
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "FeatureLayout",
     "Gauge",
     "Partition",
+    "PerHead",
     "Projection",
     "Stack",
     "Subnet",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .architecture import Architecture, BranchSpec
+from .architecture import Architecture, BranchSpec, register_architecture
 
 
 def _self_and_cross(attention: BranchSpec, path: str) -> BranchSpec:
@@ -30,18 +29,37 @@ def _bart(config: Any) -> tuple[Architecture, ...]:
     return Architecture("encoder.layers", attention, None), Architecture("decoder.layers", attention, None, cross)
 
 
-_LIKE_BART = (
+def _t5(config: Any) -> tuple[Architecture, ...]:
+    """T5: the first block makes a position bias per head, which every block hands on to the next."""
+    return _t5_stacks(config, position_bias={"hands_on": "position_bias", "per_head": (("position_bias", 1),)})
+
+
+def _umt5(config: Any) -> tuple[Architecture, ...]:
+    """UMT5: every block makes its own."""
+    return _t5_stacks(config, position_bias={"per_head": (("relative_attention_bias", 2),)})
+
+
+def _t5_stacks(config: Any, position_bias: dict[str, Any]) -> tuple[Architecture, ...]:
+    path = "layer.0.SelfAttention"
+    attention = BranchSpec(
+        path, (f"{path}.q", f"{path}.k", f"{path}.v"), f"{path}.o", scaled_attributes=("n_heads",), **position_bias
+    )
+    cross = _self_and_cross(attention, "layer.1.EncDecAttention")
+    if not attention.hands_on:
+        cross = replace(cross, per_head=())
+    columns = ("wi_0", "wi_1") if config.is_gated_act else ("wi",)
+
+    def ffn(layer: int) -> BranchSpec:
+        path = f"layer.{layer}.DenseReluDense"
+        return BranchSpec(path, tuple(f"{path}.{name}" for name in columns), f"{path}.wo")
+
+    return Architecture("encoder.block", attention, ffn(1)), Architecture("decoder.block", attention, ffn(2), cross)
+
+
+for _model_type in (
     "bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "pegasus", "plbart", "speech_to_text",
     "whisper",
-)  # fmt: skip
-
-_ENCODER_DECODERS: dict[str, Callable[[Any], tuple[Architecture, ...]]] = {
-    **dict.fromkeys(_LIKE_BART, _bart),
-}  # fmt: skip
-"""The stacks of a model, encoder first, by its model type."""
-
-
-def encoder_decoder(config: Any) -> tuple[Architecture, ...] | None:
-    """The stacks of an encoder-decoder that stands in the table, or None."""
-    make = _ENCODER_DECODERS.get(getattr(config, "model_type", None))
-    return None if make is None else make(config)
+):  # fmt: skip
+    register_architecture(_model_type, _bart)
+for _model_type, _stacks in {"t5": _t5, "mt5": _t5, "umt5": _umt5}.items():
+    register_architecture(_model_type, _stacks)

@@ -13,23 +13,35 @@ import numpy as np
 class FeatureLayout:
     """How the features of one axis of a projection belong to heads.
 
-    The axis has ``parts * heads * width`` features, part-major: part p, head h owns the features
-    ``(p * heads + h) * width`` to ``(p * heads + h + 1) * width - 1``.
+    The axis is part-major: its parts follow one another, and in each the features of head 0, of head 1, and so on.
 
     Attributes:
         heads: Number of heads (key/value heads under grouped-query attention).
         width: Features of one head in one part.
-        parts: Number of parts (3 for a fused query-key-value projection, else 1).
+        parts: Number of equal parts (3 for a fused query-key-value projection, else 1); or, where parts differ, how
+            many times `width` one head has in each: ``(4, 1, 1)`` for four queries that share a key and a value.
     """
 
     heads: int
     width: int
-    parts: int = 1
+    parts: int | tuple[int, ...] = 1
+
+    @property
+    def part_widths(self) -> tuple[int, ...]:
+        """Features of one head in each part."""
+        if isinstance(self.parts, int):
+            return (self.width,) * self.parts
+        return tuple(times * self.width for times in self.parts)
+
+    @property
+    def head_size(self) -> int:
+        """Features of one head in all parts."""
+        return sum(self.part_widths)
 
     @property
     def size(self) -> int:
         """Number of features on the axis."""
-        return self.parts * self.heads * self.width
+        return self.heads * self.head_size
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,24 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class PerHead:
+    """Something with an axis of heads that a region reads besides its projections.
+
+    Attributes:
+        name: An argument of the region's forward, or a path in the region.
+        kind: ``"argument"``; ``"parameter"``; ``"module"``, whose output has the axis; or ``"modules"``, a list with as
+            many as there are heads.
+        axis: The axis, counted from the front (a list has axis 0).
+        width: Entries that one head has on it: 2 where two query heads share a key/value head.
+    """
+
+    name: str
+    kind: Literal["argument", "parameter", "module", "modules"]
+    axis: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Branch:
     """One residual branch (attention, cross attention or FFN) of one block.
 
@@ -72,6 +102,10 @@ class Branch:
         row: Its row-parallel projection.
         scaled_attributes: See `BranchSpec`.
         query_width: Width of one head's queries (attention), or 0: width that enters the attention products.
+        per_head: What else of the region has an axis of heads.
+        whole: Projections of the region that compute every feature whenever it runs: they belong to no head.
+        residual: Argument of the region that it adds to its output, or "".
+        shared_input: Whether the column-parallel projections have the region's input in common.
         other_input: Those of `columns`, by name, that read other rows than the first: keys and values of cross
             attention, which come from the encoder.
         hands_on: See `BranchSpec`.
@@ -84,6 +118,10 @@ class Branch:
     row: Projection
     scaled_attributes: tuple[str, ...] = ()
     query_width: int = 0
+    per_head: tuple[PerHead, ...] = ()
+    whole: tuple[str, ...] = ()
+    residual: str = ""
+    shared_input: bool = True
     other_input: tuple[str, ...] = ()
     hands_on: str = ""
 
@@ -101,6 +139,11 @@ class Branch:
     def projections(self) -> tuple[Projection, ...]:
         """All projections, column-parallel ones first."""
         return (*self.columns, self.row)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Paths of the linear layers that train unless something else is asked for."""
+        return (*(projection.name for projection in self.projections), *self.whole)
 
 
 @dataclass(frozen=True)
@@ -222,13 +265,16 @@ class Partition:
         rows = [("block", "subnets", "heads each", "attention", "ffn", "parameters", "FLOPs/token")]
         for block in range(len(self.blocks)):
             subnets = [subnet for subnet in self.subnets if subnet.block == block]
+            if not subnets:
+                rows.append((str(block), "0", "-", "-", "-", "0", "0"))
+                continue
             branches = {branch.name: branch for branch in self.branches if branch.block == block}
             share = len(subnets[0].heads)
             parameters = sum(subnet_parameters(branch, share) for branch in branches.values())
             flops = 2 * sum(subnet_weights(branch, share) for branch in branches.values())
-            flops += sum(4 * share * branch.query_width * sequence_length for branch in branches.values())
+            flops += 4 * share * sum(branch.query_width for branch in branches.values()) * sequence_length
             features = [
-                str(share * branches[name].row.layout.width) if name in branches else "-"
+                str(share * branches[name].row.layout.head_size) if name in branches else "-"
                 for name in ("attention", "ffn")
             ]
             rows.append((str(block), str(len(subnets)), str(share), *features, f"{parameters:,}", f"{flops:,}"))

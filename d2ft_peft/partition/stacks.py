@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-from .architecture import Architecture, find_architecture, is_registered
-from .encoder_decoders import encoder_decoder
+from .architecture import Architecture
+from .find_architecture import find_architecture
 
 
 # Towers that see inputs of their own, and whose outputs meet after the last block of both.
@@ -94,9 +94,7 @@ def _inner(module: nn.Module, prefix: str, config: Any) -> Iterator[tuple[str, n
 
 def _stacks_of(prefix: str, part: nn.Module) -> list[FoundStack]:
     """The stacks of a model with one configuration."""
-    config = getattr(part, "config", None)
-    known = None if is_registered(getattr(config, "model_type", None)) else encoder_decoder(config)
-    architectures = known or find_architecture(part)
+    architectures = find_architecture(part)
     several = isinstance(architectures, tuple)
     found = []
     for architecture in architectures if several else (architectures,):
@@ -122,8 +120,7 @@ def _lists_of_blocks(model: nn.Module, architecture: Architecture) -> list[tuple
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and (name == architecture.blocks or name.endswith("." + architecture.blocks))
-        and len(module) > 0
-        and has_module(module[0], architecture.attention.row)
+        and any(has_module(block, architecture.attention.row) for block in module)
     ]
 
 

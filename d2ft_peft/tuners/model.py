@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.lora import LoraModel
@@ -14,10 +15,11 @@ from ..engine.frozen_below import NoteEmbedded, install_entries
 from ..engine.intercept import Intercept, find_runtime
 from ..engine.projection import ProjectionForward
 from ..engine.region import RegionForward
+from ..engine.region_view import HeadsOfOutput
 from ..engine.runtime import Runtime
 from ..engine.token_rows import check_takes_tokens, install_token_rows
 from ..engine.touch_loss import TouchLoss
-from ..partition import Partition, partition_model, parts_elsewhere
+from ..partition import Branch, Partition, partition_model, parts_elsewhere
 from .adapter_checks import (
     check_beside_others,
     check_loads_in_peft,
@@ -39,6 +41,16 @@ def _transformed_blocks(config: D2FTConfig, partition: Partition) -> set[int]:
     if not chosen or not chosen <= blocks:
         raise ValueError(f"layers_to_transform={layers!r} must name blocks from 0 to {len(blocks) - 1}.")
     return chosen
+
+
+def _siblings(
+    column: ProjectionForward, columns: Sequence[ProjectionForward], branch: Branch
+) -> tuple[ProjectionForward, ...]:
+    """The column-parallel projections of a branch that read what one of them reads."""
+    if not branch.shared_input:
+        return (column,)
+    elsewhere = column.projection.name in branch.other_input
+    return tuple(one for one in columns if (one.projection.name in branch.other_input) == elsewhere)
 
 
 class SubnetTuner(BaseTuner):
@@ -94,7 +106,7 @@ class SubnetTuner(BaseTuner):
             runtime.means.clear()
             return
         for index, branch in enumerate(runtime.partitions[active].branches):
-            runtime.means.setdefault(index, FeatureMean(branch.heads, branch.row.layout.width))
+            runtime.means.setdefault(index, FeatureMean(branch.row.layout))
 
     def _partition_of(self, peft_config: D2FTConfig) -> Partition:
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
@@ -114,7 +126,7 @@ class SubnetTuner(BaseTuner):
         if peft_config.target_modules is None:
             blocks = _transformed_blocks(peft_config, partition)
             branches = [branch for branch in partition.branches if branch.block in blocks]
-            peft_config.target_modules = {p.name for branch in branches for p in branch.projections}
+            peft_config.target_modules = {name for branch in branches for name in branch.targets}
         return peft_config
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -134,9 +146,13 @@ class SubnetTuner(BaseTuner):
                 forwards.append(ProjectionForward(module, runtime, projection, index, inside))
             *columns, region.row = forwards
             for column in columns:
-                elsewhere = column.projection.name in branch.other_input
-                column.siblings = tuple(c for c in columns if (c.projection.name in branch.other_input) == elsewhere)
-            for interception in (*forwards, region):
+                column.siblings = _siblings(column, columns, branch)
+            outputs = [
+                HeadsOfOutput(region.module.get_submodule(entry.name), runtime, entry, branch.heads)
+                for entry in branch.per_head
+                if entry.kind == "module"
+            ]
+            for interception in (*forwards, *outputs, region):
                 interception.install()
         over_tokens = [config for name in runtime.partitions if (config := self.peft_config[name]).rows == "tokens"]
         if over_tokens:

@@ -35,13 +35,13 @@ def plain_twin(model, mode, train_boundary):
     twin = copy.deepcopy(model)
     if mode == "lora":
         partition = partition_model(twin)
-        targets = list(partition.projections)
+        targets = [name for branch in partition.branches for name in branch.targets]
         fan_in_fan_out = all(p.transposed for p in partition.projections.values())
         torch.manual_seed(7)
         return get_peft_model(twin, LoraConfig(**LORA, target_modules=targets, fan_in_fan_out=fan_in_fan_out))
-    projections = partition_model(twin).projections
+    targets = {name for branch in partition_model(twin).branches for name in branch.targets}
     for name, parameter in twin.named_parameters():
-        parameter.requires_grad_(train_boundary or name.rpartition(".")[0] in projections)
+        parameter.requires_grad_(train_boundary or name.rpartition(".")[0] in targets)
     return twin
 
 
