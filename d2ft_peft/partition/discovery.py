@@ -38,7 +38,8 @@ def partition_model(
     blocks: list[str] = []
     cut: list[Stack] = []
     for found in find_stacks(model, stacks):
-        cut.append(Stack(found.name, len(blocks), len(found.blocks), found.reads))
+        reads = found.reads if blocks or found.reads == "states" else "inputs"  # nothing is scheduled before it
+        cut.append(Stack(found.name, len(blocks), len(found.blocks), reads))
         for index, (heads, of_block) in enumerate(_branches(found, len(blocks)), start=len(blocks)):
             _check_heads_per_subnet(heads_per_subnet, heads)
             branches += of_block
@@ -75,13 +76,13 @@ def _branches(found: FoundStack, start: int) -> list[tuple[int, list[Branch]]]:
     """
     prefixes = [f"{found.name}.{number}" for number in range(len(found.blocks))]
     blocks, spec = list(zip(found.blocks, prefixes, itertools.count(start))), found.architecture  # noqa: B905
-    attentions = [_attention_branch("attention", found, *one, spec.attention) for one in blocks]
+    attentions = [_attention_branch(found, *one, spec.attention) for one in blocks]
     branches = []
     for (block, prefix, index), attention in zip(blocks, attentions, strict=True):
         heads = next(branch for branch in (attention, *attentions) if branch is not None).heads
         cross = spec.cross_attention
         if cross is not None:
-            cross = _attention_branch("cross_attention", found, block, prefix, index, cross)
+            cross = _attention_branch(found, block, prefix, index, cross, "cross_attention")
         if cross is not None and cross.heads != heads:
             raise ValueError(
                 f"{prefix} cannot be cut into heads: its attention has {heads} (key/value) heads and its cross "
@@ -105,19 +106,19 @@ def _submodule(block: nn.Module, prefix: str, path: str) -> nn.Module:
 
 
 def _attention_branch(
-    name: str, found: FoundStack, block: nn.Module, prefix: str, index: int, spec: BranchSpec
+    part: Any, block: nn.Module, prefix: str, index: int, spec: BranchSpec, name: str = "attention"
 ) -> Branch | None:
-    """The attention of a block, or None if the block has none."""
+    """The attention of a block, or None if the block has none; `part` has the block's configuration."""
     if not has_module(block, spec.row):
         return None
     region, where = _submodule(block, prefix, spec.region), f"{prefix}.{spec.region}"
-    head_dim = _head_dim(found.config, region)
+    head_dim = _head_dim(part.config, region)
     columns = [_linear_shape(block, prefix, path)[1] for path in spec.columns]
     row = _linear_shape(block, prefix, spec.row)[0]
     if spec.shared_input:
         layouts = head_layouts(where, spec, head_dim, columns, row)
     else:
-        layouts = latent_layouts(where, found.config.num_attention_heads, columns, row)
+        layouts = latent_layouts(where, part.config.num_attention_heads, columns, row)
     query_heads = max(1, row // layouts.heads // head_dim)
     per_head = tuple(
         entry

@@ -176,8 +176,10 @@ class CostModel:
         learning = (full if self.learns is None else full & self.learns[self.blocks]) @ in_block > 0  # [N, B]
         has_full, rows = full @ in_block > 0, len(full)
         back = _Backward(np.zeros_like(has_full), np.zeros(rows), np.zeros(rows, dtype=bool), np.zeros(rows))
-        before = np.zeros(rows, dtype=bool)  # whether anything learned in the chains that ran until here
-        for chain in self.chains or (Chain(0, len(inside), self.below_trains),):
+        chains = self.chains or (Chain(0, len(inside), self.below_trains),)
+        # Whether anything learned in what ran until here; a decoder alone may have a trained encoder below it.
+        before = np.full(rows, chains[0].below_trains)
+        for chain in chains:
             end = chain.first + chain.size
             of_chain = np.arange(chain.first, end)
             lowest_full = _first(learning[:, of_chain], chain.first)
