@@ -64,10 +64,15 @@ class ProjectionForward(Intercept):
     def _after_region(self, x: Tensor, follow: Follow) -> Tensor:
         if follow.nothing is not None:
             return self.constant(x, follow.nothing)
+        output = follow.output
+        if follow.forward_only is not None and output is None:
+            width = self.projection.layout.size // self.projection.layout.heads
+            first = 0 if follow.full is None else len(follow.full.heads) * width
+            x, output = x[..., :first], x[..., first:].detach()
         out = None if follow.full is None else self._row(x, follow.full)
         if follow.forward_only is not None:
             with torch.no_grad():
-                constant = self._row(follow.output, follow.forward_only)
+                constant = self._row(output, follow.forward_only)
             out = constant if out is None else out + constant
         return out
 

@@ -23,6 +23,8 @@ class RegionForward(Intercept):
 
     Nothing of the second pass enters the graph: neither the projections nor attention nor the activation. Where the
     row-parallel projection is inside the region the two outputs are added; where it follows outside, it adds them.
+    Where the block's own forward puts an activation between the two (`BranchSpec.joined`), FULL and FORWARD_ONLY
+    features go through it side by side, the latter as constants, and the row-parallel projection takes them apart.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime, branch: Branch, index: int):
@@ -104,6 +106,8 @@ class RegionForward(Intercept):
             return self._nothing(cell, args, kwargs)
         if full is None or forward_only is None:
             return forward_only if full is None else full
+        if self.branch.joined:
+            return _join(full, forward_only)
         return _add(full, forward_only) if self.branch.row_inside else full
 
     def _run_of(self, cell: Cell, heads: Heads, with_bias: bool = True) -> Run:
@@ -121,6 +125,8 @@ class RegionForward(Intercept):
                 self.runtime.run = None
 
     def _leave_to_row(self, cell: Cell, forward_only: Any) -> None:
+        if self.branch.joined:
+            forward_only = None  # it reaches the row beside what the FULL heads return
         self.runtime.follow[self.index] = Follow(
             full=self._run_of(cell, cell.full) if cell.full else None,
             forward_only=self._run_of(cell, cell.forward_only, with_bias=not cell.full) if cell.forward_only else None,
@@ -135,7 +141,10 @@ class RegionForward(Intercept):
             out = self.row.constant(x, self._run_of(cell, Heads()))
         else:
             out = x.new_zeros(*x.shape[:-1], 0)
-        return out if self.branch.name == "ffn" else (out, None)
+        returns = self.branch.returns
+        if returns is None:
+            returns = 0 if self.branch.name == "ffn" else 2
+        return (out, *[None] * (returns - 1)) if returns else out
 
     def _without_cache(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Training forwards fill a key/value cache that nobody reads; with some of the heads it would break.
@@ -161,6 +170,13 @@ def _add(full: Any, forward_only: Any) -> Any:
     if isinstance(full, tuple):
         return (full[0] + forward_only[0], *full[1:])
     return full + forward_only
+
+
+def _join(full: Any, forward_only: Any) -> Any:
+    """Features of two passes side by side."""
+    if isinstance(full, tuple):
+        return (torch.cat((full[0], forward_only[0]), -1), *full[1:])
+    return torch.cat((full, forward_only), -1)
 
 
 def _first_tensor(args: tuple, kwargs: dict) -> Tensor:

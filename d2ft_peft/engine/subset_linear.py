@@ -151,13 +151,16 @@ def subset_linears(x: Tensor, layers: Sequence[SubsetLayer], heads: Heads) -> tu
                 f"weight is a {type(layer.weight).__name__}, whose features cannot be taken head by head; D2FT needs "
                 "plain tensors: load the model without this quantization or sharding."
             )
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     selections = [select(layer.head_axis.layout, heads) for layer in layers]
     if not torch.is_grad_enabled():
         return tuple(_output(x, *layer, selection) for layer, selection in zip(layers, selections, strict=True))
     weights, biases, axes, addends = zip(*layers, strict=True)
-    return _SubsetLinears.apply(x, axes, selections, *weights, *biases, *addends)
+    # In two dimensions: a view that was made within the function could not be changed in place, as some models do.
+    flat = [None if addend is None else addend.reshape(-1, addend.shape[-1]) for addend in addends]
+    outputs = _SubsetLinears.apply(x.reshape(-1, x.shape[-1]), axes, selections, *weights, *biases, *flat)
+    return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outputs)
 
 
 def _output(
@@ -168,7 +171,7 @@ def _output(
     selected = _selected(weight, head_axis, selection, x.dtype)
     if addend is not None and bias is None and addend.dtype == x.dtype:
         out_MO = torch.addmm(addend.reshape(-1, len(selected)), x.reshape(-1, x.shape[-1]), selected.t())
-        return out_MO.view(addend.shape)
+        return out_MO if addend.ndim == 2 else out_MO.view(addend.shape)
     out = F.linear(x, selected, bias)
     return out if addend is None else _cast(out, addend.dtype).add_(addend)
 

@@ -2,7 +2,8 @@
 
 A model can be cut into heads when its attention derives the number of heads from what its projections return
 (``view(*shape, -1, head_dim)``), the contract that tensor parallelism relies on too, or from attributes that can be
-scaled with it. transformers ships a tensor-parallel plan for most decoders; others stand in the table.
+scaled with it. transformers ships a tensor-parallel plan for most decoders; others stand in the table, or are found
+from their modules and tried.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ _REFUSED = {
     ),
     "swin": "its windows carry a relative position bias per head",
     "swinv2": "its windows carry a relative position bias per head",
-    "beit": "its attention adds a relative position bias per head",
+    "swin2sr": "its windows carry a relative position bias per head",
+    "maskformer-swin": "its windows carry a relative position bias per head",
+    "donut-swin": "its windows carry a relative position bias per head",
+    "hiera": "its blocks change their width and their number of heads from stage to stage",
+    "albert": "its blocks share their weights: one module runs as every block, and a schedule has a cell for each",
+    "big_bird": "its sparse attention is built for a fixed number of heads",
+    "longformer": "its attention has a second set of projections for global tokens, which only some batches use",
+    "led": "its attention has a second set of projections for global tokens, which only some batches use",
+    "squeezebert": "its projections are convolutions",
+    "wavlm": "its attention reads the weights of its projections instead of calling them",
 }
 
 
@@ -45,6 +55,12 @@ class BranchSpec:
         whole: Linear layers of the region that every pass computes whole: what they return is common to the heads.
         residual: Argument that the region adds to its output, where it does so itself.
         shared_input: Whether the column-parallel projections have the region's input in common.
+        apart: Those of the columns that do not take the region's input (embeddings of relative positions).
+        joined: Whether something lies between the region and the row, outside of the region, that works on each
+            feature alone (an activation in the block's own forward): FULL and FORWARD_ONLY heads then go through it
+            side by side.
+        returns: Number of values in the tuple that the region returns, 0 if it returns a tensor; by default a tuple of
+            two for attention, and a tensor for the FFN.
         other_input: Those of `columns` that read other rows than the first (keys and values of cross attention).
         hands_on: Argument of the region with an axis of heads, [1, heads, queries, keys], that it also returns, as its
             second output, to the next block; where it is missing, the region's ``compute_bias`` makes it (T5).
@@ -61,6 +77,9 @@ class BranchSpec:
     whole: tuple[str, ...] = ()
     residual: str = ""
     shared_input: bool = True
+    apart: tuple[str, ...] = ()
+    joined: bool = False
+    returns: int | None = None
     other_input: tuple[str, ...] = ()
     hands_on: str = ""
 

@@ -10,6 +10,8 @@ from .architecture import Architecture, BranchSpec, register_architecture
 _LLAMA_FFN = BranchSpec("mlp", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 _NEOX_FFN = BranchSpec("mlp", ("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h")
 _FUSED_FFN = BranchSpec("mlp", ("mlp.gate_up_proj",), "mlp.down_proj", parts=2)
+# The block itself puts the activation between the two.
+_BLOCK_FFN = BranchSpec("fc1", ("fc1",), "fc2", joined=True)
 _GPTJ_FFN = BranchSpec("mlp", ("mlp.fc_in",), "mlp.fc_out")
 
 
@@ -83,9 +85,11 @@ _STABLELM = Architecture(
     _LLAMA_FFN,
 )  # fmt: skip
 # Their blocks keep the FFN in their own forward: it always runs.
-_OPT = Architecture("decoder.layers", _separate("self_attn", "out_proj", scaled_attributes=("num_heads",)), None)
-_XGLM = Architecture("layers", _separate("self_attn", "out_proj", scaled_attributes=("num_heads", "embed_dim")), None)
-_BIOGPT = Architecture("layers", _separate("self_attn", "out_proj"), None)
+_OPT = Architecture("decoder.layers", _separate("self_attn", "out_proj", scaled_attributes=("num_heads",)), _BLOCK_FFN)
+_XGLM = Architecture(
+    "layers", _separate("self_attn", "out_proj", scaled_attributes=("num_heads", "embed_dim")), _BLOCK_FFN
+)
+_BIOGPT = Architecture("layers", _separate("self_attn", "out_proj"), _BLOCK_FFN)
 _GPT_OSS = Architecture("layers", _separate("self_attn", "o_proj", per_head=(("sinks", 0),)), None)
 
 

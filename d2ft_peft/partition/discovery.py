@@ -113,12 +113,15 @@ def _attention_branch(
         return None
     region, where = _submodule(block, prefix, spec.region), f"{prefix}.{spec.region}"
     head_dim = _head_dim(part.config, region)
-    columns = [_linear_shape(block, prefix, path)[1] for path in spec.columns]
+    widths = {path: _linear_shape(block, prefix, path)[1] for path in spec.columns}
+    columns = [widths[path] for path in spec.columns if path not in spec.apart]
     row = _linear_shape(block, prefix, spec.row)[0]
     if spec.shared_input:
         layouts = head_layouts(where, spec, head_dim, columns, row)
     else:
         layouts = latent_layouts(where, part.config.num_attention_heads, columns, row)
+    layout_of = dict(zip((path for path in spec.columns if path not in spec.apart), layouts.columns, strict=True))
+    layout_of |= {path: FeatureLayout(layouts.heads, widths[path] // layouts.heads) for path in spec.apart}
     query_heads = max(1, row // layouts.heads // head_dim)
     per_head = tuple(
         entry
@@ -130,10 +133,7 @@ def _attention_branch(
         name=name,
         block=index,
         region=where,
-        columns=tuple(
-            _projection(block, prefix, path, "column", layout)
-            for path, layout in zip(spec.columns, layouts.columns, strict=True)
-        ),
+        columns=tuple(_projection(block, prefix, path, "column", layout_of[path]) for path in spec.columns),
         row=_projection(block, prefix, spec.row, "row", layouts.row),
         scaled_attributes=spec.scaled_attributes,
         query_width=layouts.query_width,
@@ -141,6 +141,9 @@ def _attention_branch(
         whole=tuple(f"{prefix}.{path}" for path in spec.whole),
         residual=spec.residual,
         shared_input=spec.shared_input,
+        apart=tuple(f"{prefix}.{path}" for path in spec.apart),
+        joined=spec.joined,
+        returns=spec.returns,
         other_input=tuple(f"{prefix}.{path}" for path in spec.other_input),
         hands_on=spec.hands_on,
     )
@@ -192,6 +195,8 @@ def _ffn_branch(block: nn.Module, prefix: str, index: int, spec: BranchSpec, hea
         row=shared(spec.row, "row"),
         scaled_attributes=spec.scaled_attributes,
         residual=spec.residual,
+        joined=spec.joined,
+        returns=spec.returns,
     )
 
 

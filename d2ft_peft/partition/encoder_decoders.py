@@ -20,13 +20,14 @@ def _self_and_cross(attention: BranchSpec, path: str) -> BranchSpec:
 
 def _bart(config: Any) -> tuple[Architecture, ...]:
     """BART and what was copied from it: ``fc1``, the activation and ``fc2`` stand in the block itself."""
+    ffn = BranchSpec("fc1", ("fc1",), "fc2", joined=True)
     attention = BranchSpec(
         "self_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"
     )
     if config.model_type == "whisper":
         attention = replace(attention, scaled_attributes=("num_heads",))
     cross = _self_and_cross(attention, "encoder_attn")
-    return Architecture("encoder.layers", attention, None), Architecture("decoder.layers", attention, None, cross)
+    return Architecture("encoder.layers", attention, ffn), Architecture("decoder.layers", attention, ffn, cross)
 
 
 def _t5(config: Any) -> tuple[Architecture, ...]:

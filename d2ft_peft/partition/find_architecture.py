@@ -1,16 +1,16 @@
-"""Where a model keeps its blocks, heads and projections: asked of the table, then of its tensor-parallel plan."""
+"""Where a model keeps its blocks, heads and projections: asked of the table, of its tensor-parallel plan, of itself."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from .architecture import Described, known_architecture, known_model_types
+from .architecture import Described, known_architecture
 from .tp_plan import architecture_of_plan
 
 
 def find_architecture(model: nn.Module) -> Described:
-    """Return the architecture of a transformers model, from the table or from its tensor-parallel plan; one for each of
-    several stacks.
+    """Return the architecture of a transformers model, from the table, its tensor-parallel plan, or its modules; one
+    for each of several stacks.
 
     Raises:
         ValueError: If the model cannot be cut into heads; the message says why.
@@ -21,10 +21,8 @@ def find_architecture(model: nn.Module) -> Described:
     if known is not None:
         return known
     plan = getattr(config, "base_model_tp_plan", None)
-    if not plan:
-        raise ValueError(
-            f"model_type={model_type!r} is not known to D2FT and its config has no `base_model_tp_plan`; describe it "
-            f"with d2ft_peft.register_architecture({model_type!r}, Architecture(...)). "
-            f"Known: {', '.join(known_model_types())}."
-        )
-    return architecture_of_plan(model, model_type, plan)
+    if plan:
+        return architecture_of_plan(model, model_type, plan)
+    from .structure import read_structure  # tries blocks cut into branches, which `discovery` makes of architectures
+
+    return read_structure(model)

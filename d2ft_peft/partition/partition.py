@@ -106,6 +106,9 @@ class Branch:
         whole: Projections of the region that compute every feature whenever it runs: they belong to no head.
         residual: Argument of the region that it adds to its output, or "".
         shared_input: Whether the column-parallel projections have the region's input in common.
+        apart: Paths of the column-parallel projections that do not take the region's input.
+        joined: See `BranchSpec`.
+        returns: See `BranchSpec`.
         other_input: Those of `columns`, by name, that read other rows than the first: keys and values of cross
             attention, which come from the encoder.
         hands_on: See `BranchSpec`.
@@ -122,6 +125,9 @@ class Branch:
     whole: tuple[str, ...] = ()
     residual: str = ""
     shared_input: bool = True
+    apart: tuple[str, ...] = ()
+    joined: bool = False
+    returns: int | None = None
     other_input: tuple[str, ...] = ()
     hands_on: str = ""
 
@@ -139,6 +145,18 @@ class Branch:
     def projections(self) -> tuple[Projection, ...]:
         """All projections, column-parallel ones first."""
         return (*self.columns, self.row)
+
+    def siblings(self, column: Projection) -> tuple[Projection, ...]:
+        """The column-parallel projections that share the input of one of them, itself included."""
+        if column.name in self.apart or not self.shared_input:
+            return (column,)
+        others = (other for other in self.columns if other.name not in self.apart)
+        elsewhere = column.name in self.other_input
+        return tuple(
+            other
+            for other in others
+            if other.in_features == column.in_features and (other.name in self.other_input) == elsewhere
+        )
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Where the heads of a model are: subnets, features and regions of every architecture, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -241,16 +243,16 @@ class TestRegisterArchitecture:
     def leave_the_table_alone(self, monkeypatch):
         monkeypatch.setattr(architecture, "_ARCHITECTURES", dict(architecture._ARCHITECTURES))
 
-    def test_a_new_architecture_equals_the_reference(self):
+    def test_what_is_described_goes_before_what_is_found_and_equals_the_reference(self):
         config = tf.RobertaConfig(
             **BASE, num_labels=5, max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
         )
         torch.manual_seed(0)
         model = tf.RobertaForSequenceClassification(config).double()
-        with pytest.raises(ValueError, match="register_architecture"):
-            partition_model(model)
-        register_architecture("roberta", self.ROBERTA)
+        assert {branch.name for branch in partition_model(model).branches} == {"attention", "ffn"}
+        register_architecture("roberta", dataclasses.replace(self.ROBERTA, ffn=None))
         partition = partition_model(model)
+        assert {branch.name for branch in partition.branches} == {"attention"}
         twin = plain_twin(model, "full", False).train()
         ours = d2ft_model(model, "full").train()
         for row in random_rows(partition, seed=0, n=2):
