@@ -90,7 +90,8 @@ def _chains(base: nn.Module, partition: Partition) -> tuple[Chain, ...]:
     """The stacks, and whether anything trains on the way into each."""
 
     def trains(names: list[str]) -> bool:
-        return any(p.requires_grad for name in names for p in base.get_submodule(name).parameters())
+        # The model itself may stand there for parameters of its own.
+        return any(p.requires_grad for name in names for p in base.get_submodule(name).parameters(recurse=bool(name)))
 
     return tuple(
         Chain(stack.first, stack.size, trains(_below(partition, stack)), stack.reads) for stack in partition.stacks

@@ -28,15 +28,23 @@ class ProjectionsBypassed(ValueError):
     """A forward pass computes what projections do without calling them, so that no head can be left out."""
 
 
-def probe_model(model: nn.Module, partition: Partition, batch: dict[str, Any]) -> Probe:
+def probe_model(model: nn.Module, partition: Partition, batch: dict[str, Any], whole: bool = False) -> Probe:
     """Run the model on the first sample of `batch`, without labels, and note lengths and FLOPs outside of the subnets.
 
     The model is left as it was: weights, training flags, hooks and random state.
 
+    Args:
+        model: The model.
+        partition: Its subnets.
+        batch: A batch that the model takes.
+        whole: Whether to run all of it: patches of several images may lie in one row, and no sample can be taken out.
+
     Raises:
         ProjectionsBypassed: If the forward pass goes past projections of the subnets.
     """
-    sample = _one_sample(base_model(model), batch)
+    sample = _known(base_model(model), batch)
+    if not whole:
+        sample = _one_sample(sample)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices), torch.no_grad(), inference(model), watch(model, partition) as probe:
         model(**sample)
@@ -192,19 +200,22 @@ def _positions(values: tuple) -> int:
     return max((math.prod(value.shape[:-1]) for value in values if isinstance(value, Tensor)), default=0)
 
 
-def _one_sample(base: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """The first sample of a batch, as far as the model's forward names what it takes, and without labels, unless a
-    decoder makes its rows of them."""
+def _known(base: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model's forward names of a batch, without labels, unless a decoder makes its rows of them."""
     takes = inspect.signature(type(base).forward).parameters
     decodes = getattr(base.config, "is_encoder_decoder", False) and isinstance(batch.get("labels"), Tensor)
     left_out = () if decodes else ("labels",)
-    known = {
+    return {
         name: value for name, value in batch.items() if (name in takes or name in _PACKING) and name not in left_out
     }
-    n = next((len(value) for value in known.values() if isinstance(value, Tensor) and value.ndim > 1), None)
+
+
+def _one_sample(batch: dict[str, Any]) -> dict[str, Any]:
+    """The first sample of a batch."""
+    n = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1), None)
     return {
         name: value[:1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
-        for name, value in known.items()
+        for name, value in batch.items()
     }
 
 

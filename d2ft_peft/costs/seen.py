@@ -60,7 +60,10 @@ class Probe:
             lengths = tuple((n, tokens * by) for (n, tokens), by in zip(self.lengths, factors, strict=False))
 
         def scaled(entries: list[Entry]) -> list[Entry]:
-            return [e._replace(flops=e.flops * factors[e.gauge]) if e.scales else e for e in entries]
+            # Where nothing comes by a gauge, what is around that stack does not run either.
+            return [
+                e._replace(flops=e.flops * factors[e.gauge]) if e.scales or not factors[e.gauge] else e for e in entries
+            ]
 
         inside = {block: scaled(entries) for block, entries in self.inside.items()}
         below, above = scaled(self.below), scaled(self.above)

@@ -1,9 +1,10 @@
 """What a subnet is: discovery of blocks, heads and projections in a transformers model."""
 
-from . import decoders, encoder_decoders, encoders  # noqa: F401  they register their architectures
+from . import decoders, encoder_decoders, encoders, towers  # noqa: F401  they register their architectures
 from .architecture import Architecture, BranchSpec, register_architecture
 from .discovery import base_model, partition_model, parts_elsewhere, unwrap
-from .partition import Branch, FeatureLayout, Gauge, Partition, PerHead, Projection, Stack, Subnet
+from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
+from .stack import Gauge, Stack
 
 
 __all__ = [

@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .partition import Gauge, Partition
+from .partition import Partition
+from .stack import Gauge
 
 
 def find_body(model: nn.Module, stack: str) -> PreTrainedModel:
@@ -29,10 +30,14 @@ def reads_token_ids(model: nn.Module, partition: Partition, gauge: Gauge) -> boo
     """
     earlier = partition.stacks[gauge.stack - 1] if gauge.other and gauge.stack else None
     if gauge.other and earlier is None:
-        return model.main_input_name == "input_ids"
+        return _takes_token_ids(model)
     parts = (earlier or partition.stacks[gauge.stack]).name.split(".")
     around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts) - 1, -1, -1))
-    return next(part for part in around if isinstance(part, PreTrainedModel)).main_input_name == "input_ids"
+    return _takes_token_ids(next(part for part in around if isinstance(part, PreTrainedModel)))
+
+
+def _takes_token_ids(module: nn.Module) -> bool:
+    return "input_ids" in inspect.signature(type(module).forward).parameters
 
 
 def _embeds(module: nn.Module) -> bool:

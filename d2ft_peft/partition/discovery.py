@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .architecture import BranchSpec
 from .head_layouts import head_layouts, latent_layouts
-from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Stack, Subnet
+from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
+from .stack import Stack
 from .stacks import FoundStack, find_stacks, has_module
 
 

@@ -108,7 +108,13 @@ class ModelCosts:
         device = next(self.model.parameters()).device
         sample = {name: v[:1] if isinstance(v, Tensor) and v.ndim else v for name, v in batch.items()}
         try:
-            self.probe = probe_model(self.model, self.partition, send_to_device(sample, device))
+            try:
+                self.probe = probe_model(self.model, self.partition, send_to_device(sample, device))
+            except ProjectionsBypassed:
+                raise
+            except Exception:  # no sample can be taken out of it
+                whole = send_to_device(dict(batch), device)
+                self.probe = probe_model(self.model, self.partition, whole, whole=True)
         except ProjectionsBypassed:
             raise
         except Exception as error:

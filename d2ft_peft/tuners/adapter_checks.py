@@ -120,6 +120,22 @@ def check_one_stack(partition: Partition) -> None:
         )
 
 
+def check_stacks(partition: Partition, config: D2FTConfig) -> None:
+    """Refuse what needs blocks that all see the same rows, and numbers of blocks where stacks have each their own.
+
+    Raises:
+        ValueError: With the stacks that there are.
+    """
+    if config.head_parallel:
+        check_one_stack(partition)
+    if config.layers_to_transform is not None and len(partition.stacks) > 1:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} numbers the blocks of one stack, and "
+            f"{', '.join(stack.name for stack in partition.stacks)} are scheduled; choose one in `stacks`, or name "
+            "projections in target_modules."
+        )
+
+
 def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) -> None:
     """Refuse to train where the weights of projections cannot be cut into heads.
 

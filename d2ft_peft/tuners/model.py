@@ -23,7 +23,7 @@ from .adapter_checks import (
     check_beside_others,
     check_loads_in_peft,
     check_names,
-    check_one_stack,
+    check_stacks,
     check_weights,
     leave_out_what_peft_renames,
 )
@@ -61,8 +61,7 @@ class SubnetTuner(BaseTuner):
         partition = partition_model(model, config.heads_per_subnet, config.stacks)
         check_names(model, partition, config)
         check_weights(model, partition, config)
-        if config.head_parallel:
-            check_one_stack(partition)
+        check_stacks(partition, config)
         if config.rows == "tokens":
             check_takes_tokens(model, partition, config.token_margins, config.token_choice)
         partitions[adapter_name] = partition
@@ -106,12 +105,6 @@ class SubnetTuner(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: D2FTConfig, model_config: dict) -> D2FTConfig:
         partition = self._partition_of(peft_config)
-        if peft_config.layers_to_transform is not None and len(partition.stacks) > 1:
-            raise ValueError(
-                f"layers_to_transform={peft_config.layers_to_transform!r} numbers the blocks of one stack, and "
-                f"{', '.join(stack.name for stack in partition.stacks)} are scheduled; choose one in `stacks`, or name "
-                "projections in target_modules."
-            )
         if peft_config.layers_to_transform is not None and not peft_config.layers_pattern:
             # PEFT guesses where the index of a block stands, and does not find it in models without a task head.
             peft_config.layers_pattern = partition.blocks[0].split(".")[-2]
@@ -210,10 +203,10 @@ class D2FTModel(FullAdapters, SubnetTuner):
         frozen = tuple(f"{name}." for index, name in enumerate(partition.blocks) if index not in blocks)
         boundary = [name for name in partition.boundary if not name.startswith(frozen)]
         for name in boundary:
-            if any(projection.startswith(f"{name}.") for projection in partition.projections):
+            if not name or any(projection.startswith(f"{name}.") for projection in partition.projections):
                 raise ValueError(
-                    f"train_boundary=True cannot copy {name!r}: it has parameters of its own and holds projections of "
-                    "subnets; name what else is to be trained in modules_to_save instead."
+                    f"train_boundary=True cannot copy {name or 'the model itself'!r}: it has parameters of its own and "
+                    "holds projections of subnets; name what else is to be trained in modules_to_save instead."
                 )
         return boundary
 
