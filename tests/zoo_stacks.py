@@ -189,7 +189,7 @@ _LLAVA = (_of("clip_vision_model", _TOWER), _of("llama", _LM))
 _QWEN_25 = ({**_QWEN_TOWER, "hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 40, "window_size": 16,
              "fullatt_block_indexes": [1]}, _QWEN_LM)  # fmt: skip
 VISION_LANGUAGE = {
-    "llava": _vlm("Llava", "four", *_LLAVA, image_token_index=_IMAGE_TOKEN, quick=True),
+    "llava": _vlm("Llava", "four", *_LLAVA, image_token_index=_IMAGE_TOKEN),
     "llava, both stacks": _vlm(
         "Llava", "four", *_LLAVA, stacks=["vision_tower", "language_model"], image_token_index=_IMAGE_TOKEN, quick=True
     ),
@@ -204,7 +204,7 @@ VISION_LANGUAGE = {
     ),
     "gemma3": _vlm(
         "Gemma3", "typed", _of("siglip_vision_model", _TOWER), _LM, mm_tokens_per_image=4,
-        image_token_index=_IMAGE_TOKEN, quick=True,
+        image_token_index=_IMAGE_TOKEN,
     ),
     "idefics3": _vlm("Idefics3", "lists", _TOWER, _of("llama", _LM), image_token_id=_IMAGE_TOKEN, scale_factor=2),
     "smolvlm": _vlm("SmolVLM", "lists", _TOWER, _of("llama", _LM), image_token_id=_IMAGE_TOKEN, scale_factor=2),

@@ -53,7 +53,7 @@ class Probe:
         """The probe of a sample of another (padded) length, or with this at its gauges."""
         if isinstance(tokens, tuple):
             lengths, length = tokens, self.sequence_length
-            factors = [_ratio(new, old) for new, old in zip(lengths, self.lengths, strict=True)]
+            factors = [_ratio(new, old) for new, old in zip(lengths, self.lengths or lengths, strict=True)]
         else:
             factor, length = tokens / self.sequence_length, tokens
             factors = [factor if follows else 1.0 for follows in self.follows or (True,)]

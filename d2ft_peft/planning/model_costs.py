@@ -200,9 +200,19 @@ class ModelCosts:
         return ran / whole, tokens / everyone
 
     def of_samples(self, tokens: np.ndarray) -> np.ndarray:
-        """FLOPs of samples of these lengths where every subnet is FULL, [n]."""
-        lengths, places = np.unique(tokens, return_inverse=True)
-        return np.array([self.at(int(one)).full_flops(np.ones(1)) for one in lengths])[places]
+        """FLOPs of samples of these lengths [n], or of inputs and targets of these lengths [n, 2], where every subnet
+        is FULL, [n]."""
+        lengths, places = np.unique(tokens, return_inverse=True, axis=0)
+        return np.array([self.at(self._lengths(one)).full_flops(np.ones(1)) for one in lengths])[places.ravel()]
+
+    def _lengths(self, tokens: np.ndarray) -> int | Lengths:
+        """One length of a sample, or what its inputs and targets are at each gauge."""
+        if not np.ndim(tokens):
+            return int(tokens)
+        gauges, last = self.partition.gauges, len(self.partition.stacks) - 1
+        new = [(1.0, float(tokens[int(gauge.stack == last and not gauge.other)])) for gauge in gauges]
+        known = zip(new, self.probe.lengths or new, self.probe.follows or [True] * len(new), strict=True)
+        return tuple(one if follows else old for one, old, follows in known)
 
     def saw(self, passes: list[Pass], samples: float) -> None:
         """Note how many samples go through the model for one of a micro-batch: two, where they are pairs."""

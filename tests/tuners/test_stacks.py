@@ -74,7 +74,7 @@ def test_random_schedules_equal_the_reference(name, mode, checkpointing):
         assert_same_gradients(model, twin, mode)
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 @each_model
 def test_a_saved_adapter_loads_and_merges(name, mode, tmp_path):
     recipe = ZOO[name]
