@@ -8,7 +8,7 @@ import numpy as np
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..partition import Branch, Partition, Projection, Stack, base_model
+from ..partition import Branch, Partition, Projection, Stack, base_model, unwrap
 from ..schedule import Chain, CostModel
 from ..tuners.layer import D2FTLayer
 from .seen import Entry, Probe
@@ -55,6 +55,9 @@ def cost_model(
         for projection in (p for p in branch.projections if p.name not in without):
             count = rows.other if projection.name in branch.other_input else rows.own
             _add_projection(base, branch, projection, count, per_head, shared)
+        for name in branch.whole:
+            if name not in without:
+                _add_whole(base.get_submodule(name), branch, rows.own, shared)
     learns = np.array([_learns(base, partition, block) for block in range(shape)])
     heads = np.array([len(subnet.heads) for subnet in partition.subnets])
     left_out = tuple(f"{name}." for name in without)
@@ -164,11 +167,31 @@ def _add_projection(
         shared["states"][block] += common * reads_states
 
 
+def _add_whole(module: nn.Module, branch: Branch, rows: float, shared: dict) -> None:
+    """Add the FLOPs on some rows of a projection that every pass of its region computes whole."""
+    dense, trains = 2.0 * rows * unwrap(module).weight.numel(), unwrap(module).weight.requires_grad
+    if isinstance(module, D2FTLayer):
+        trains = any(p.requires_grad for p in module.parameters())
+    forward, backward = dense, dense * (1 + trains)
+    if isinstance(module, LoraLayer):
+        names = [name for name in module.active_adapters if name in module.lora_A]
+        factors = [part[name].weight for part in (module.lora_A, module.lora_B) for name in names]
+        low_rank = 2.0 * rows * sum(factor.numel() for factor in factors)
+        forward, backward = forward + low_rank, backward + 2 * low_rank
+    shared["forward"][branch.block] += forward
+    shared["backward"][branch.block] += backward
+    shared["entry"][branch.block] += dense
+
+
 def _below(partition: Partition, stack: Stack) -> list[str]:
     """Boundary modules on the way into a stack: in the model's own order those before its blocks, back to the blocks of
     another stack."""
-    of_blocks = {place: block for place, name in enumerate(partition.boundary)
-                 for block, path in enumerate(partition.blocks) if name.startswith(f"{path}.")}  # fmt: skip
+    of_blocks = {
+        place: block
+        for place, name in enumerate(partition.boundary)
+        for block, path in enumerate(partition.blocks)
+        if f"{name}.".startswith(f"{path}.")  # a block itself, where nothing in it is cut
+    }
     first = min((place for place, block in of_blocks.items() if block == stack.first), default=0)
     last = max((place for place in of_blocks if place < first), default=-1)
     return list(partition.boundary[last + 1 : first])

@@ -171,9 +171,15 @@ def _output(
     selected = _selected(weight, head_axis, selection, x.dtype)
     if addend is not None and bias is None and addend.dtype == x.dtype:
         out_MO = torch.addmm(addend.reshape(-1, len(selected)), x.reshape(-1, x.shape[-1]), selected.t())
-        return out_MO if addend.ndim == 2 else out_MO.view(addend.shape)
-    out = F.linear(x, selected, bias)
+        return _no_view(out_MO.view(addend.shape))
+    out = _no_view(F.linear(x, selected, bias))
     return out if addend is None else _cast(out, addend.dtype).add_(addend)
+
+
+def _no_view(out: Tensor) -> Tensor:
+    """The tensor, of which autograd does not know that it is a view: models change such outputs in place (Falcon adds
+    attention to its FFN, OLMoE clamps its projections), which it refuses for views that it did not see being made."""
+    return out.data if out._is_view() else out
 
 
 class _SubsetLinears(torch.autograd.Function):

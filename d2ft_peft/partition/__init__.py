@@ -3,8 +3,8 @@
 from . import decoders, encoder_decoders, encoders, towers  # noqa: F401  they register their architectures
 from .architecture import Architecture, BranchSpec, register_architecture
 from .discovery import base_model, partition_model, parts_elsewhere, unwrap
+from .gauges import Gauge, Stack
 from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
-from .stack import Gauge, Stack
 
 
 __all__ = [

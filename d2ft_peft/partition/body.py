@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .gauges import Gauge
 from .partition import Partition
-from .stack import Gauge
 
 
 def find_body(model: nn.Module, stack: str) -> PreTrainedModel:

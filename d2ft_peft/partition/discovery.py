@@ -11,9 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .architecture import BranchSpec
+from .gauges import Stack
 from .head_layouts import head_layouts, latent_layouts
 from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
-from .stack import Stack
 from .stacks import FoundStack, find_stacks, has_module
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from .stack import Gauge, Stack
+from .gauges import Gauge, Stack
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,12 @@ class Branch:
     def row_inside(self) -> bool:
         """Whether the row-parallel projection is part of the region."""
         return self.row.name.startswith(self.region + ".")
+
+    @property
+    def num_returned(self) -> int:
+        """Number of values in the tuple that the region returns, 0 if it returns a tensor."""
+        usual = 0 if self.name == "ffn" else 2
+        return usual if self.returns is None else self.returns
 
     @property
     def projections(self) -> tuple[Projection, ...]:

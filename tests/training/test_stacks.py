@@ -95,7 +95,7 @@ def test_a_budget_alone_is_kept_and_counted_against_plain_training(name, tmp_pat
     whole = train(name, tmp_path, D2FTConfig(policy="all_full"), steps=4)
     plain = [logged(trainer, "step_flops") / logged(trainer, "flops_ratio") for trainer in (ours, whole)]
     np.testing.assert_allclose(*plain, rtol=1e-6)
-    assert logged(ours, "flops_ratio").mean() == pytest.approx(0.6, abs=0.03)
+    assert 0.55 < logged(ours, "flops_ratio").mean() < 0.63  # the account saves up until another sample fits
 
 
 @pytest.mark.parametrize("policy", [pytest.param("bilevel", id="heads"), pytest.param("depth", marks=pytest.mark.slow)])

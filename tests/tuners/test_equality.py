@@ -30,12 +30,12 @@ def random_rows(partition, seed, n=4):
     return [*rows, whole_blocks, *only]
 
 
-def plain_twin(model, mode, train_boundary):
-    """The model as anybody would fine-tune it without D2FT."""
+def plain_twin(model, mode, train_boundary, targets=None):
+    """The model as anybody would fine-tune it without D2FT; `targets` of LoRA are all by default."""
     twin = copy.deepcopy(model)
     if mode == "lora":
         partition = partition_model(twin)
-        targets = [name for branch in partition.branches for name in branch.targets]
+        targets = targets or [name for branch in partition.branches for name in branch.targets]
         fan_in_fan_out = all(p.transposed for p in partition.projections.values())
         torch.manual_seed(7)
         return get_peft_model(twin, LoraConfig(**LORA, target_modules=targets, fan_in_fan_out=fan_in_fan_out))
