@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..whole_files import reading, replacing
-from .callback import calling_trainer, resumed_from
+from .calling import calling_trainer, resumed_from
 from .head_parallel_engine import is_head_parallel
 
 
