@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ._arrays import freeze, real_array
 from .budget import Budget
@@ -125,7 +126,7 @@ class Problem:
         """`preference` as device (for counts: subnet) `index` uses it, rotated if tie_break is "spread"; int [N]."""
         return self.preference if self.tie_break == "aligned" else np.roll(self.preference, -index)
 
-    def schedule(self, operations: np.ndarray) -> Schedule:
+    def schedule(self, operations: ArrayLike) -> Schedule:
         """The `Schedule` with these operations [N, K] and the problem's other facts.
 
         Capacities are filled in where the budget sets them: for compute shares, and for counts of micro-batches of

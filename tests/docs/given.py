@@ -1,6 +1,7 @@
 """What the code of a page takes as given: a model, data, a loop's batches. Pages say in words what these are.
 
-`GIVEN` holds, by page, what is given anew before its blocks, by their number; names that a block makes stay for later ones.
+`GIVEN` holds, by page, what is given anew before its blocks, by their number; names that a block makes stay for later
+ones.
 """
 
 from __future__ import annotations
