@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from peft import LoraConfig, PeftConfig
 
 from ..schedule import policy_facts
+from ..value_checks import check, check_integer, is_number
 from .lora_field_checks import check_lora_fields, check_placement
-from .value_checks import check, check_integer, is_number
 
 
 if TYPE_CHECKING:

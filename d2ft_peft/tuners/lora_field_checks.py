@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .value_checks import check, check_integer, is_integer, is_number, is_positive
+from ..value_checks import check, check_integer, is_integer, is_number, is_positive
 
 
 if TYPE_CHECKING:

@@ -6,6 +6,8 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 
 def check(condition: bool, name: str, value: Any, constraint: str) -> None:
     """Refuse a value of a field.
@@ -35,3 +37,17 @@ def is_number(value: Any) -> bool:
 def is_positive(value: Any) -> bool:
     """Whether a value is a number above zero, and finite."""
     return is_number(value) and 0 < value < math.inf
+
+
+def numbers(name: str, value: Any) -> np.ndarray:
+    """A sequence of numbers as a float array.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        array = np.asarray(value, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={value!r} must be a sequence of numbers: {error}.") from error
+    check(array.ndim == 1, name, value, "must be a sequence of numbers")
+    return array
