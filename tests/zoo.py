@@ -52,7 +52,7 @@ class Animal(Tiny):
         inputs = {
             "tokens": lambda: {
                 "input_ids": torch.randint(3, 60, (n, 7), generator=generator),
-                "attention_mask": torch.ones(n, 7, dtype=torch.long),
+                "attention_mask": (torch.arange(7) < torch.tensor([7] * (n - 1) + [5])[:, None]).long(),
             },
             "image": lambda: {"pixel_values": values(3, 16, 16)},
             "video": lambda: {"pixel_values": values(4, 3, 16, 16)},
