@@ -48,6 +48,7 @@ def check_own_fields(config: D2FTConfig) -> None:
     if config.num_devices is not None:
         check_integer("num_devices", config.num_devices, 1, " or None")
     check_integer("seed", config.seed, 0)
+    _check_stacks(config)
     for name in ("train_boundary", "keep_base", "head_parallel", "skip_unread_rows"):
         check(isinstance(getattr(config, name), bool), name, getattr(config, name), "must be True or False")
     fraction, cost = config.score_fraction, config.forward_only_cost
@@ -93,6 +94,14 @@ def check_own_fields(config: D2FTConfig) -> None:
     if config.head_parallel:
         _check_head_parallel(config)
     _check_tokens(config)
+
+
+def _check_stacks(config: D2FTConfig) -> None:
+    if isinstance(config.stacks, tuple):
+        config.stacks = list(config.stacks)
+    names = [config.stacks] if isinstance(config.stacks, str) else config.stacks
+    fits = names is None or (isinstance(names, list) and names and all(isinstance(n, str) and n for n in names))
+    check(fits, "stacks", config.stacks, "must be the path of a stack of blocks, a list of such paths, or None")
 
 
 def _check_learning_rates(config: D2FTConfig) -> None:

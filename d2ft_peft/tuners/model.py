@@ -23,6 +23,7 @@ from .adapter_checks import (
     check_beside_others,
     check_loads_in_peft,
     check_names,
+    check_stacks,
     check_weights,
     leave_out_what_peft_renames,
 )
@@ -57,9 +58,10 @@ class SubnetTuner(BaseTuner):
         others = {name: self.peft_config[name] for name in partitions if name != adapter_name}
         if others:
             check_beside_others(config, adapter_name, others, partitions[next(iter(others))])
-        partition = partition_model(model, config.heads_per_subnet)
+        partition = partition_model(model, config.heads_per_subnet, config.stacks)
         check_names(model, partition, config)
         check_weights(model, partition, config)
+        check_stacks(partition, config)
         if config.rows == "tokens":
             check_takes_tokens(model, partition, config.token_margins, config.token_choice)
         partitions[adapter_name] = partition
@@ -119,6 +121,7 @@ class SubnetTuner(BaseTuner):
     def _install_interceptions(self, partition: Partition) -> None:
         runtime: Runtime = self.runtime
         runtime.blocks = [self.model.get_submodule(name) for name in partition.blocks]
+        runtime.gauges = partition.gauges
         for index, branch in enumerate(partition.branches):
             region = RegionForward(self.model.get_submodule(branch.region), runtime, branch, index)
             forwards = []
@@ -200,10 +203,10 @@ class D2FTModel(FullAdapters, SubnetTuner):
         frozen = tuple(f"{name}." for index, name in enumerate(partition.blocks) if index not in blocks)
         boundary = [name for name in partition.boundary if not name.startswith(frozen)]
         for name in boundary:
-            if any(projection.startswith(f"{name}.") for projection in partition.projections):
+            if not name or any(projection.startswith(f"{name}.") for projection in partition.projections):
                 raise ValueError(
-                    f"train_boundary=True cannot copy {name!r}: it has parameters of its own and holds projections of "
-                    "subnets; name what else is to be trained in modules_to_save instead."
+                    f"train_boundary=True cannot copy {name or 'the model itself'!r}: it has parameters of its own and "
+                    "holds projections of subnets; name what else is to be trained in modules_to_save instead."
                 )
         return boundary
 
