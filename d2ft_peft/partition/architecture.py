@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..value_checks import check
+
 
 # Reasons why a model cannot be cut, by model type. Anything else that cannot is found by looking at its modules.
 _REFUSED = {
@@ -47,6 +49,12 @@ class BranchSpec:
     row: str
     parts: int = 1
     scaled_attributes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("columns", "scaled_attributes"):
+            value = getattr(self, name)
+            names = isinstance(value, (tuple, list)) and all(isinstance(path, str) for path in value)
+            check(names, name, value, "must be a tuple of names; a single one takes a comma, ('qkv',)")
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,10 @@ def register_architecture(model_type: str, architecture: Architecture) -> None:
         architecture: Where its blocks, heads and projections are.
 
     Raises:
-        ValueError: If the model type is already registered with something else.
+        ValueError: If the model type is already registered with something else, or the architecture is none.
     """
+    check(isinstance(model_type, str) and model_type != "", "model_type", model_type, "must be a name")
+    check(isinstance(architecture, Architecture), "architecture", architecture, "must be an Architecture")
     known = _ARCHITECTURES.get(model_type)
     if known is not None and known != architecture:
         raise ValueError(f"model_type={model_type!r} is already registered as {known}; choose another name.")

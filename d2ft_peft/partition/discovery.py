@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..value_checks import is_integer
 from .architecture import Architecture, BranchSpec, find_architecture
 from .partition import Branch, FeatureLayout, Partition, Projection, Subnet
 
@@ -158,7 +159,7 @@ def _head_dim(model: nn.Module, region: nn.Module) -> int:
 
 
 def _check_heads_per_subnet(heads_per_subnet: int, heads: int) -> None:
-    if not isinstance(heads_per_subnet, int) or heads_per_subnet < 1 or heads % heads_per_subnet:
+    if not is_integer(heads_per_subnet) or heads_per_subnet < 1 or heads % heads_per_subnet:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(
             f"heads_per_subnet={heads_per_subnet!r} does not divide the {heads} heads (key/value heads) of a block; "

@@ -24,7 +24,7 @@ Where the policy schedules samples (``rows="samples"``), it composes the micro-b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,7 @@ from ..partition import base_model
 from ..processes import all_reduce, world_size
 from ..schedule import Schedule, compose, policy_facts
 from ..unequal import Shares
+from ..value_checks import check_integer, is_integer
 from .account import Account
 from .candidates import Candidates
 from .execution_counts import ExecutionCounts
@@ -77,6 +78,8 @@ class D2FTPlanner(ScheduleMaker):
         steps: int | None = None,
     ):
         super().__init__(model, num_micro_batches)
+        if steps is not None:
+            check_integer("steps", steps, 1, ", or None")
         self.progress, self.steps = progress, steps
         self.tokens: TokenBudget | None = None
         if self.config.rows == "tokens":
@@ -121,8 +124,9 @@ class D2FTPlanner(ScheduleMaker):
         Raises:
             ValueError: If there is no batch, the policy schedules samples, or processes made different schedules.
         """
-        if not batches or isinstance(batches, Mapping):
-            raise ValueError(f"batches={type(batches).__name__} of {len(batches)}: give a list of the micro-batches.")
+        if not isinstance(batches, Sequence) or not len(batches):
+            size = f" of {len(batches)}" if isinstance(batches, Sized) else ""
+            raise ValueError(f"batches={type(batches).__name__}{size}: give a list of the micro-batches.")
         self._refuse_samples()
         facts = [take_facts(batch, self.shifts_labels) for batch in batches]
         self.prepare(batches[0])
@@ -201,8 +205,7 @@ class D2FTPlanner(ScheduleMaker):
         if not self.schedules_samples:
             raise ValueError(f"policy={self.config.policy!r} schedules micro-batches; call plan(batches), not compose.")
         if not isinstance(indices, Candidates):
-            lengths = None if lengths is None else np.asarray(lengths)
-            indices = Candidates.of_loader(np.asarray(indices), size, lengths)
+            indices = Candidates.of_loader(indices, size, lengths)
         if not len(indices.indices):
             raise ValueError("indices is empty; give the candidates of one optimizer step.")
         if self.shares is not None:
@@ -382,8 +385,8 @@ class D2FTPlanner(ScheduleMaker):
     def peek(self, index: int) -> MicroBatch:
         """The micro-batch, without running it."""
         micro_batches = self._step.micro_batches
-        if not 0 <= index < len(micro_batches):
-            raise ValueError(f"index={index} is none of the {len(micro_batches)} micro-batches that are planned.")
+        if not is_integer(index) or not 0 <= index < len(micro_batches):
+            raise ValueError(f"index={index!r} is none of the {len(micro_batches)} micro-batches that are planned.")
         return micro_batches[index]
 
     def _zero_missing_gradients(self) -> None:
