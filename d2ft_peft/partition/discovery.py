@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..value_checks import check, is_integer
 from .architecture import BranchSpec
 from .gauges import Stack
 from .head_layouts import head_layouts, latent_layouts
@@ -34,6 +35,7 @@ def partition_model(
     Raises:
         ValueError: If the model cannot be cut; the message says what stands in the way.
     """
+    check(isinstance(model, nn.Module), "model", model, "must be a model, a torch.nn.Module")
     branches: list[Branch] = []
     subnets: list[Subnet] = []
     blocks: list[str] = []
@@ -228,7 +230,7 @@ def _head_dim(config: Any, region: nn.Module) -> int:
 
 
 def _check_heads_per_subnet(heads_per_subnet: int, heads: int) -> None:
-    if not isinstance(heads_per_subnet, int) or heads_per_subnet < 1 or heads % heads_per_subnet:
+    if not is_integer(heads_per_subnet) or heads_per_subnet < 1 or heads % heads_per_subnet:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(
             f"heads_per_subnet={heads_per_subnet!r} does not divide the {heads} heads (key/value heads) of a block; "

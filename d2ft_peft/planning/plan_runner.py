@@ -14,6 +14,7 @@ from ..partition import base_model
 from ..processes import world_size
 from ..schedule import Schedule
 from ..unequal import Shares
+from ..value_checks import check_integer, is_integer
 from .execution_counts import ExecutionCounts
 from .micro_batch import MicroBatch
 from .model_costs import Pass, Unread, separated
@@ -38,6 +39,8 @@ class PlanRunner(ScheduleMaker):
 
     def __init__(self, model: nn.Module, num_micro_batches: int | None = None, steps: int | None = None):
         super().__init__(model, num_micro_batches)
+        if steps is not None:
+            check_integer("steps", steps, 1, ", or None")
         self.steps = steps
         self.tokens: TokenBudget | None = None
         if self.config.rows == "tokens":
@@ -147,8 +150,8 @@ class PlanRunner(ScheduleMaker):
     def peek(self, index: int) -> MicroBatch:
         """The micro-batch, without running it."""
         micro_batches = self._step.micro_batches
-        if not 0 <= index < len(micro_batches):
-            raise ValueError(f"index={index} is none of the {len(micro_batches)} micro-batches that are planned.")
+        if not is_integer(index) or not 0 <= index < len(micro_batches):
+            raise ValueError(f"index={index!r} is none of the {len(micro_batches)} micro-batches that are planned.")
         return micro_batches[index]
 
     def _zero_missing_gradients(self) -> None:
