@@ -264,7 +264,8 @@ def _boundary(module: nn.Module, prefix: str, projections: set[str]) -> list[str
     """Largest modules with parameters and without projections, and those with parameters of their own beside them."""
     if prefix in projections or next(module.parameters(), None) is None:
         return []
-    if prefix and not any(name.startswith(prefix + ".") for name in projections):
+    is_list = isinstance(module, nn.ModuleList | nn.ModuleDict)  # is looked into by its owner, and never called
+    if prefix and not is_list and not any(name.startswith(prefix + ".") for name in projections):
         return [prefix]
     own = [prefix] if next(module.parameters(recurse=False), None) is not None else []
     children = module.named_children()
