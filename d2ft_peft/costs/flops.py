@@ -11,6 +11,7 @@ from torch import nn
 from ..partition import Branch, Partition, Projection, base_model
 from ..schedule import CostModel
 from ..tuners.layer import D2FTLayer
+from .measured_blocks import blocks_that_learn, cost_of_whole_blocks, trains_below
 from .probe import Entry, Probe
 
 
@@ -39,6 +40,8 @@ def cost_model(
         without: Projections, attention modules and modules of the head that count for nothing: what a row costs that
             they leave out.
     """
+    if not partition.cuts_heads:
+        return cost_of_whole_blocks(model, partition, probe, forward_only_cost, without)
     base, tokens = base_model(model), probe.sequence_length
     blocks, shape = partition.subnet_blocks, len(partition.blocks)
     attention_backward = _ATTENTION_BACKWARD.get(model.config._attn_implementation, _FUSED_ATTENTION_BACKWARD)
@@ -50,11 +53,11 @@ def cost_model(
         per_head["backward"][branch.block] += products * attention_backward
         for projection in (p for p in branch.projections if p.name not in without):
             _add_projection(base, branch, projection, per_head, shared)
-    learns = np.array([_learns(base, partition, block) for block in range(shape)])
+    learns = blocks_that_learn(base, partition)
     heads = np.array([len(subnet.heads) for subnet in partition.subnets])
     left_out = tuple(f"{name}." for name in without)
     above = [entry for entry in probe.above if not f"{entry.name}.".startswith(left_out)]
-    below_trains = any(p.requires_grad for name in _below(partition) for p in base.get_submodule(name).parameters())
+    below_trains = trains_below(base, partition)
     if not below_trains:
         _without_backward_below(partition, probe, learns, per_head, shared)
     return CostModel(
@@ -76,13 +79,6 @@ def cost_model(
         learns=learns,
         forward_only_cost=forward_only_cost,
     )
-
-
-def _learns(base: nn.Module, partition: Partition, block: int) -> bool:
-    """Whether a projection of the block has weights that train."""
-    branches = [branch for branch in partition.branches if branch.block == block]
-    modules = [base.get_submodule(projection.name) for branch in branches for projection in branch.projections]
-    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
 def _without_backward_below(
@@ -109,7 +105,7 @@ def _add_projection(base: nn.Module, branch: Branch, projection: Projection, per
     dense = 2.0 * projection.in_features * projection.out_features / branch.heads
     is_entry = branch.name == "attention" and projection.kind == "column"
     trains = isinstance(module, D2FTLayer) and any(p.requires_grad for p in module.parameters())
-    trains = trains or (not isinstance(module, D2FTLayer | LoraLayer) and module.weight.requires_grad)
+    trains = trains or (not isinstance(module, D2FTLayer | LoraLayer) and _trains(module))
     per_head["forward"][block] += dense
     per_head["backward"][block] += dense * (1 + trains)
     per_head["entry"][block] += dense * is_entry
@@ -129,8 +125,5 @@ def _add_projection(base: nn.Module, branch: Branch, projection: Projection, per
         shared["entry"][block] += common * is_entry
 
 
-def _below(partition: Partition) -> list[str]:
-    """Boundary modules before the blocks: those that the first block's boundary follows in the model's own order."""
-    inside = (i for i, name in enumerate(partition.boundary) if name.startswith(partition.blocks[0] + "."))
-    first = next(inside, 0)
-    return list(partition.boundary[:first])
+def _trains(module: nn.Module) -> bool:
+    return getattr(module, "weight", None) is not None and module.weight.requires_grad

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..engine.block_region import hidden_states
 from ..partition import Partition, base_model, parts_elsewhere
+from .block_order import BlockOrder
 from .counter import flop_counter
 
 
+# Operations whose second factor is a weight; others multiply activations with one another.
+_WITH_WEIGHTS = {
+    torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution, torch.ops.aten._convolution,
+    torch.ops.aten.cudnn_convolution, torch.ops.aten._grouped_mm, torch.ops.aten._scaled_mm,
+}  # fmt: skip
 # Facts about packed sequences that transformers hands down to attention without naming them in the forward.
 _PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
@@ -33,12 +40,15 @@ class Entry(NamedTuple):
         trains: Whether a weight of its own trains.
         scales: Whether it works on every position, so that its FLOPs follow the length of the sequence.
         name: Path of the module.
+        products: The part of `flops` that multiplies activations with one another, as attention does: backward it
+            takes twice as many, whether or not anything trains.
     """
 
     flops: float
     trains: bool
     scales: bool = True
     name: str = ""
+    products: float = 0.0
 
 
 @dataclass
@@ -51,6 +61,7 @@ class Probe:
         inside: What runs in each block outside of its subnets (experts, routers), by the index of the block.
         above: What runs after the blocks (task head).
         unreached: Projections of subnets that the forward pass did not call.
+        disorder: Where blocks are subnets as a whole: why their inputs cannot stand in for their outputs; or empty.
     """
 
     sequence_length: int = 0
@@ -58,13 +69,17 @@ class Probe:
     inside: dict[int, list[Entry]] = field(default_factory=dict)
     above: list[Entry] = field(default_factory=list)
     unreached: tuple[str, ...] = ()
+    disorder: str = ""
 
     def at(self, tokens: int) -> Probe:
         """The probe of a sample of another (padded) length."""
         factor = tokens / self.sequence_length
 
         def scaled(entries: list[Entry]) -> list[Entry]:
-            return [entry._replace(flops=entry.flops * factor) if entry.scales else entry for entry in entries]
+            return [
+                entry._replace(flops=entry.flops * factor, products=entry.products * factor) if entry.scales else entry
+                for entry in entries
+            ]
 
         inside = {block: scaled(entries) for block, entries in self.inside.items()}
         return replace(self, sequence_length=tokens, below=scaled(self.below), inside=inside, above=scaled(self.above))
@@ -130,6 +145,7 @@ class _Frame:
         name: Its path.
         of_subnet: Whether it is part of a projection or of attention, which the cost model knows by their shapes.
         flops: FLOPs that it computed itself, outside of its children.
+        products: Those of them that multiply activations with one another.
     """
 
     module: nn.Module
@@ -137,6 +153,7 @@ class _Frame:
     positions: int
     of_subnet: bool
     flops: float = 0.0
+    products: float = 0.0
 
 
 class _Meter(TorchDispatchMode):
@@ -147,6 +164,7 @@ class _Meter(TorchDispatchMode):
         elsewhere = parts_elsewhere(model)
         here = [name for name in partition.projections if not name.startswith(elsewhere)]
         self.probe = Probe(unreached=tuple(here))  # of blocks elsewhere the costs are known from their shapes
+        self.order = None if partition.cuts_heads else BlockOrder(partition.blocks)
         self.counts: dict[Any, Callable] = flop_counter().flop_registry
         self.stack: list[_Frame] = []
         self.entries: dict[str | int, list[_Frame]] = {"below": [], "above": []}
@@ -172,7 +190,10 @@ class _Meter(TorchDispatchMode):
                 self.probe.unreached = tuple(other for other in self.probe.unreached if other != name)
             if block is not None:
                 self.place = block
-                self.samples, self.probe.sequence_length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+                hidden = hidden_states(args, kwargs)
+                self.samples, self.probe.sequence_length = hidden.shape[:2]
+                if self.order is not None:
+                    self.order.enter(block, hidden)
             of_outer = bool(self.stack) and self.stack[-1].of_subnet
             self.stack.append(_Frame(module, name, _positions((*args, *kwargs.values())), of_subnet or of_outer))
 
@@ -181,10 +202,14 @@ class _Meter(TorchDispatchMode):
                 return
             frame = self.stack.pop()
             frame.positions = max(frame.positions, _positions((output,)))
+            if not frame.flops and not frame.of_subnet:
+                frame.flops = _of_unknown_kernel(module, args, output)
             if frame.flops and not frame.of_subnet:
                 self.entries.setdefault(self.place, []).append(frame)
             if block is not None:
                 self.place = "above"
+                if self.order is not None:
+                    self.order.leave(output)
             if not self.stack and output is not None:
                 self._finish()
 
@@ -196,13 +221,17 @@ class _Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         count = self.counts.get(func._overloadpacket)
         if count is not None and self.stack:
-            self.stack[-1].flops += count(*args, **kwargs, out_val=out)
+            flops = count(*args, **kwargs, out_val=out)
+            self.stack[-1].flops += flops
+            self.stack[-1].products += flops * (func._overloadpacket not in _WITH_WEIGHTS)
         return out
 
     def _finish(self) -> None:
         if not self.samples:
             return
         self.is_over = True
+        if self.order is not None:
+            self.probe.disorder = self.order.disorder()
         rows = self.samples * self.probe.sequence_length
         entries = {
             place: [
@@ -211,6 +240,7 @@ class _Meter(TorchDispatchMode):
                     any(p.requires_grad for p in frame.module.parameters(recurse=False)),
                     frame.positions >= rows,
                     frame.name,
+                    frame.products / self.samples,
                 )
                 for frame in frames
             ]
@@ -222,6 +252,15 @@ class _Meter(TorchDispatchMode):
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _of_unknown_kernel(module: nn.Module, args: tuple, output: Any) -> float:
+    """FLOPs of a linear layer whose kernel no counter knows, as those of quantized weights; 0 of anything else."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    is_linear = all(isinstance(size, int) for size in sizes) and not hasattr(module, "base_layer")
+    if not is_linear or next(module.children(), None) is not None or not isinstance(output, Tensor):
+        return 0.0
+    return 2.0 * sizes[0] * output.numel()
 
 
 def _positions(values: tuple) -> int:

@@ -37,8 +37,14 @@ class PlannedCheckpoint:
             return entry.around(partial(self._checkpointed, function), args, {})
         return entry.around(run, args, function.keywords)
 
+    def _is_constant(self) -> bool:
+        """Whether the block runs as a whole, and not FULL: there is nothing to recompute for backward."""
+        plan = self.runtime.plan
+        entry = next((one for one in self.runtime.entries if one.module is self.block), None)
+        return plan is not None and entry is not None and entry.is_constant(plan)
+
     def _checkpointed(self, function, *args):
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self._is_constant():
             return function(*args)
         reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant")
         if reentrant and self.runtime.touch_gradients and self.runtime.plan is not None:
@@ -87,13 +93,21 @@ def _requires_grad(value: Any) -> bool:
 def bind_checkpointing(block: nn.Module, runtime: Runtime) -> None:
     """Let a block that is checkpointed recompute under its plan."""
     # Checkpointing is switched on at any time and sets the function anew, hence the look at every micro-batch.
-    function = block.__dict__.get("_gradient_checkpointing_func")
-    if function is not None and not isinstance(function, PlannedCheckpoint):
-        block._gradient_checkpointing_func = PlannedCheckpoint(function, runtime, block)
+    for module in _running(block):
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, PlannedCheckpoint):
+            module._gradient_checkpointing_func = PlannedCheckpoint(function, runtime, block)
+
+
+def _running(block: nn.Module) -> tuple[nn.Module, ...]:
+    """The block, and the copy of it that runs where an adapter holds copies of whole blocks."""
+    active = getattr(block, "active_layer", None)
+    return (block,) if active is None else (block, active())
 
 
 def unbind_checkpointing(block: nn.Module) -> None:
     """Give a block its own checkpointing function back."""
-    function = block.__dict__.get("_gradient_checkpointing_func")
-    if isinstance(function, PlannedCheckpoint):
-        block._gradient_checkpointing_func = function.checkpoint
+    for module in block.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, PlannedCheckpoint):
+            module._gradient_checkpointing_func = function.checkpoint

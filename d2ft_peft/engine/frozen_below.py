@@ -35,7 +35,7 @@ class BlockForward(Intercept):
         index: int,
         branches: dict[int, tuple[nn.Module, Sequence[nn.Module]]],
     ):
-        """`branches`: region and projections of each branch of the block, by its index."""
+        """`branches`: region of each branch of the block, and the modules that it owns, by its index."""
         super().__init__(module, runtime)
         self.index = index
         self._branches = {number: (region, _parts(modules)) for number, (region, modules) in branches.items()}
@@ -52,6 +52,11 @@ class BlockForward(Intercept):
             if (cell is None or cell.full) and _trains(parts):
                 return True
         return False
+
+    def is_constant(self, plan: Plan) -> bool:
+        """Whether the block is one subnet, and has no backward pass of its own under `plan`."""
+        ((number, (region, _)), *others) = self._branches.items()
+        return region is self.module and not others and region.training and plan.cells[number] is not None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.around(self.original, args, kwargs)
@@ -134,7 +139,7 @@ def install_entries(model: nn.Module, runtime: Runtime, partition: Partition) ->
         branches = {
             number: (
                 model.get_submodule(branch.region),
-                [model.get_submodule(projection.name) for projection in branch.projections],
+                [model.get_submodule(name) for name in branch.owned],
             )
             for number, branch in enumerate(partition.branches)
             if branch.block == index

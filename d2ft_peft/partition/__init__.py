@@ -3,6 +3,7 @@
 from .architecture import Architecture, BranchSpec, register_architecture
 from .discovery import base_model, partition_model, parts_elsewhere, unwrap
 from .partition import Branch, FeatureLayout, Partition, Projection, Subnet
+from .whole_blocks import modules_with_weights, partition_into_blocks
 
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "Projection",
     "Subnet",
     "base_model",
+    "modules_with_weights",
+    "partition_into_blocks",
     "partition_model",
     "parts_elsewhere",
     "register_architecture",

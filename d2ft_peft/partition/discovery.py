@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .architecture import Architecture, BranchSpec, find_architecture
 from .partition import Branch, FeatureLayout, Partition, Projection, Subnet
+from .whole_blocks import ASKED, boundary, partition_into_blocks
 
 
-def partition_model(model: nn.Module, heads_per_subnet: int = 1) -> Partition:
-    """Cut a transformers model into subnets (arXiv 2504.12471, section 3).
+def partition_model(
+    model: nn.Module, heads_per_subnet: int = 1, subnets: Literal["heads", "blocks"] | None = "heads"
+) -> Partition:
+    """Cut a model into subnets (arXiv 2504.12471, section 3).
 
     Args:
         model: The model, with or without PEFT layers in it.
         heads_per_subnet: Heads (key/value heads under grouped-query attention) that one subnet groups.
+        subnets: ``"heads"``, whole ``"blocks"``, or None: blocks where the model cannot be cut into heads.
 
     Raises:
         ValueError: If the model cannot be cut; the message says what stands in the way.
     """
+    if subnets == "blocks":
+        return partition_into_blocks(model, ASKED)
+    try:
+        return _cut_into_heads(model, heads_per_subnet)
+    except ValueError as error:
+        if subnets == "heads" or heads_per_subnet != 1:
+            raise
+        return partition_into_blocks(model, str(error).rstrip("."))
+
+
+def _cut_into_heads(model: nn.Module, heads_per_subnet: int) -> Partition:
     architecture = find_architecture(model)
     stack, blocks = _find_blocks(model, architecture)
     branches, subnets = [], []
@@ -38,7 +55,7 @@ def partition_model(model: nn.Module, heads_per_subnet: int = 1) -> Partition:
         branches=tuple(branches),
         subnets=tuple(subnets),
         blocks=tuple(f"{stack}.{index}" for index in range(len(blocks))),
-        boundary=tuple(_boundary(model, "", projections)),
+        boundary=tuple(boundary(model, "", projections)),
         heads_per_subnet=heads_per_subnet,
     )
 
@@ -144,9 +161,13 @@ def _linear_shape(block: nn.Module, prefix: str, path: str) -> tuple[int, int, b
         return module.in_features, module.out_features, module.bias is not None, False
     if type(module) is Conv1D:
         return module.nx, module.nf, module.bias is not None, True
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if all(isinstance(size, int) for size in sizes):
+        # A linear layer of another kind, such as a quantized one, may run whole; whoever slices it looks at its class.
+        return *sizes, getattr(module, "bias", None) is not None, False
     raise ValueError(
-        f"{prefix}.{path} is a {type(module).__name__}; D2FT slices the weights of torch.nn.Linear and "
-        "transformers Conv1D only (load the model without quantization)."
+        f"{prefix}.{path} is a {type(module).__name__} without in_features and out_features; D2FT cuts linear layers "
+        "only."
     )
 
 
@@ -176,19 +197,6 @@ def _check_region_parameters(region: nn.Module, prefix: str, spec: BranchSpec, h
                 f"{prefix}.{spec.region} cannot be cut into heads: its parameter {name!r} of shape "
                 f"{list(parameter.shape)} is not shared by all heads (only norms over head_dim={head_dim} are)."
             )
-
-
-def _boundary(module: nn.Module, prefix: str, projections: set[str]) -> list[str]:
-    """Largest modules with parameters and without projections, and those with parameters of their own beside them."""
-    if prefix in projections or next(module.parameters(), None) is None:
-        return []
-    if prefix and not any(name.startswith(prefix + ".") for name in projections):
-        return [prefix]
-    own = [prefix] if next(module.parameters(recurse=False), None) is not None else []
-    children = module.named_children()
-    return own + [
-        path for name, child in children for path in _boundary(child, f"{prefix}.{name}".lstrip("."), projections)
-    ]
 
 
 def base_model(model: nn.Module) -> nn.Module:

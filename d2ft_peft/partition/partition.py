@@ -62,40 +62,45 @@ class Projection:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch (attention or FFN) of one block.
+    """One residual branch (attention or FFN) of one block, or a block that is not cut.
 
     Attributes:
-        name: ``"attention"`` or ``"ffn"``.
+        name: ``"attention"``, ``"ffn"``, or ``"block"`` for a block that runs, or does not, as a whole.
         block: Index of the block.
         region: Path of the module that D2FT runs once per operation.
-        columns: Its column-parallel projections.
-        row: Its row-parallel projection.
+        columns: Its column-parallel projections; none in a whole block.
+        row: Its row-parallel projection; None in a whole block.
         scaled_attributes: See `BranchSpec`.
         query_width: Width of one head's queries (attention), or 0: width that enters the attention products.
     """
 
-    name: Literal["attention", "ffn"]
+    name: Literal["attention", "ffn", "block"]
     block: int
     region: str
-    columns: tuple[Projection, ...]
-    row: Projection
+    columns: tuple[Projection, ...] = ()
+    row: Projection | None = None
     scaled_attributes: tuple[str, ...] = ()
     query_width: int = 0
 
     @property
     def heads(self) -> int:
-        """Number of heads that the branch is cut into."""
-        return self.row.layout.heads
+        """Number of heads that the branch is cut into; a whole block counts as one."""
+        return 1 if self.row is None else self.row.layout.heads
 
     @property
     def row_inside(self) -> bool:
         """Whether the row-parallel projection is part of the region."""
-        return self.row.name.startswith(self.region + ".")
+        return self.row is not None and self.row.name.startswith(self.region + ".")
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """All projections, column-parallel ones first."""
-        return (*self.columns, self.row)
+        """All projections, column-parallel ones first; none in a whole block."""
+        return () if self.row is None else (*self.columns, self.row)
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """Paths of the modules whose weights are the branch's: its projections, or the whole block."""
+        return tuple(projection.name for projection in self.projections) or (self.region,)
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ class Partition:
         blocks: Paths of the blocks.
         boundary: Paths of the modules outside the subnets (embeddings, norms, task head): they always run FULL.
         heads_per_subnet: Heads (key/value heads) that one subnet groups.
+        why_whole: Why its blocks are subnets as a whole; empty where they are cut into heads.
     """
 
     model_type: str
@@ -126,6 +132,17 @@ class Partition:
     blocks: tuple[str, ...]
     boundary: tuple[str, ...]
     heads_per_subnet: int
+    why_whole: str = ""
+
+    @property
+    def cuts_heads(self) -> bool:
+        """Whether blocks are cut into heads; else each block is one subnet."""
+        return not self.why_whole
+
+    @cached_property
+    def owned(self) -> tuple[str, ...]:
+        """Paths of the modules whose weights are the subnets': projections, or whole blocks."""
+        return tuple(name for branch in self.branches for name in branch.owned)
 
     @property
     def num_scheduled(self) -> int:
@@ -153,6 +170,11 @@ class Partition:
         Args:
             sequence_length: Tokens that each token attends to; the attention products grow with it.
         """
+        if not self.cuts_heads:
+            return (
+                f"{self.num_subnets} subnets: {self.num_scheduled} scheduled, whole blocks from {self.blocks[0]} to "
+                f"{self.blocks[-1]} ({self.why_whole}); embedding and head, which always run FULL"
+            )
         rows = [("block", "subnets", "heads each", "attention", "ffn", "parameters", "FLOPs/token")]
         for block in range(len(self.blocks)):
             subnets = [subnet for subnet in self.subnets if subnet.block == block]

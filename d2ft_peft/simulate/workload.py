@@ -40,6 +40,13 @@ class Workload:
     lora_rank: int | None = None
     state_bytes: int = 12
 
+    def __post_init__(self) -> None:
+        if not self.partition.cuts_heads:
+            raise ValueError(
+                f"partition={self.partition.model_type!r} has whole blocks as subnets ({self.partition.why_whole}); "
+                "simulated steps know heads and the shapes of their projections only."
+            )
+
     @property
     def row_bytes(self) -> float:
         """Bytes of a sample's rows of hidden states."""

@@ -31,7 +31,10 @@ def quantized(kind):
 def test_weights_that_cannot_be_cut_are_refused(kind):
     where = "the weight of model.layers.1.mlp.up_proj is a .*, which cannot be "
     with pytest.raises(ValueError, match=where + "cut into heads as policy='bilevel' does; choose policy='exact_"):
-        get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel"))
+        get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel", subnets="heads"))
+    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* because heads cannot be cut: " + where):
+        model = get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel"))
+    assert get_runtime(model).partitions["default"].num_scheduled == 3
     with pytest.raises(ValueError, match=where + "fine-tuned; set r"):
         get_peft_model(quantized(kind), D2FTConfig(policy="all_full"))
 
