@@ -17,6 +17,7 @@ from ..engine.block_region import hidden_states
 from ..partition import Partition, base_model, parts_elsewhere
 from .block_order import BlockOrder
 from .counter import flop_counter
+from .inference import inference
 
 
 # Operations whose second factor is a weight; others multiply activations with one another.
@@ -277,15 +278,3 @@ def _one_sample(base: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
         name: value[:1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
         for name, value in known.items()
     }
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Run a model as at inference, then give every module its training flag back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag

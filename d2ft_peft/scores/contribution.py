@@ -26,7 +26,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..costs.probe import inference
+from ..costs import inference
 from ..engine.subset_linear import HeadAxis
 from ..partition import Partition, Projection, base_model, parts_elsewhere, unwrap
 from ..tuners import D2FTLayer
