@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import tempfile
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,52 +16,73 @@ from torch import nn
 from tests.models import TINY
 
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128}
-
-
-def _bits(**kwargs) -> tf.BitsAndBytesConfig:
-    return tf.BitsAndBytesConfig(**kwargs)
-
-
-def _torchao() -> tf.TorchAoConfig:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    return tf.TorchAoConfig(Int8WeightOnlyConfig(version=2))
-
-
-KINDS = {
-    "nf4": ("bitsandbytes", lambda: _bits(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )),
-    "int8": ("bitsandbytes", lambda: _bits(load_in_8bit=True)),
-    "torchao": ("torchao", _torchao),
-    "hqq": ("hqq", lambda: tf.HqqConfig(nbits=4, group_size=32)),
-}  # fmt: skip
+def _float() -> nn.Module:
+    return TINY["llama"].build(hidden_size=64, intermediate_size=128)
 
 
 @functools.cache
 def _saved() -> str:
-    import tempfile
-
     folder = tempfile.mkdtemp()
-    TINY["llama"].build(**SIZES).save_pretrained(folder)
+    _float().save_pretrained(folder)
     return folder
 
 
+def _loaded(config) -> nn.Module:
+    return tf.AutoModelForCausalLM.from_pretrained(_saved(), quantization_config=config, dtype=torch.float32)
+
+
+def _nf4() -> nn.Module:
+    return _loaded(tf.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    ))  # fmt: skip
+
+
+def _int8() -> nn.Module:
+    return _loaded(tf.BitsAndBytesConfig(load_in_8bit=True))
+
+
+def _torchao() -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return _loaded(tf.TorchAoConfig(Int8WeightOnlyConfig(version=2)))
+
+
+def _hqq() -> nn.Module:
+    """transformers 5.23 cannot load such a model, so its layers are exchanged by hand."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    model = _float()
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    config = BaseQuantizeConfig(nbits=4, group_size=32)
+                    layer = HQQLinear(child, config, compute_dtype=torch.float32, device="cpu")
+                    setattr(parent, name, layer)
+    return model.eval()
+
+
+KINDS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
+    "nf4": ("bitsandbytes", _nf4),
+    "int8": ("bitsandbytes", _int8),
+    "torchao": ("torchao", _torchao),
+    "hqq": ("hqq", _hqq),
+}
+
+
 @functools.cache
-def _loaded(kind: str) -> nn.Module:
-    _, config = KINDS[kind]
+def _built(kind: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the packages themselves
-        return tf.AutoModelForCausalLM.from_pretrained(_saved(), quantization_config=config(), dtype=torch.float32)
+        return KINDS[kind][1]()
 
 
 def quantized(kind: str) -> nn.Module:
     """A fresh model with weights quantized so."""
     package, _ = KINDS[kind]
     pytest.importorskip(package, reason=f"{package} is not installed: weights of kind {kind!r} are not tried")
-    return copy.deepcopy(_loaded(kind))
+    return copy.deepcopy(_built(kind))
 
 
 def batch(n: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:

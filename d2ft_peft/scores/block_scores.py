@@ -28,21 +28,24 @@ def _magnitude(module: nn.Module, name: str) -> float:
         return _magnitude(module.active_layer(), name)
     if isinstance(module, LoraLayer):
         return _magnitude(module.get_base_layer(), name)
-    own = sum(_absolute_sum(module, parameter, name) for parameter in module.parameters(recurse=False))
-    if hasattr(module, "in_features") and getattr(module, "weight", None) is None:
+    if hasattr(module, "in_features") and not is_dense(getattr(module, "weight", None)):
+        bias = getattr(module, "bias", None)
+        return _absolute_sum(_dequantized(module, name)) + (0.0 if bias is None else _absolute_sum(bias))
+    own = sum(_absolute_sum(parameter) for parameter in module.parameters(recurse=False))
+    return own + sum(_magnitude(child, f"{name}.{part}") for part, child in module.named_children())
+
+
+def _dequantized(module: nn.Module, name: str) -> Tensor:
+    if not hasattr(module, "W_q") and getattr(module, "weight", None) is None:
         raise ValueError(
             f"{name} is a {type(module).__name__}, whose weights D2FT cannot read; choose a score that follows "
             "training, such as backward_score='loss'."
         )
-    return own + sum(_magnitude(child, f"{name}.{part}") for part, child in module.named_children())
+    return dequantize_module_weight(module)
 
 
-def _absolute_sum(module: nn.Module, parameter: Tensor, name: str) -> float:
-    if is_dense(parameter):
-        return float(parameter.abs().sum(dtype=torch.float64))
-    if parameter is not getattr(module, "weight", None):
-        raise ValueError(f"{name} has a {parameter.dtype} parameter, which has no magnitude; choose another score.")
-    return float(dequantize_module_weight(module).abs().sum(dtype=torch.float64))
+def _absolute_sum(values: Tensor) -> float:
+    return float(values.abs().sum(dtype=torch.float64))
 
 
 def gradient_scores_of_blocks(
