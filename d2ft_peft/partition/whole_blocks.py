@@ -92,13 +92,13 @@ def _find_blocks(model: nn.Module) -> list[str]:
 
 def _blocks_of(blocks: nn.Module, name: str) -> list[str]:
     """Paths of a list's blocks, or of those within its stages."""
-    children = [(f"{name}.{index}", child) for index, child in blocks.named_children()]
+    children = [(f"{name}.{index}", child) for index, child in blocks._modules.items()]
     alike = all(_shapes(a) == _shapes(b) for (_, a), (_, b) in pairwise(children))
     within = [] if alike else [_outermost_lists(child, path, like=True) for path, child in children]
     if not within or not all(within):
         return [path for path, _ in children]
-    stages = [f"{path}" for paths in within for path in paths]
-    return [f"{stage}.{index}" for stage in stages for index, _ in _at(blocks, name, stage).named_children()]
+    stages = [path for paths in within for path in paths]
+    return [f"{stage}.{index}" for stage in stages for index in _at(blocks, name, stage)._modules]
 
 
 def _at(module: nn.Module, prefix: str, path: str) -> nn.Module:
@@ -124,9 +124,9 @@ def _is_list_of_blocks(module: nn.Module, like: bool) -> bool:
         module: The module.
         like: Whether they must be of one class, as in ``nn.Sequential``, which may hold anything.
     """
-    children = list(module.children())
-    if not isinstance(module, _LISTS) or len(children) < (1 if like else 2):
+    if not isinstance(module, _LISTS) or len(module) < (1 if like else 2):
         return False
+    children = list(module._modules.values())  # repeated ones as well
     one_class = len({type(child) for child in children}) == 1
     composed = all(_size(child) and next(child.children(), None) is not None for child in children)
     return composed and (one_class or not (like or isinstance(module, nn.Sequential)))

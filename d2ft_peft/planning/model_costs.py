@@ -29,7 +29,8 @@ Unread = tuple[frozenset[str], int]
 def separated(passes: Sequence[Pass], facts: BatchFacts | None, model: nn.Module) -> list[Pass]:
     """Forward passes as kernels compute them: one that knows where the samples of a row begin computes nothing between
     them."""
-    kernel = base_model(model).config._attn_implementation or ""
+    config = getattr(base_model(model), "config", None)
+    kernel = getattr(config, "_attn_implementation", None) or ""
     if facts is None or facts.lengths is None or not kernel.startswith("flash"):
         return list(passes)
     return [(1, int(length)) for length in facts.lengths] * len(passes)

@@ -66,6 +66,7 @@ def run(cls, model, folder):
     args = TrainingArguments(
         folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=1, learning_rate=1e-2,
         report_to=[], save_strategy="no", logging_steps=1, seed=5, disable_tqdm=True, gradient_checkpointing=True,
+        use_cpu=True, dataloader_pin_memory=False,
         gradient_checkpointing_kwargs={"use_reentrant": False}, remove_unused_columns=False,
     )  # fmt: skip
     trainer = cls(model=model, args=args, train_dataset=data(), data_collator=collate)
