@@ -93,21 +93,13 @@ def _requires_grad(value: Any) -> bool:
 def bind_checkpointing(block: nn.Module, runtime: Runtime) -> None:
     """Let a block that is checkpointed recompute under its plan."""
     # Checkpointing is switched on at any time and sets the function anew, hence the look at every micro-batch.
-    for module in _running(block):
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and not isinstance(function, PlannedCheckpoint):
-            module._gradient_checkpointing_func = PlannedCheckpoint(function, runtime, block)
-
-
-def _running(block: nn.Module) -> tuple[nn.Module, ...]:
-    """The block, and the copy of it that runs where an adapter holds copies of whole blocks."""
-    active = getattr(block, "active_layer", None)
-    return (block,) if active is None else (block, active())
+    function = block.__dict__.get("_gradient_checkpointing_func")
+    if function is not None and not isinstance(function, PlannedCheckpoint):
+        block._gradient_checkpointing_func = PlannedCheckpoint(function, runtime, block)
 
 
 def unbind_checkpointing(block: nn.Module) -> None:
     """Give a block its own checkpointing function back."""
-    for module in block.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(function, PlannedCheckpoint):
-            module._gradient_checkpointing_func = function.checkpoint
+    function = block.__dict__.get("_gradient_checkpointing_func")
+    if isinstance(function, PlannedCheckpoint):
+        block._gradient_checkpointing_func = function.checkpoint

@@ -14,9 +14,10 @@ from torch import nn
 from transformers import TrainingArguments
 
 from d2ft_peft import D2FTConfig, D2FTPlanner, D2FTTrainer, partition_model
-from d2ft_peft.costs import cost_model, flop_counter, probe_model
+from d2ft_peft.costs import cost_model, flop_counter, inference, probe_model
 from d2ft_peft.engine import compile_plan, get_runtime
 from d2ft_peft.partition import partition_into_blocks
+from d2ft_peft.planning.model_costs import ModelCosts
 from d2ft_peft.scores import gradient_scores, weight_magnitude
 from d2ft_peft.simulate import Workload
 from tests.models import TINY
@@ -217,6 +218,50 @@ def test_models_without_a_list_of_blocks_are_refused():
 def test_heads_are_not_simulated_where_there_are_none():
     with pytest.raises(ValueError, match="has whole blocks as subnets"):
         Workload(partition_model(TINY["llama"].build(), subnets="blocks"), tokens=8)
+
+
+def test_a_linear_layer_whose_kernel_no_counter_knows_costs_what_others_do():
+    class Quantized(nn.Linear):
+        def forward(self, x):
+            return (x[..., None, :] * self.weight).sum(-1) + self.bias
+
+    plain, quantized = HandWritten(), HandWritten()
+    for block in quantized.blocks:
+        block.up, block.down = Quantized(16, 32), Quantized(32, 16)
+    costs = [ModelCosts(model, partition_into_blocks(model)) for model in (plain, quantized)]
+    for one in costs:
+        one.learn(WHOLE["hand_written"].batch(), lambda values: values)
+    np.testing.assert_allclose(costs[0].at(7).forward, costs[1].at(7).forward)
+
+
+def test_looks_at_a_model_run_quantized_layers_as_in_training():
+    """bitsandbytes packs 4 bit weights for good where a layer meets them in eval mode."""
+    model = HandWritten().eval()
+    model.blocks[1].up.weight = nn.Parameter(torch.zeros(32, 16, dtype=torch.int8), requires_grad=False)
+    with inference(model):
+        assert [module for module in model.modules() if module.training] == [model.blocks[1].up]
+    assert not any(module.training for module in model.modules())
+
+
+def test_the_head_leaves_out_rows_that_no_loss_reads():
+    model = get_peft_model(TINY["llama"].build().double(), D2FTConfig(r=4, subnets="blocks")).train()
+    planner, batch = D2FTPlanner(model), TINY["llama"].batch()
+    batch["labels"][:, :5] = -100
+    planner.unread.labels = planner.unread.head = True
+    planner.prepare(batch)
+    assert planner.unread.found.head
+    outputs, gradients = [], []
+    for unread in (True, False):
+        if not unread:
+            planner.unread.close()
+        model.zero_grad()
+        with get_runtime(model).use(compile_plan(planner.partition, [2, 2, 2])):
+            outputs.append(model(**batch))
+            outputs[-1].loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert outputs[0].logits.numel() < outputs[1].logits.numel() and len(gradients[0]) == len(gradients[1]) > 0
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 class TestBlocksThatMustRun:
