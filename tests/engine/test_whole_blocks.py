@@ -126,10 +126,11 @@ def test_all_full_is_the_model_to_the_bit(name, lora):
     assert all(ours[key].equal(value) for key, value in gradients(twin).items())
 
 
-def test_a_block_that_is_constant_is_not_recomputed():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_block_that_is_constant_is_not_recomputed(reentrant):
     model, batch = double("deepseek_v3")
     adapted = whole(model, lora=True)
-    adapted.gradient_checkpointing_enable()
+    adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     runtime, calls = get_runtime(adapted), []
     for block in runtime.blocks:
         block.self_attn.register_forward_hook(lambda module, *_: calls.append(module.layer_idx))
