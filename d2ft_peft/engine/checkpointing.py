@@ -37,14 +37,8 @@ class PlannedCheckpoint:
             return entry.around(partial(self._checkpointed, function), args, {})
         return entry.around(run, args, function.keywords)
 
-    def _is_constant(self) -> bool:
-        """Whether the block runs as a whole, and not FULL: there is nothing to recompute for backward."""
-        plan = self.runtime.plan
-        entry = next((one for one in self.runtime.entries if one.module is self.block), None)
-        return plan is not None and entry is not None and entry.is_constant(plan)
-
     def _checkpointed(self, function, *args):
-        if not torch.is_grad_enabled() or self._is_constant():
+        if not torch.is_grad_enabled():
             return function(*args)
         reentrant = getattr(self.checkpoint, "keywords", {}).get("use_reentrant")
         if reentrant and self.runtime.touch_gradients and self.runtime.plan is not None:

@@ -53,11 +53,6 @@ class BlockForward(Intercept):
                 return True
         return False
 
-    def is_constant(self, plan: Plan) -> bool:
-        """Whether the block is one subnet, and has no backward pass of its own under `plan`."""
-        ((number, (region, _)), *others) = self._branches.items()
-        return region is self.module and not others and region.training and plan.cells[number] is not None
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.around(self.original, args, kwargs)
 
