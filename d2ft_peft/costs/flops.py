@@ -8,7 +8,7 @@ import numpy as np
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..partition import Branch, Partition, Projection, base_model
+from ..partition import Branch, Partition, Projection, base_model, unwrap
 from ..schedule import CostModel
 from ..tuners.layer import D2FTLayer
 from .measured_blocks import blocks_that_learn, cost_of_whole_blocks, trains_below
@@ -53,6 +53,9 @@ def cost_model(
         per_head["backward"][branch.block] += products * attention_backward
         for projection in (p for p in branch.projections if p.name not in without):
             _add_projection(base, branch, projection, per_head, shared)
+        for name in branch.whole:
+            if name not in without:
+                _add_whole(base.get_submodule(name), branch, shared)
     learns = blocks_that_learn(base, partition)
     heads = np.array([len(subnet.heads) for subnet in partition.subnets])
     left_out = tuple(f"{name}." for name in without)
@@ -127,3 +130,19 @@ def _add_projection(base: nn.Module, branch: Branch, projection: Projection, per
 
 def _trains(module: nn.Module) -> bool:
     return getattr(module, "weight", None) is not None and module.weight.requires_grad
+
+
+def _add_whole(module: nn.Module, branch: Branch, shared: dict) -> None:
+    """Add the FLOPs per token of a projection that every pass of its region computes whole."""
+    dense, trains = 2.0 * unwrap(module).weight.numel(), unwrap(module).weight.requires_grad
+    if isinstance(module, D2FTLayer):
+        trains = any(p.requires_grad for p in module.parameters())
+    forward, backward = dense, dense * (1 + trains)
+    if isinstance(module, LoraLayer):
+        names = [name for name in module.active_adapters if name in module.lora_A]
+        factors = [part[name].weight for part in (module.lora_A, module.lora_B) for name in names]
+        low_rank = 2.0 * sum(factor.numel() for factor in factors)
+        forward, backward = forward + low_rank, backward + 2 * low_rank
+    shared["forward"][branch.block] += forward
+    shared["backward"][branch.block] += backward
+    shared["entry"][branch.block] += dense

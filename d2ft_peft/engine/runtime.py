@@ -51,14 +51,18 @@ class Follow:
     Attributes:
         full: Pass over the FULL heads; its input is what the region returned. None if there are none.
         forward_only: Pass over the FORWARD_ONLY heads, or None.
-        output: Output of the region's FORWARD_ONLY pass.
+        output: Output of the region's FORWARD_ONLY pass, or None where it follows that of the FULL pass on
+            the last axis.
         nothing: Pass over no head, if none is active.
+        returned: What the region returned, and its version: the row-parallel projection must meet it untouched. None
+            where something that works feature by feature lies between.
     """
 
     full: Run | None
     forward_only: Run | None
     output: Tensor | None
     nothing: Run | None
+    returned: tuple[Tensor, int] | None = None
 
 
 class Runtime:

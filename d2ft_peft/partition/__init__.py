@@ -1,8 +1,9 @@
 """What a subnet is: discovery of blocks, heads and projections in a transformers model."""
 
+from . import decoders, encoders  # noqa: F401  they register their architectures
 from .architecture import Architecture, BranchSpec, register_architecture
-from .discovery import base_model, partition_model, parts_elsewhere, unwrap
-from .partition import Branch, FeatureLayout, Partition, Projection, Subnet
+from .discovery import base_model, is_plain_linear, partition_model, parts_elsewhere, unwrap
+from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
 from .whole_blocks import modules_with_weights, partition_into_blocks
 
 
@@ -12,9 +13,11 @@ __all__ = [
     "BranchSpec",
     "FeatureLayout",
     "Partition",
+    "PerHead",
     "Projection",
     "Subnet",
     "base_model",
+    "is_plain_linear",
     "modules_with_weights",
     "partition_into_blocks",
     "partition_model",

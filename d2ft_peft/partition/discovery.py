@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .architecture import Architecture, BranchSpec, find_architecture
-from .partition import Branch, FeatureLayout, Partition, Projection, Subnet
+from .architecture import Architecture, BranchSpec
+from .find_architecture import find_architecture
+from .head_layouts import head_layouts, latent_layouts
+from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
 from .whole_blocks import ASKED, boundary, partition_into_blocks
+
+
+# Linear layers under other names, which compute what nn.Linear does.
+_LINEAR = ("FalconLinear",)
 
 
 def partition_model(
@@ -38,17 +45,21 @@ def partition_model(
 def _cut_into_heads(model: nn.Module, heads_per_subnet: int) -> Partition:
     architecture = find_architecture(model)
     stack, blocks = _find_blocks(model, architecture)
+    attentions = [
+        _attention_branch(model, block, f"{stack}.{index}", index, architecture.attention)
+        for index, block in enumerate(blocks)
+    ]
     branches, subnets = [], []
-    for index, block in enumerate(blocks):
-        prefix = f"{stack}.{index}"
-        attention = _attention_branch(model, block, prefix, index, architecture.attention)
-        _check_heads_per_subnet(heads_per_subnet, attention.heads)
-        branches.append(attention)
+    for index, (block, attention) in enumerate(zip(blocks, attentions, strict=True)):
+        # A block that mixes tokens otherwise (linear attention) runs whole, and its FFN is cut as in the others.
+        heads = next(branch for branch in (attention, *attentions) if branch is not None).heads
+        _check_heads_per_subnet(heads_per_subnet, heads)
+        of_block = [] if attention is None else [attention]
         if architecture.ffn is not None and _has_module(block, architecture.ffn.row):
-            branches.append(_branch("ffn", block, prefix, index, architecture.ffn, attention.heads))
-        for first in range(0, attention.heads, heads_per_subnet):
-            heads = tuple(range(first, first + heads_per_subnet))
-            subnets.append(Subnet(len(subnets), index, heads))
+            of_block.append(_ffn_branch(block, f"{stack}.{index}", index, architecture.ffn, heads))
+        branches += of_block
+        for first in range(0, heads if of_block else 0, heads_per_subnet):
+            subnets.append(Subnet(len(subnets), index, tuple(range(first, first + heads_per_subnet))))
     projections = {p.name for branch in branches for p in branch.projections}
     return Partition(
         model_type=model.config.model_type,
@@ -74,8 +85,7 @@ def _find_blocks(model: nn.Module, architecture: Architecture) -> tuple[str, nn.
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and (name == architecture.blocks or name.endswith("." + architecture.blocks))
-        and len(module) > 0
-        and _has_module(module[0], architecture.attention.row)
+        and any(_has_module(block, architecture.attention.row) for block in module)
     ]
     if len(found) != 1:
         raise ValueError(
@@ -103,61 +113,106 @@ def _submodule(block: nn.Module, prefix: str, path: str) -> nn.Module:
         ) from error
 
 
-def _attention_branch(model: nn.Module, block: nn.Module, prefix: str, index: int, spec: BranchSpec) -> Branch:
-    region = _submodule(block, prefix, spec.region)
+def _attention_branch(model: nn.Module, block: nn.Module, prefix: str, index: int, spec: BranchSpec) -> Branch | None:
+    """The attention of a block, or None if the block has none."""
+    if not _has_module(block, spec.row):
+        return None
+    region, where = _submodule(block, prefix, spec.region), f"{prefix}.{spec.region}"
     head_dim = _head_dim(model, region)
-    shapes = [_linear_shape(block, prefix, path) for path in spec.columns]
-    # Query, key and value differ in width under grouped-query attention; the narrowest counts key/value heads.
-    widths = [out_features // spec.parts for _, out_features, _, _ in shapes]
-    heads, rest = divmod(min(widths), head_dim)
-    if rest or any(width % (heads * head_dim) for width in widths):
-        raise ValueError(
-            f"{prefix}.{spec.region} cannot be cut into heads: its projections return {widths} features, which "
-            f"must be multiples of head_dim={head_dim} and of the key/value heads."
-        )
-    row_width = _linear_shape(block, prefix, spec.row)[0]
-    if row_width != max(widths):
-        # Queries are as wide as what attention returns; anything else fuses several things in one projection.
-        raise ValueError(
-            f"{prefix}.{spec.region} cannot be cut into heads: {spec.row} takes {row_width} features, but the queries "
-            f"have {max(widths)}; a fused projection can be cut only if its parts follow one another (`parts` in "
-            "d2ft_peft.register_architecture)."
-        )
-    _check_region_parameters(region, prefix, spec, head_dim)
-    return _branch("attention", block, prefix, index, spec, heads, query_width=max(widths) // heads)
-
-
-def _branch(
-    name: str, block: nn.Module, prefix: str, index: int, spec: BranchSpec, heads: int, query_width: int = 0
-) -> Branch:
+    widths = {path: _linear_shape(block, prefix, path)[1] for path in spec.columns}
+    columns = [widths[path] for path in spec.columns if path not in spec.apart]
+    row = _linear_shape(block, prefix, spec.row)[0]
+    if spec.shared_input:
+        layouts = head_layouts(where, spec, head_dim, columns, row)
+    else:
+        layouts = latent_layouts(where, model.config.num_attention_heads, columns, row)
+    layout_of = dict(zip((path for path in spec.columns if path not in spec.apart), layouts.columns, strict=True))
+    layout_of |= {path: FeatureLayout(layouts.heads, widths[path] // layouts.heads) for path in spec.apart}
+    query_heads = max(1, row // layouts.heads // head_dim)
+    per_head = tuple(
+        entry
+        for name, axis in spec.per_head
+        if (entry := _per_head(region, where, name, axis, layouts.heads, query_heads)) is not None
+    )
+    _check_region_parameters(block, region, prefix, spec, head_dim)
     return Branch(
-        name=name,
+        name="attention",
         block=index,
-        region=f"{prefix}.{spec.region}",
-        columns=tuple(_projection(block, prefix, path, "column", heads, spec.parts) for path in spec.columns),
-        row=_projection(block, prefix, spec.row, "row", heads, 1),
+        region=where,
+        columns=tuple(_projection(block, prefix, path, "column", layout_of[path]) for path in spec.columns),
+        row=_projection(block, prefix, spec.row, "row", layouts.row),
         scaled_attributes=spec.scaled_attributes,
-        query_width=query_width,
+        query_width=layouts.query_width,
+        per_head=per_head,
+        whole=tuple(f"{prefix}.{path}" for path in spec.whole),
+        residual=spec.residual,
+        shared_input=spec.shared_input,
+        apart=tuple(f"{prefix}.{path}" for path in spec.apart),
+        joined=spec.joined,
+        returns=spec.returns,
     )
 
 
-def _projection(block: nn.Module, prefix: str, path: str, kind: str, heads: int, parts: int) -> Projection:
-    in_features, out_features, has_bias, transposed = _linear_shape(block, prefix, path)
-    size = out_features if kind == "column" else in_features
-    width, rest = divmod(size, heads * parts)
-    if rest:
+def _per_head(region: nn.Module, where: str, name: str, axis: int, heads: int, query_heads: int) -> PerHead | None:
+    """What `BranchSpec.per_head` names, or None if this model does not have it."""
+    arguments = inspect.signature(type(region).forward).parameters
+    if name in arguments:
+        return PerHead(name, "argument", axis, query_heads)
+    parent, _, leaf = name.rpartition(".")
+    owner = unwrap(region.get_submodule(parent)) if _has_module(region, parent) else None
+    value = getattr(owner, leaf, None)
+    if isinstance(value, nn.ModuleList):
+        kind, size = "modules", len(value)
+    elif isinstance(value, nn.Parameter):
+        kind, size = "parameter", value.shape[axis]
+    elif isinstance(value, nn.Module):
+        kind, size = "module", next(unwrap(value).parameters()).numel()
+    elif parent:
+        return None
+    else:
         raise ValueError(
-            f"{prefix}.{path} cannot be shared among heads: its {size} features do not divide by "
-            f"{heads} heads{f' x {parts} parts' if parts > 1 else ''}."
+            f"per_head names {name!r}, which is no argument of {where}'s forward ({', '.join(arguments)}) and nothing "
+            "that it holds; name what has an axis of heads."
         )
-    layout = FeatureLayout(heads, width, parts)
+    if size % heads:
+        raise ValueError(f"{where}.{name} has {size} entries on axis {axis}, which do not divide by its {heads} heads.")
+    return PerHead(name, kind, axis, size // heads)
+
+
+def _ffn_branch(block: nn.Module, prefix: str, index: int, spec: BranchSpec, heads: int) -> Branch:
+    def shared(path: str, kind: str) -> Projection:
+        in_features, out_features, _, _ = _linear_shape(block, prefix, path)
+        size, parts = (out_features, spec.parts) if kind == "column" else (in_features, 1)
+        width, rest = divmod(size, heads * parts)
+        if rest:
+            raise ValueError(
+                f"{prefix}.{path} cannot be shared among heads: its {size} features do not divide by "
+                f"{heads} heads{f' x {parts} parts' if parts > 1 else ''}."
+            )
+        return _projection(block, prefix, path, kind, FeatureLayout(heads, width, parts))
+
+    return Branch(
+        name="ffn",
+        block=index,
+        region=f"{prefix}.{spec.region}",
+        columns=tuple(shared(path, "column") for path in spec.columns),
+        row=shared(spec.row, "row"),
+        scaled_attributes=spec.scaled_attributes,
+        residual=spec.residual,
+        joined=spec.joined,
+        returns=spec.returns,
+    )
+
+
+def _projection(block: nn.Module, prefix: str, path: str, kind: str, layout: FeatureLayout) -> Projection:
+    in_features, out_features, has_bias, transposed = _linear_shape(block, prefix, path)
     return Projection(f"{prefix}.{path}", kind, layout, in_features, out_features, has_bias, transposed)
 
 
 def _linear_shape(block: nn.Module, prefix: str, path: str) -> tuple[int, int, bool, bool]:
     """(in_features, out_features, has bias, is transposed) of a projection."""
     module = unwrap(_submodule(block, prefix, path))
-    if type(module) is nn.Linear:
+    if is_plain_linear(module):
         return module.in_features, module.out_features, module.bias is not None, False
     if type(module) is Conv1D:
         return module.nx, module.nf, module.bias is not None, True
@@ -171,8 +226,15 @@ def _linear_shape(block: nn.Module, prefix: str, path: str) -> tuple[int, int, b
     )
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes what ``nn.Linear`` does, so that its weight may be sliced instead of calling it."""
+    return type(module) is nn.Linear or type(module).__name__ in _LINEAR
+
+
 def _head_dim(model: nn.Module, region: nn.Module) -> int:
-    for source, name in ((region, "head_dim"), (region, "attention_head_size"), (model.config, "head_dim")):
+    for source, name in (
+        (region, "head_dim"), (region, "head_size"), (region, "attention_head_size"), (model.config, "head_dim"),
+    ):  # fmt: skip
         if isinstance(getattr(source, name, None), int):
             return getattr(source, name)
     return model.config.hidden_size // model.config.num_attention_heads
@@ -187,15 +249,26 @@ def _check_heads_per_subnet(heads_per_subnet: int, heads: int) -> None:
         )
 
 
-def _check_region_parameters(region: nn.Module, prefix: str, spec: BranchSpec, head_dim: int) -> None:
+def _check_region_parameters(block: nn.Module, region: nn.Module, prefix: str, spec: BranchSpec, head_dim: int) -> None:
     """Whatever else the attention learns must not be tied to certain heads (sinks, position biases, joint norms)."""
-    inside = {path.removeprefix(spec.region + ".") for path in (*spec.columns, spec.row)}
+    inside = [path.removeprefix(spec.region + ".") for path in (*spec.columns, *spec.whole, spec.row)]
+    inside += [name for name, _ in spec.per_head]
+    shared = {(head_dim,)}
+    if not spec.shared_input:  # norms of the latents
+        shared |= {(_linear_shape(block, prefix, path)[0],) for path in spec.columns}
     for name, parameter in region.named_parameters():
         belongs = any(name == path or name.startswith(path + ".") for path in inside)
-        if not belongs and tuple(parameter.shape) != (head_dim,):
+        if not belongs and tuple(parameter.shape) not in shared:
             raise ValueError(
                 f"{prefix}.{spec.region} cannot be cut into heads: its parameter {name!r} of shape "
-                f"{list(parameter.shape)} is not shared by all heads (only norms over head_dim={head_dim} are)."
+                f"{list(parameter.shape)} is not shared by all heads (only norms over head_dim={head_dim} are); say "
+                "which axis belongs to heads in `per_head` of d2ft_peft.register_architecture."
+            )
+    for name, module in region.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name == path for path in inside):
+            raise ValueError(
+                f"{prefix}.{spec.region} cannot be cut into heads: its list {name!r} may hold a module for each head; "
+                "name it in `per_head` of d2ft_peft.register_architecture."
             )
 
 

@@ -13,23 +13,35 @@ import numpy as np
 class FeatureLayout:
     """How the features of one axis of a projection belong to heads.
 
-    The axis has ``parts * heads * width`` features, part-major: part p, head h owns the features
-    ``(p * heads + h) * width`` to ``(p * heads + h + 1) * width - 1``.
+    The axis is part-major: its parts follow one another, and in each the features of head 0, of head 1, and so on.
 
     Attributes:
         heads: Number of heads (key/value heads under grouped-query attention).
         width: Features of one head in one part.
-        parts: Number of parts (3 for a fused query-key-value projection, else 1).
+        parts: Number of equal parts (3 for a fused query-key-value projection, else 1); or, where parts differ, how
+            many times `width` one head has in each: ``(4, 1, 1)`` for four queries that share a key and a value.
     """
 
     heads: int
     width: int
-    parts: int = 1
+    parts: int | tuple[int, ...] = 1
+
+    @property
+    def part_widths(self) -> tuple[int, ...]:
+        """Features of one head in each part."""
+        if isinstance(self.parts, int):
+            return (self.width,) * self.parts
+        return tuple(times * self.width for times in self.parts)
+
+    @property
+    def head_size(self) -> int:
+        """Features of one head in all parts."""
+        return sum(self.part_widths)
 
     @property
     def size(self) -> int:
         """Number of features on the axis."""
-        return self.parts * self.heads * self.width
+        return self.heads * self.head_size
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,24 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class PerHead:
+    """Something with an axis of heads that a region reads besides its projections.
+
+    Attributes:
+        name: An argument of the region's forward, or a path in the region.
+        kind: ``"argument"``; ``"parameter"``; ``"module"``, whose output has the axis; or ``"modules"``, a list with as
+            many as there are heads.
+        axis: The axis, counted from the front (a list has axis 0).
+        width: Entries that one head has on it: 2 where two query heads share a key/value head.
+    """
+
+    name: str
+    kind: Literal["argument", "parameter", "module", "modules"]
+    axis: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Branch:
     """One residual branch (attention or FFN) of one block, or a block that is not cut.
 
@@ -72,6 +102,13 @@ class Branch:
         row: Its row-parallel projection; None in a whole block.
         scaled_attributes: See `BranchSpec`.
         query_width: Width of one head's queries (attention), or 0: width that enters the attention products.
+        per_head: What else of the region has an axis of heads.
+        whole: Projections of the region that compute every feature whenever it runs: they belong to no head.
+        residual: Argument of the region that it adds to its output, or "".
+        shared_input: Whether the column-parallel projections have the region's input in common.
+        apart: Paths of the column-parallel projections that do not take the region's input.
+        joined: See `BranchSpec`.
+        returns: See `BranchSpec`.
     """
 
     name: Literal["attention", "ffn", "block"]
@@ -81,6 +118,13 @@ class Branch:
     row: Projection | None = None
     scaled_attributes: tuple[str, ...] = ()
     query_width: int = 0
+    per_head: tuple[PerHead, ...] = ()
+    whole: tuple[str, ...] = ()
+    residual: str = ""
+    shared_input: bool = True
+    apart: tuple[str, ...] = ()
+    joined: bool = False
+    returns: int | None = None
 
     @property
     def heads(self) -> int:
@@ -93,6 +137,12 @@ class Branch:
         return self.row is not None and self.row.name.startswith(self.region + ".")
 
     @property
+    def num_returned(self) -> int:
+        """Number of values in the tuple that the region returns, 0 if it returns a tensor."""
+        usual = 2 if self.name == "attention" else 0
+        return usual if self.returns is None else self.returns
+
+    @property
     def projections(self) -> tuple[Projection, ...]:
         """All projections, column-parallel ones first; none in a whole block."""
         return () if self.row is None else (*self.columns, self.row)
@@ -101,6 +151,18 @@ class Branch:
     def owned(self) -> tuple[str, ...]:
         """Paths of the modules whose weights are the branch's: its projections, or the whole block."""
         return tuple(projection.name for projection in self.projections) or (self.region,)
+
+    def siblings(self, column: Projection) -> tuple[Projection, ...]:
+        """The column-parallel projections that share the input of one of them, itself included."""
+        if column.name in self.apart or not self.shared_input:
+            return (column,)
+        others = (other for other in self.columns if other.name not in self.apart)
+        return tuple(other for other in others if other.in_features == column.in_features)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Paths of the layers (or of the whole block) that train unless something else is asked for."""
+        return (*self.owned, *self.whole)
 
 
 @dataclass(frozen=True)
@@ -178,13 +240,16 @@ class Partition:
         rows = [("block", "subnets", "heads each", "attention", "ffn", "parameters", "FLOPs/token")]
         for block in range(len(self.blocks)):
             subnets = [subnet for subnet in self.subnets if subnet.block == block]
+            if not subnets:
+                rows.append((str(block), "0", "-", "-", "-", "0", "0"))
+                continue
             branches = {branch.name: branch for branch in self.branches if branch.block == block}
             share = len(subnets[0].heads)
             parameters = sum(subnet_parameters(branch, share) for branch in branches.values())
             flops = 2 * sum(subnet_weights(branch, share) for branch in branches.values())
-            flops += 4 * share * branches["attention"].query_width * sequence_length
+            flops += 4 * share * sum(branch.query_width for branch in branches.values()) * sequence_length
             features = [
-                str(share * branches[name].row.layout.width) if name in branches else "-"
+                str(share * branches[name].row.layout.head_size) if name in branches else "-"
                 for name in ("attention", "ffn")
             ]
             rows.append((str(block), str(len(subnets)), str(share), *features, f"{parameters:,}", f"{flops:,}"))

@@ -2,20 +2,65 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from ..partition import Partition, unwrap
+from ..partition import Partition, is_plain_linear, unwrap
 from ..schedule import policy_facts
 from .config import D2FTConfig
+
+
+# Heads that PEFT names in modules_to_save for a task, whether or not the model has them.
+_HEADS_OF_TASKS = {
+    TaskType.SEQ_CLS: {"classifier", "score"},
+    TaskType.TOKEN_CLS: {"classifier", "score"},
+    TaskType.QUESTION_ANS: {"qa_outputs"},
+}
+
+
+def check_names(model: nn.Module, partition: Partition, config: D2FTConfig) -> None:
+    """Refuse names of modules that the model does not have: nothing of what they ask for would happen.
+
+    Raises:
+        ValueError: If ``target_modules`` names no module at all, or an entry of ``modules_to_save`` none.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    targets, cls = config.target_modules, type(model).__name__
+    leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in partition.projections)) or "in its blocks"
+    if targets and not _names_any(names, targets):
+        pattern = " (a string is a regular expression for whole paths)" if isinstance(targets, str) else ""
+        raise NoMatchingPeftModuleError(
+            f"target_modules={targets!r}{pattern} names no module of {cls}; the projections of its heads are {leaves}: "
+            "give a list of some of them, or leave target_modules out for all."
+        )
+    unasked = _HEADS_OF_TASKS.get(config.task_type, set())
+    for saved in config.modules_to_save or ():
+        if saved not in unasked and not any(name.endswith(saved) for name in names):
+            children = ", ".join(
+                name for name, child in model.named_children() if any(True for _ in child.parameters())
+            )
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save!r}: {saved!r} names no module of {cls}; it has {children}, "
+                "and what is inside of them."
+            )
+
+
+def _names_any(names: Iterable[str], targets: str | Iterable[str]) -> bool:
+    if isinstance(targets, str):
+        is_all = targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return is_all or any(re.fullmatch(targets, name) for name in names)
+    return any(f".{name}".endswith(f".{target}") for name in names for target in targets)
 
 
 def check_beside_others(
@@ -97,7 +142,7 @@ def why_not_sliced(model: nn.Module, partition: Partition, config: D2FTConfig) -
 def _not_dense(layer: nn.Module, name: str) -> str:
     """What a linear layer is if it has no dense weight of its own to slice; else an empty string."""
     weight = getattr(layer, "weight", None)
-    if type(layer) not in (nn.Linear, Conv1D):
+    if type(layer) is not Conv1D and not is_plain_linear(layer):
         return f"{name} is a {type(layer).__name__}"
     if not is_dense(weight):
         return f"the weight of {name} is a {type(weight.data).__name__} of {weight.dtype}"

@@ -17,7 +17,7 @@ from peft import LoraConfig
 
 from ..schedule import Budget
 from .config_checks import LIVE_SCORES as LIVE_SCORES
-from .config_checks import SHARED_FIELDS, check_full, check_lora, check_own_fields
+from .config_checks import SHARED_FIELDS, check_full, check_lora, check_names_of_modules, check_own_fields
 from .peft_type import D2FTType
 
 
@@ -154,6 +154,7 @@ class D2FTConfig(LoraConfig):
             value = getattr(self, f.name)
             if isinstance(value, np.generic):  # JSON knows Python's numbers only
                 setattr(self, f.name, value.item())
+        check_names_of_modules(self)
         check_own_fields(self)
         if self.r is None:
             check_full(self)

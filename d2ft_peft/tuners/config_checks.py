@@ -31,6 +31,16 @@ SHARED_FIELDS = {f.name for f in dataclasses.fields(PeftConfig)} | {
 }  # fmt: skip
 
 
+def check_names_of_modules(config: D2FTConfig) -> None:
+    """Check PEFT's fields that list names of modules."""
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        names, also = getattr(config, name), "" if name == "modules_to_save" else " (or a string: a regular expression)"
+        if names is None or (also and isinstance(names, str)):
+            continue
+        fits = isinstance(names, (list, tuple, set)) and all(isinstance(one, str) and one for one in names)
+        check(fits, name, names, f"must be a list of names of modules{also}, or None")
+
+
 def check_own_fields(config: D2FTConfig) -> None:
     """Check what D2FT adds to PEFT's fields, and put in what the policy decides where a field was left open."""
     for name in ("heads_per_subnet", "num_micro_batches", "interval"):

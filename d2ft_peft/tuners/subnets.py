@@ -67,7 +67,7 @@ def default_targets(model: nn.Module, config: D2FTConfig, partition: Partition, 
         blocks: Indices of the blocks.
     """
     if partition.cuts_heads:
-        return {name for branch in partition.branches if branch.block in blocks for name in branch.owned}
+        return {name for branch in partition.branches if branch.block in blocks for name in branch.targets}
     names = [partition.blocks[index] for index in sorted(blocks)]
     if not config.is_lora:
         return {path for name in names for path in modules_with_weights(model.get_submodule(name), name)}

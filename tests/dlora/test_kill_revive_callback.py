@@ -92,6 +92,7 @@ def test_all_modules_at_once_are_plain_training_to_the_bit(tmp_path):
     assert_equal(*found)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "rule",
     [{"interval": 3}, {"interval": 2, "warmup": 2, "idle": "last"}, {"interval": 0.4, "unit": "epochs"}],

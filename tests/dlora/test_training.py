@@ -81,6 +81,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing", "ignore:.*use_reentrant")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options_of_the_trainer(llama, tmp_path, options):
@@ -172,6 +173,7 @@ def test_a_batch_that_is_too_large_is_halved(llama, tmp_path):
     check_same_run(llama, run)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("options", [{}, {"head": "cloud", "in_flight": 2}], ids=str)
 def test_a_step_that_breaks_off_leaves_nothing_in_the_cloud(llama, tmp_path, error, options):
@@ -272,6 +274,7 @@ def of_trl(kind, model, folder):
     return cls(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", TRL)
 def test_trainers_of_trl(llama, tmp_path, kind):

@@ -68,6 +68,7 @@ def trainer(kind, folder, config, checkpointing=True, **kwargs):
     )  # fmt: skip
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_all_full_is_bit_identical_to_the_trainer_alone(tmp_path, kind, checkpointing):
@@ -80,6 +81,7 @@ def test_all_full_is_bit_identical_to_the_trainer_alone(tmp_path, kind, checkpoi
     assert_equal(*weights)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("policy", ["bilevel", "random", "fewer_samples"])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_part_of_the_model_trains(tmp_path, kind, policy):

@@ -198,7 +198,7 @@ def test_several_adapters_have_the_same_kind_of_subnets():
         ({"shortcut": "rescale"}, "shortcut='rescale' stands in for heads that are skipped; use 'zero'"),
         ({"head_parallel": True}, "head_parallel=True shares out heads; leave it out"),
         ({"policy": "fewer_tokens"}, "rows='tokens' runs heads on some tokens; choose a policy over samples"),
-        ({"heads_per_subnet": 2}, "model_type='mamba' is not known to D2FT"),
+        ({"heads_per_subnet": 2}, "model_type='mamba' cannot be partitioned into heads"),
     ],
 )
 def test_what_needs_heads_is_refused(kwargs, message):

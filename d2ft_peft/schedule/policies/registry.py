@@ -50,7 +50,10 @@ def register_policy(
 
     Args:
         name: what `D2FTConfig(policy=...)` says.
-        reads, rows, backward_score, budget_of: see `PolicyFacts`.
+        reads: see `PolicyFacts`, as for the others.
+        rows: what it schedules.
+        backward_score: the score that it is meant for.
+        budget_of: what a budget is a share of.
 
     Raises:
         ValueError: the name is taken, `reads` names no score, or `rows` or `budget_of` is none of what they may be.
