@@ -117,14 +117,15 @@ def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) ->
         found = next(filter(None, (_not_trainable(model.get_submodule(name), name) for name in names)), None)
         if found:
             raise ValueError(
-                f"{found}, which cannot be fine-tuned; set r (LoRA), or load the model without quantization."
+                f"{found}, which cannot be fine-tuned; set r (LoRA), or load the model without quantization and "
+                "offloading."
             )
         return
     why = why_not_sliced(model, partition, config)
     if why:
         raise ValueError(
             f"{why}; choose policy='exact_first', 'all_full', 'fewer_samples', 'importance' or 'selective_backprop', "
-            "which run whole projections, or subnets='blocks', or load the model without quantization."
+            "which run whole projections, or subnets='blocks', or load the model without quantization and offloading."
         )
 
 
@@ -146,7 +147,12 @@ def _not_dense(layer: nn.Module, name: str) -> str:
         return f"{name} is a {type(layer).__name__}"
     if not is_dense(weight):
         return f"the weight of {name} is a {type(weight.data).__name__} of {weight.dtype}"
-    return ""
+    return f"the weight of {name} is offloaded by accelerate" if _is_offloaded(layer) else ""
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a module's weights elsewhere and lends them for its forward pass."""
+    return hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False))
 
 
 def _not_trainable(module: nn.Module, name: str) -> str:
@@ -158,6 +164,8 @@ def _not_trainable(module: nn.Module, name: str) -> str:
         where = f"{name}.{path}".rstrip(".")
         if found is not None:
             return f"the weight of {where} is a {type(found.data).__name__} of {found.dtype}"
+        if _is_offloaded(part):  # a copy would be lent the original's weights, and learn nothing
+            return f"the weight of {where} is offloaded by accelerate (device_map)"
         if hasattr(part, "in_features") and getattr(part, "weight", None) is None and not hasattr(part, "base_layer"):
             return f"{where} is a {type(part).__name__} without a weight"
     return ""
