@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from ..partition import Partition, base_model
+from ..partition import Partition, base_model, boundary_below
 from ..schedule import CostModel
 from .probe import Entry, Probe
 
@@ -73,11 +73,8 @@ def blocks_that_learn(base: nn.Module, partition: Partition) -> np.ndarray:
 
 
 def trains_below(base: nn.Module, partition: Partition) -> bool:
-    """Whether anything before the blocks trains: boundary modules that the first block follows in the model's order."""
-    order = {name: place for place, (name, _) in enumerate(base.named_modules(remove_duplicate=False))}
-    first = order[partition.blocks[0]]
-    inside = (i for i, name in enumerate(partition.boundary) if order[name] >= first)
-    below = partition.boundary[: next(inside, len(partition.boundary))]
+    """Whether anything before the blocks trains."""
+    below = boundary_below(base, partition)
     return any(p.requires_grad for name in below for p in base.get_submodule(name).parameters())
 
 

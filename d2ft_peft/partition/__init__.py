@@ -4,7 +4,7 @@ from . import decoders, encoders  # noqa: F401  they register their architecture
 from .architecture import Architecture, BranchSpec, register_architecture
 from .discovery import base_model, is_plain_linear, partition_model, parts_elsewhere, unwrap
 from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
-from .whole_blocks import modules_with_weights, partition_into_blocks
+from .whole_blocks import boundary_below, modules_with_weights, partition_into_blocks
 
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Projection",
     "Subnet",
     "base_model",
+    "boundary_below",
     "is_plain_linear",
     "modules_with_weights",
     "partition_into_blocks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from torch import nn
 
@@ -75,6 +75,13 @@ def boundary(module: nn.Module, prefix: str, owned: set[str]) -> list[str]:
     own = [prefix] if next(module.parameters(recurse=False), None) is not None else []
     children = module.named_children()
     return own + [path for name, child in children for path in boundary(child, f"{prefix}.{name}".lstrip("."), owned)]
+
+
+def boundary_below(base: nn.Module, partition: Partition) -> tuple[str, ...]:
+    """Boundary modules before the blocks: those that the first block follows in the model's own order."""
+    order = {name: place for place, (name, _) in enumerate(base.named_modules(remove_duplicate=False))}
+    first = order[partition.blocks[0]]
+    return tuple(takewhile(lambda name: order[name] < first, partition.boundary))
 
 
 def _find_blocks(model: nn.Module) -> list[str]:

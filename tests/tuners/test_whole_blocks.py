@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from d2ft_peft import D2FTConfig, D2FTPlanner, D2FTTrainer, partition_model
 from d2ft_peft.costs import cost_model, flop_counter, inference, probe_model
-from d2ft_peft.engine import compile_plan, get_runtime
+from d2ft_peft.engine import compile_plan, get_runtime, open_cache
 from d2ft_peft.partition import partition_into_blocks
 from d2ft_peft.planning.model_costs import ModelCosts
 from d2ft_peft.scores import gradient_scores, weight_magnitude
@@ -213,6 +213,30 @@ def test_models_without_a_list_of_blocks_are_refused():
     model.blocks = nn.ModuleList([model.blocks[0]] * 3)
     with pytest.raises(ValueError, match="HandWritten runs one and the same block several times"):
         get_peft_model(model, D2FTConfig(subnets="blocks"))
+
+
+def test_outputs_of_whole_blocks_are_not_cached(tmp_path):
+    model = adapted("mamba", "lora", layers_to_transform=[2])
+    with pytest.raises(ValueError, match="what whole blocks do with padding is not known .they are not cut into heads"):
+        open_cache(model, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["mamba", "hand_written"])
+def test_blocks_are_trained_in_place(name, tmp_path):
+    model = adapted(name, keep_base=False)
+    train_briefly(model, name)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(WHOLE[name].build(), tmp_path)
+    torch.testing.assert_close(logits(loaded, name), logits(model, name), rtol=1e-4, atol=1e-6)
+
+
+@each_mode
+def test_some_blocks_are_trained(mode):
+    model = adapted("deepseek_v3", mode, layers_to_transform=[2])
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".layers.2." in name for name in trained)
+    with pytest.raises(ValueError, match="not possible where the blocks are in several lists .swin.encoder.layers.0"):
+        adapted("swin", mode, layers_to_transform=[2])
 
 
 def test_heads_are_not_simulated_where_there_are_none():
