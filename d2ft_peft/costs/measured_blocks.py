@@ -9,7 +9,7 @@ from torch import nn
 
 from ..partition import Partition, base_model, boundary_below
 from ..schedule import CostModel
-from .probe import Entry, Probe
+from .seen import Entry, Probe
 
 
 def cost_of_whole_blocks(

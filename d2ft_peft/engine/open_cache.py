@@ -52,6 +52,12 @@ def open_cache(
             "cache_frozen keeps what blocks return of each sample wherever its padding is, and what whole blocks do "
             f"with padding is not known (they are not cut into heads: {partition.why_whole}); leave cache_frozen out."
         )
+    if partition.several:
+        raise ValueError(
+            "cache_frozen keeps what the lower blocks of one stack return, and "
+            f"model_type={partition.model_type!r} has several, or cross attention; leave cache_frozen out, or name a "
+            "single stack in `stacks`."
+        )
     body = find_body(base, partition.blocks[0].rpartition(".")[0])
     blocks = [base.get_submodule(name) for name in partition.blocks]
     above = {id(part) for block in blocks[cut:] for part in block.modules()}

@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from .gauges import Gauge, Stack
+
 
 @dataclass(frozen=True)
 class FeatureLayout:
@@ -92,10 +94,10 @@ class PerHead:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch (attention or FFN) of one block, or a block that is not cut.
+    """One residual branch (attention, cross attention or FFN) of one block, or a whole block.
 
     Attributes:
-        name: ``"attention"``, ``"ffn"``, or ``"block"`` for a block that runs, or does not, as a whole.
+        name: ``"attention"``, ``"cross_attention"``, ``"ffn"``, or ``"block"`` for a block that is one subnet.
         block: Index of the block.
         region: Path of the module that D2FT runs once per operation.
         columns: Its column-parallel projections; none in a whole block.
@@ -109,9 +111,12 @@ class Branch:
         apart: Paths of the column-parallel projections that do not take the region's input.
         joined: See `BranchSpec`.
         returns: See `BranchSpec`.
+        other_input: Those of `columns`, by name, that read other rows than the first: keys and values of cross
+            attention, which come from the encoder.
+        hands_on: See `BranchSpec`.
     """
 
-    name: Literal["attention", "ffn", "block"]
+    name: Literal["attention", "cross_attention", "ffn", "block"]
     block: int
     region: str
     columns: tuple[Projection, ...] = ()
@@ -125,6 +130,8 @@ class Branch:
     apart: tuple[str, ...] = ()
     joined: bool = False
     returns: int | None = None
+    other_input: tuple[str, ...] = ()
+    hands_on: str = ""
 
     @property
     def heads(self) -> int:
@@ -139,7 +146,7 @@ class Branch:
     @property
     def num_returned(self) -> int:
         """Number of values in the tuple that the region returns, 0 if it returns a tensor."""
-        usual = 2 if self.name == "attention" else 0
+        usual = 0 if self.name == "ffn" else 2
         return usual if self.returns is None else self.returns
 
     @property
@@ -157,7 +164,12 @@ class Branch:
         if column.name in self.apart or not self.shared_input:
             return (column,)
         others = (other for other in self.columns if other.name not in self.apart)
-        return tuple(other for other in others if other.in_features == column.in_features)
+        elsewhere = column.name in self.other_input
+        return tuple(
+            other
+            for other in others
+            if other.in_features == column.in_features and (other.name in self.other_input) == elsewhere
+        )
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -185,6 +197,7 @@ class Partition:
         blocks: Paths of the blocks.
         boundary: Paths of the modules outside the subnets (embeddings, norms, task head): they always run FULL.
         heads_per_subnet: Heads (key/value heads) that one subnet groups.
+        stacks: The stacks of blocks, in the order in which they run.
         why_whole: Why its blocks are subnets as a whole; empty where they are cut into heads.
     """
 
@@ -194,6 +207,7 @@ class Partition:
     blocks: tuple[str, ...]
     boundary: tuple[str, ...]
     heads_per_subnet: int
+    stacks: tuple[Stack, ...] = ()
     why_whole: str = ""
 
     @property
@@ -205,6 +219,26 @@ class Partition:
     def owned(self) -> tuple[str, ...]:
         """Paths of the modules whose weights are the subnets': projections, or whole blocks."""
         return tuple(name for branch in self.branches for name in branch.owned)
+
+    @property
+    def several(self) -> bool:
+        """Whether blocks differ in the rows that they see: several stacks, or cross attention."""
+        return len(self.gauges) > 1
+
+    @cached_property
+    def gauges(self) -> tuple[Gauge, ...]:
+        """Where rows are counted: at the first attention of every stack, and at its first cross attention."""
+        found = []
+        for number, stack in enumerate(self.stacks):
+            for name in ("attention", "cross_attention"):
+                at = (i for i, b in enumerate(self.branches) if b.name == name and b.block in stack.blocks)
+                found += [Gauge(branch, number, name == "cross_attention") for branch in (next(at, None),)
+                          if branch is not None]  # fmt: skip
+        return tuple(found) or (Gauge(0, 0),)
+
+    def stack_of(self, block: int) -> int:
+        """Index of the stack of a block."""
+        return next((number for number, stack in enumerate(self.stacks) if block in stack.blocks), 0)
 
     @property
     def num_scheduled(self) -> int:
@@ -233,18 +267,12 @@ class Partition:
             sequence_length: Tokens that each token attends to; the attention products grow with it.
         """
         if not self.cuts_heads:
-            return (
-                f"{self.num_subnets} subnets: {self.num_scheduled} scheduled, whole blocks from {self.blocks[0]} to "
-                f"{self.blocks[-1]} ({self.why_whole}); embedding and head, which always run FULL"
-            )
+            return f"{self.num_scheduled} whole blocks are scheduled ({self.why_whole}); the rest always runs FULL"
         rows = [("block", "subnets", "heads each", "attention", "ffn", "parameters", "FLOPs/token")]
         for block in range(len(self.blocks)):
             subnets = [subnet for subnet in self.subnets if subnet.block == block]
-            if not subnets:
-                rows.append((str(block), "0", "-", "-", "-", "0", "0"))
-                continue
             branches = {branch.name: branch for branch in self.branches if branch.block == block}
-            share = len(subnets[0].heads)
+            share = len(subnets[0].heads) if subnets else 0
             parameters = sum(subnet_parameters(branch, share) for branch in branches.values())
             flops = 2 * sum(subnet_weights(branch, share) for branch in branches.values())
             flops += 4 * share * sum(branch.query_width for branch in branches.values()) * sequence_length
@@ -252,13 +280,11 @@ class Partition:
                 str(share * branches[name].row.layout.head_size) if name in branches else "-"
                 for name in ("attention", "ffn")
             ]
-            rows.append((str(block), str(len(subnets)), str(share), *features, f"{parameters:,}", f"{flops:,}"))
+            rows.append((str(block), str(len(subnets)), str(share or "-"), *features, f"{parameters:,}", f"{flops:,}"))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        lines.append(
-            f"{self.num_subnets} subnets: {self.num_scheduled} scheduled; embedding and head, which always run FULL"
-        )
-        return "\n".join(lines)
+        sizes = f"{self.num_subnets} subnets: {self.num_scheduled} scheduled"
+        return "\n".join([*lines, f"{sizes}; embedding and head, which always run FULL"])
 
 
 def subnet_weights(branch: Branch, heads: int) -> int:

@@ -6,6 +6,7 @@ from itertools import pairwise, takewhile
 
 from torch import nn
 
+from .gauges import Stack
 from .partition import Branch, Partition, Subnet
 
 
@@ -42,6 +43,7 @@ def partition_into_blocks(model: nn.Module, why: str = ASKED) -> Partition:
         blocks=tuple(names),
         boundary=tuple(boundary(model, "", set(names))),
         heads_per_subnet=1,
+        stacks=(Stack(names[0].rpartition(".")[0], 0, len(names)),),
         why_whole=why,
     )
 

@@ -42,6 +42,10 @@ class D2FTConfig(LoraConfig):
             cut into them, and blocks, with a warning, elsewhere (other architectures; quantized weights under a policy
             that would slice them).
         heads_per_subnet: Heads that one subnet groups (key/value heads under grouped-query attention).
+        stacks: Which stacks of blocks are scheduled, of a model that has several: their paths, or successive parts of
+            them (``"decoder"``, ``"language_model"``, ``"vision_tower"``), one or a list. The others always run.
+            None is both stacks of an encoder-decoder, both towers of a CLIP-like model, and of a vision-language model
+            the language model alone. An error lists the stacks that there are.
         num_micro_batches: Micro-batches that are scheduled together where the Trainer accumulates no gradients;
             otherwise its gradient accumulation steps.
         compute_budget: Share of the full compute that training may take, in (0, 1]; 0.6 if no budget is given. Under
@@ -117,6 +121,7 @@ class D2FTConfig(LoraConfig):
     keep_base: bool = True
     subnets: Literal["heads", "blocks"] | None = None
     heads_per_subnet: int = 1
+    stacks: list[str] | str | None = None
     num_micro_batches: int = 5
     compute_budget: float | None = None
     communication_budget: float | None = None

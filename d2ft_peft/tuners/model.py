@@ -21,7 +21,13 @@ from ..engine.runtime import Runtime
 from ..engine.token_rows import check_takes_tokens, install_token_rows
 from ..engine.touch_loss import TouchLoss
 from ..partition import Partition, parts_elsewhere, unwrap
-from .adapter_checks import check_beside_others, check_loads_in_peft, check_names, leave_out_what_peft_renames
+from .adapter_checks import (
+    check_beside_others,
+    check_loads_in_peft,
+    check_names,
+    check_stacks,
+    leave_out_what_peft_renames,
+)
 from .config import D2FTConfig
 from .converted_lora import subtract_initial_adapter
 from .full_adapters import FullAdapters
@@ -45,6 +51,7 @@ class SubnetTuner(BaseTuner):
             check_beside_others(config, adapter_name, others, partitions[next(iter(others))])
         partition = partition_for(model, config, partitions[next(iter(others))] if others else None)
         check_names(model, partition, config)
+        check_stacks(partition, config)
         if config.rows == "tokens":
             check_takes_tokens(model, partition, config.token_margins, config.token_choice)
         partitions[adapter_name] = partition
@@ -103,6 +110,7 @@ class SubnetTuner(BaseTuner):
     def _install_interceptions(self, partition: Partition) -> None:
         runtime: Runtime = self.runtime
         runtime.blocks = [self.model.get_submodule(name) for name in partition.blocks]
+        runtime.gauges = partition.gauges
         for index, branch in enumerate(partition.branches):
             if branch.row is None:
                 BlockRegion(self.model.get_submodule(branch.region), runtime, branch, index).install()
@@ -187,10 +195,10 @@ class D2FTModel(FullAdapters, SubnetTuner):
         frozen = tuple(f"{name}." for index, name in enumerate(partition.blocks) if index not in blocks)
         boundary = [name for name in partition.boundary if not name.startswith(frozen)]
         for name in boundary:
-            if any(owned.startswith(f"{name}.") for owned in partition.owned):
+            if not name or any(owned.startswith(f"{name}.") for owned in partition.owned):
                 raise ValueError(
-                    f"train_boundary=True cannot copy {name!r}: it has parameters of its own and holds projections of "
-                    "subnets; name what else is to be trained in modules_to_save instead."
+                    f"train_boundary=True cannot copy {name or 'the model itself'!r}: it has parameters of its own and "
+                    "holds projections of subnets; name what else is to be trained in modules_to_save instead."
                 )
         return boundary
 

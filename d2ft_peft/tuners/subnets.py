@@ -32,7 +32,7 @@ def partition_for(model: nn.Module, config: D2FTConfig, other: Partition | None 
     if other is not None and not other.cuts_heads:
         partition = other
     else:
-        partition = partition_model(model, config.heads_per_subnet, config.subnets)
+        partition = partition_model(model, config.heads_per_subnet, config.stacks, config.subnets)
         why = (
             why_not_sliced(model, partition, config) if config.subnets is None and config.heads_per_subnet == 1 else ""
         )

@@ -20,10 +20,12 @@ from tests.tuners.test_equality import assert_same_gradients, d2ft_model, plain_
 from tests.zoo import ZOO
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def table(monkeypatch):
-    """The table of architectures, which may be changed."""
-    monkeypatch.setattr(architecture, "_ARCHITECTURES", dict(architecture._ARCHITECTURES))
+    """The table of architectures, which may be changed. Whisper's encoder is looked at as if nobody had written down
+    where its two stacks are."""
+    table = {name: known for name, known in architecture._ARCHITECTURES.items() if name != "whisper"}
+    monkeypatch.setattr(architecture, "_ARCHITECTURES", table)
 
 
 class TestFound:
