@@ -64,10 +64,10 @@ def _hqq() -> nn.Module:
 
 
 KINDS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
-    "nf4": ("bitsandbytes", _nf4),
-    "int8": ("bitsandbytes", _int8),
     "torchao": ("torchao", _torchao),
+    "nf4": ("bitsandbytes", _nf4),
     "hqq": ("hqq", _hqq),
+    "int8": ("bitsandbytes", _int8),
 }
 
 

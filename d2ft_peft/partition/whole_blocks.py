@@ -72,7 +72,8 @@ def boundary(module: nn.Module, prefix: str, owned: set[str]) -> list[str]:
     """
     if prefix in owned or next(module.parameters(), None) is None:
         return []
-    if prefix and not any(name.startswith(prefix + ".") for name in owned):
+    is_list = isinstance(module, nn.ModuleList | nn.ModuleDict)  # is looked into by its owner, and never called
+    if prefix and not is_list and not any(name.startswith(prefix + ".") for name in owned):
         return [prefix]
     own = [prefix] if next(module.parameters(recurse=False), None) is not None else []
     children = module.named_children()

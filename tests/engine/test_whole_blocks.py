@@ -80,6 +80,7 @@ def assert_equal(model, twin, expected, outputs):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.quick(5)
 def test_blocks_run_as_plain_code_has_it(name, lora):
     model, batch = double(name)
     adapted = whole(model, lora)
@@ -98,6 +99,7 @@ def test_blocks_run_as_plain_code_has_it(name, lora):
     # Swin checkpoints whole stages, which reentrant checkpointing would run without gradients.
     [("mamba", False, True), ("deepseek_v3", False, False), ("deepseek_v3", True, True), ("swin", False, False)],
 )
+@pytest.mark.quick(2)
 def test_checkpointed_blocks_recompute_under_their_plan(name, lora, reentrant):
     model, batch = double(name)
     adapted = whole(model, lora)
@@ -114,6 +116,7 @@ def test_checkpointed_blocks_recompute_under_their_plan(name, lora, reentrant):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.quick(2)
 def test_all_full_is_the_model_to_the_bit(name, lora):
     model, batch = WHOLE[name].build(), WHOLE[name].batch()
     adapted = whole(model, lora)
@@ -127,6 +130,7 @@ def test_all_full_is_the_model_to_the_bit(name, lora):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.quick(1)
 def test_a_block_that_is_constant_is_not_recomputed(reentrant):
     model, batch = double("deepseek_v3")
     adapted = whole(model, lora=True)

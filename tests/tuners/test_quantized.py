@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 4, "lora_alpha": 8}
 each_kind = pytest.mark.parametrize("kind", KINDS)
+some_kinds = pytest.mark.quick(2)
 
 
 def prepared(kind):
@@ -75,6 +76,7 @@ def run(cls, model, folder):
 
 
 @each_kind
+@some_kinds
 def test_where_everything_runs_it_is_peft_qlora_to_the_bit(kind, tmp_path):
     ours = adapted(kind, policy="all_full", padding="keep", skip_unread_rows=False)
     assert get_runtime(ours).partitions["default"].cuts_heads
@@ -87,6 +89,7 @@ def test_where_everything_runs_it_is_peft_qlora_to_the_bit(kind, tmp_path):
 
 
 @each_kind
+@some_kinds
 def test_under_a_budget_it_is_peft_qlora_on_the_samples_that_run(kind):
     ours, expected = adapted(kind, compute_budget=0.6, skip_unread_rows=False), plain(kind)
     planner, rows = D2FTPlanner(ours), data()
@@ -104,6 +107,7 @@ def test_under_a_budget_it_is_peft_qlora_on_the_samples_that_run(kind):
 
 
 @each_kind
+@some_kinds
 def test_the_trainer_trains_under_a_budget_alone(kind, tmp_path):
     model = adapted(kind, compute_budget=0.6)
     before = {name: p.detach().clone() for name, p in factors(model).items()}
@@ -115,6 +119,7 @@ def test_the_trainer_trains_under_a_budget_alone(kind, tmp_path):
 
 
 @each_kind
+@some_kinds
 def test_blocks_of_quantized_weights_run_as_plain_code_has_it(kind):
     with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* as policy='depth' does"):
         ours = adapted(kind, policy="depth")
@@ -136,6 +141,7 @@ def test_blocks_of_quantized_weights_run_as_plain_code_has_it(kind):
 
 
 @each_kind
+@some_kinds
 def test_what_cannot_be_trained_or_cut_is_refused(kind):
     with pytest.raises(ValueError, match=r"which cannot be fine-tuned; set r \(LoRA\), or load the model without"):
         get_peft_model(quantized(kind), D2FTConfig())
@@ -144,6 +150,7 @@ def test_what_cannot_be_trained_or_cut_is_refused(kind):
 
 
 @each_kind
+@some_kinds
 def test_the_adapter_loads_in_peft_alone_and_merges_as_peft_does(kind, tmp_path):
     ours = adapted(kind, compute_budget=0.6)
     for p in factors(ours).values():
@@ -159,6 +166,7 @@ def test_the_adapter_loads_in_peft_alone_and_merges_as_peft_does(kind, tmp_path)
 
 
 @each_kind
+@some_kinds
 def test_the_magnitude_of_weights_is_that_of_what_they_stand_for(kind):
     model = quantized(kind)
     with pytest.warns(UserWarning, match="whole blocks"):

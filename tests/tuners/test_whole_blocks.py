@@ -70,7 +70,8 @@ def test_blocks_are_found_where_most_parameters_are():
 
 
 @each_mode
-@pytest.mark.parametrize("name", ["mamba", "deepseek_v3", "swin", "hand_written"])
+@pytest.mark.parametrize("name", ["hand_written", "deepseek_v3", "swin", "mamba"])
+@pytest.mark.quick(3)
 def test_adapters_are_saved_loaded_and_merged(name, mode, tmp_path):
     model = adapted(name, mode)
     before = logits(model, name)
@@ -100,6 +101,7 @@ def test_lora_leaves_alone_what_the_model_reads_without_calling_it():
 
 @each_mode
 @pytest.mark.parametrize("name", ["mamba", "hand_written"])
+@pytest.mark.quick(2)
 def test_the_trainer_trains_them_under_a_budget_alone(name, mode, tmp_path):
     rows = WHOLE[name].batch(24)
     rows.pop("attention_mask")
@@ -164,7 +166,8 @@ def test_scores_are_sums_over_the_weights_of_a_block():
     np.testing.assert_allclose(taylor[0], [sum(float((p.detach() * p.grad).abs().sum()) for p in b) for b in blocks])
 
 
-@pytest.mark.parametrize("policy", ["bilevel", "depth", "random", "joint"])
+@pytest.mark.parametrize("policy", ["random", "bilevel", "joint", "depth"])
+@pytest.mark.quick(2)
 def test_policies_schedule_blocks(policy):
     model = adapted("mamba", "lora", policy=policy, compute_budget=0.6).train()
     planner, batches = D2FTPlanner(model), [WHOLE["mamba"].batch(2, seed) for seed in range(5)]
