@@ -48,7 +48,7 @@ class PlanRunner(ScheduleMaker):
             self.costs.middle = self.tokens.blocks
         self.counts = ExecutionCounts()
         base = base_model(model)
-        projections = [base.get_submodule(name) for name in self.partition.projections]
+        projections = [base.get_submodule(name) for name in self.partition.owned]
         self._subnet_parameters = [p for module in projections for p in module.parameters()]
         self.shares: Shares | None = None
         if self.config.is_auto:
