@@ -17,6 +17,7 @@ from ..engine import Runtime
 from ..engine.read_rows import IGNORED, RULES, Counted, Reading, Rule
 from ..engine.unread_rows import UnreadRows
 from ..partition import Partition, base_model
+from ..processes import is_sharded
 
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,9 @@ class UnreadRule:
         self.searched = True
         if self.runtime.shortcut == "mean":
             logger.info("all rows of the last block run: shortcut='mean' looks at them.")
+            return
+        if is_sharded(self.model):
+            logger.info("all rows of the last block run: what FSDP spreads over processes is not tried out in parts.")
             return
         try:
             with self._undisturbed():

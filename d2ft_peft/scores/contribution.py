@@ -24,6 +24,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..costs import inference
@@ -65,10 +66,10 @@ def weight_magnitude(model: nn.Module, partition: Partition) -> np.ndarray:
             module = base.get_submodule(projection.name)
             layer = module.active_layer() if isinstance(module, D2FTLayer) else unwrap(module)
             axis = HeadAxis(projection.kind, projection.layout, projection.transposed)
-            weight = layer.weight if is_dense(layer.weight) else dequantize_module_weight(layer)
+            weight = _whole(layer.weight) if is_dense(layer.weight) else dequantize_module_weight(layer)
             heads.add(index, _by_head(weight.abs()[None], axis))
             if projection.kind == "column" and layer.bias is not None:
-                heads.add(index, _by_head(layer.bias.abs()[None], HeadAxis("column", projection.layout)))
+                heads.add(index, _by_head(_whole(layer.bias).abs()[None], HeadAxis("column", projection.layout)))
     return heads.by_subnet()[0]
 
 
@@ -164,6 +165,11 @@ def _measure(gradient: Tensor, parameter: Tensor, score: str) -> Tensor:
     if score == "fisher":
         return gradient.square()
     return (gradient if score == "gradient_magnitude" else gradient * parameter.detach()).abs()
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight of which each process holds a part (FSDP), gathered: every process takes its magnitude alike."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _wide(values: Tensor) -> Tensor:
