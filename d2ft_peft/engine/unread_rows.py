@@ -87,7 +87,7 @@ class UnreadRows:
         def rows(name: str, **kwargs: Any) -> RowsForward:
             return RowsForward(self.base.get_submodule(name), self.runtime, name, index, region, **kwargs)
 
-        if branch.name == "attention":
+        if branch.name != "ffn":
             if branch.columns[0].layout.parts == 1:  # the query comes first; a model in which it does not is found out
                 self._interceptions.append(rows(branch.columns[0].name))
             self._interceptions += [rows(branch.row.name), AttentionOfRows(region, self.runtime, branch.region, index)]

@@ -13,6 +13,7 @@ from ..partition import parts_elsewhere
 from ..processes import all_reduce
 from ..schedule import Budget, CostModel, Operation, Problem, Schedule, get_policy, policy_facts
 from ..scores import ScoreSource, ScoreTable, shifts_labels
+from ..value_checks import check_integer
 from .model_costs import ModelCosts
 from .unread_rule import UnreadRule
 
@@ -45,6 +46,8 @@ class ScheduleMaker:
     """Whether all processes get the same micro-batches, and share out the heads."""
 
     def __init__(self, model: nn.Module, num_micro_batches: int | None = None):
+        if num_micro_batches is not None:
+            check_integer("num_micro_batches", num_micro_batches, 1, ", or None for those of the first step")
         self.model, self.num_micro_batches = model, num_micro_batches
         self.runtime = get_runtime(model)
         self.adapter = active_adapter(model)

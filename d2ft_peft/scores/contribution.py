@@ -165,8 +165,10 @@ def _by_head(values: Tensor, axis: HeadAxis) -> Tensor:
     """Sum values [samples, ...] in the shape of a weight (or bias) over all but samples and heads: [samples, heads]."""
     position = 1 + (axis.axis if values.ndim > 2 else 0)
     layout = axis.layout
-    by_head = values.unflatten(position, (layout.parts, layout.heads, layout.width)).movedim(position + 1, 1)
-    return by_head.flatten(2).sum(2, dtype=_wide(by_head.new_empty(0)).dtype)
+    dtype = _wide(values.new_empty(0)).dtype
+    parts = values.split([layout.heads * width for width in layout.part_widths], position)
+    by_head = [part.unflatten(position, (layout.heads, -1)).movedim(position, 1) for part in parts]
+    return torch.stack([part.flatten(2).sum(2, dtype=dtype) for part in by_head]).sum(0)
 
 
 def _carriers(base: nn.Module, projection: Projection) -> list[tuple[nn.Module, HeadAxis]]:

@@ -117,7 +117,7 @@ class D2FTTrainerMixin:
             return super().training_step(model, inputs, num_items_in_batch)
         return session.training_step(super().training_step, model, inputs, num_items_in_batch)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> Any:
         """FLOPs of the last micro-batch, as executed."""
         return self._d2ft_session.flops
 

@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..partition import Partition, unwrap
 from .config import D2FTConfig
+
+
+# Heads that PEFT names in modules_to_save for a task, whether or not the model has them.
+_HEADS_OF_TASKS = {
+    TaskType.SEQ_CLS: {"classifier", "score"},
+    TaskType.TOKEN_CLS: {"classifier", "score"},
+    TaskType.QUESTION_ANS: {"qa_outputs"},
+}
+
+
+def check_names(model: nn.Module, partition: Partition, config: D2FTConfig) -> None:
+    """Refuse names of modules that the model does not have: nothing of what they ask for would happen.
+
+    Raises:
+        ValueError: If ``target_modules`` names no module at all, or an entry of ``modules_to_save`` none.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    targets, cls = config.target_modules, type(model).__name__
+    leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in partition.projections))
+    if targets and not _names_any(names, targets):
+        pattern = " (a string is a regular expression for whole paths)" if isinstance(targets, str) else ""
+        raise NoMatchingPeftModuleError(
+            f"target_modules={targets!r}{pattern} names no module of {cls}; the projections of its heads are {leaves}: "
+            "give a list of some of them, or leave target_modules out for all."
+        )
+    unasked = _HEADS_OF_TASKS.get(config.task_type, set())
+    for saved in config.modules_to_save or ():
+        if saved not in unasked and not any(name.endswith(saved) for name in names):
+            children = ", ".join(
+                name for name, child in model.named_children() if any(True for _ in child.parameters())
+            )
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save!r}: {saved!r} names no module of {cls}; it has {children}, "
+                "and what is inside of them."
+            )
+
+
+def _names_any(names: Iterable[str], targets: str | Iterable[str]) -> bool:
+    if isinstance(targets, str):
+        is_all = targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+        return is_all or any(re.fullmatch(targets, name) for name in names)
+    return any(f".{name}".endswith(f".{target}") for name in names for target in targets)
 
 
 def check_beside_others(
@@ -30,6 +75,13 @@ def check_beside_others(
     Raises:
         ValueError: If one of them trains the base in place, or replaces modules that hold projections as a whole.
     """
+    for name, other in others.items():
+        if other.stacks != config.stacks:
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot stand beside {name!r}: stacks={config.stacks!r} and "
+                f"{other.stacks!r} differ, and with them where the heads are; give both the same, or each a model of "
+                "its own."
+            )
     for name, candidate in {adapter_name: config, **others}.items():
         if not candidate.keep_base:
             raise ValueError(
@@ -52,6 +104,36 @@ def _replaced_containers(config: D2FTConfig, partition: Partition) -> list[str]:
         for saved in config.modules_to_save or ()
         if any(f".{saved}." in f".{projection}." for projection in partition.projections)
     ]
+
+
+def check_one_stack(partition: Partition) -> None:
+    """Refuse to share out over processes the heads of blocks that do not see the same rows.
+
+    Raises:
+        ValueError: With the stacks that there are.
+    """
+    if partition.several:
+        raise ValueError(
+            f"head_parallel=True shares out the heads of one stack of blocks, and model_type={partition.model_type!r} "
+            f"has several or cross attention ({', '.join(stack.name for stack in partition.stacks)}); name a single "
+            "one without cross attention in `stacks`, or leave head_parallel out."
+        )
+
+
+def check_stacks(partition: Partition, config: D2FTConfig) -> None:
+    """Refuse what needs blocks that all see the same rows, and numbers of blocks where stacks have each their own.
+
+    Raises:
+        ValueError: With the stacks that there are.
+    """
+    if config.head_parallel:
+        check_one_stack(partition)
+    if config.layers_to_transform is not None and len(partition.stacks) > 1:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} numbers the blocks of one stack, and "
+            f"{', '.join(stack.name for stack in partition.stacks)} are scheduled; choose one in `stacks`, or name "
+            "projections in target_modules."
+        )
 
 
 def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) -> None:

@@ -26,7 +26,8 @@ class KillReviveCallback(TrainerCallback):
 
     Args:
         plot: Draw which modules were active into ``kill_revive.png`` in the Trainer's output folder; needs matplotlib.
-        on_change, decide: As in `KillRevive`.
+        on_change: As in `KillRevive`.
+        decide: As in `KillRevive`.
         **rule: Fields of `KillReviveRule`: ``active``, ``interval``, ``unit``, ``idle``, ...
 
     Attributes:
