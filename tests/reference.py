@@ -52,10 +52,11 @@ def _masks(partition: Partition, branch: Branch, operations: np.ndarray) -> list
     """One 0/1 mask over the row-parallel input features for FULL, FORWARD_ONLY and SHORTCUT."""
     masks = []
     for operation in (Operation.FULL, Operation.FORWARD_ONLY, Operation.SHORTCUT):
-        heads = torch.zeros(branch.heads, branch.row.layout.width)
+        parts = len(branch.row.layout.part_widths)
+        heads = torch.zeros(parts, branch.heads, branch.row.layout.width)
         for subnet in partition.subnets:
             if subnet.block == branch.block and operations[subnet.index] == operation:
-                heads[list(subnet.heads)] = 1
+                heads[:, list(subnet.heads)] = 1
         masks.append(heads.flatten())
     return masks
 

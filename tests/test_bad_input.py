@@ -119,7 +119,7 @@ CONFIG = [
     ({"layers_to_transform": "0"}, "layers_to_transform='0' must be the number of a block"),
     ({"layers_to_transform": [True]}, r"layers_to_transform=\[True\] must be the number of a block"),
     ({"layers_pattern": 3}, "layers_pattern=3 must be the name of a list of blocks"),
-    ({"exclude_modules": 3}, "exclude_modules=3 must be a pattern, a list of names of modules, or None"),
+    ({"exclude_modules": 3}, "exclude_modules=3 must be a list of names of modules"),
 ]
 NUMBERS = [
     (lambda: Budget(compute=[]), r"device_capacities=\[\] must have a share for each device; give exactly one of"),
@@ -176,7 +176,7 @@ MODELS = [
     (lambda: composing().compose([], 2), "indices is empty; give the candidates of one optimizer step"),
     (lambda: composing().compose([1, 2], 0), "size=0 must be an integer of at least 1"),
     (lambda: composing().compose([1, 2], 2, lengths=[3]), r"lengths=\[3\] must be the tokens of each of the 2 samples"),
-    (lambda: partition_model(None), "model_type=None is not known to D2FT"),
+    (lambda: partition_model(None), "model=None must be a model, a torch.nn.Module"),
     (
         lambda: partition_model(TINY["vit"].build(), 3),
         r"heads_per_subnet=3 does not divide the 4 heads .*choose one",

@@ -43,6 +43,7 @@ def rows(partition, seed):
     return [full, top, *(rng.integers(0, 3, partition.num_scheduled) for _ in range(3))]
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("mode", ["full", "full with boundary", "lora", "full of upper blocks", "lora of upper blocks"])
 @pytest.mark.parametrize("name", TINY)
@@ -164,6 +165,7 @@ MIXTURES = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("mode", ["full", "full with boundary", "lora"])
 @pytest.mark.parametrize("name", MIXTURES)

@@ -44,6 +44,7 @@ def test_registering_again_changes_nothing():
     assert entries() == EXPECTED
 
 
+@pytest.mark.thorough
 def test_a_reload_is_harmless():
     """In a process of its own: a reload leaves two classes of every name behind."""
     program = """

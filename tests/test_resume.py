@@ -78,6 +78,7 @@ def killed(tmp_path_factory):
     return folder
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, killed, case, monkeypatch):
     assert (killed / case / "checkpoint-4" / STATE_FILE).is_file()

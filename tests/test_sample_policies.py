@@ -8,7 +8,7 @@ from torch.utils.data import IterableDataset
 from d2ft_peft import D2FTPlanner, D2FTTrainer
 from d2ft_peft.planning.facts import FACTS_KEY
 from d2ft_peft.scores import LiveScores, live_score, source
-from d2ft_peft.training.session import TrainingSession
+from d2ft_peft.training.step_tasks import StepTasks
 from tests.models import TINY
 from tests.test_trainer import adapt, arguments, assert_close, doubles, samples, trained
 
@@ -31,6 +31,7 @@ def collate(items):
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("policy", ["importance", "selective_backprop", "fewer_samples"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode, monkeypatch):
@@ -82,13 +83,13 @@ def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode, monkeypa
 def test_micro_batches_are_chosen_by_what_training_showed_of_their_samples(tmp_path, config, accumulation, monkeypatch):
     data = doubles(samples(n=24))
     config |= {"compute_budget": 0.5, "num_micro_batches": 4}
-    seen, schedule = [], TrainingSession._schedule
+    seen, schedule = [], StepTasks._schedule
 
     def watched(self, candidates):
         seen.append([dict(batch) for batch in candidates])
         return schedule(self, candidates)
 
-    monkeypatch.setattr(TrainingSession, "_schedule", watched)
+    monkeypatch.setattr(StepTasks, "_schedule", watched)
     args = arguments(
         tmp_path, max_steps=24 // accumulation, gradient_accumulation_steps=accumulation, optim="sgd",
         lr_scheduler_type="constant", max_grad_norm=0,

@@ -62,6 +62,7 @@ def assert_close(ours, theirs):
         torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-10, msg=name)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ["vit", "llama"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_all_full_is_bit_identical_to_the_plain_trainer(tmp_path, name, mode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..partition import FeatureLayout
 from .plan import Heads
 
 
@@ -15,22 +16,28 @@ class FeatureMean:
     checkpointing sees the same values as the forward pass.
 
     Attributes:
-        value: Mean of every feature, float [heads, width].
+        value: Mean of every feature, float [heads, features of a head].
         count: Micro-batches that each head was seen in, [heads].
     """
 
     horizon = 100
     """Micro-batches after which the mean becomes an exponential average, since the weights move."""
 
-    def __init__(self, heads: int, width: int):
-        self.value = torch.zeros(heads, width)
-        self.count = torch.zeros(heads)
+    def __init__(self, layout: FeatureLayout):
+        self.value = torch.zeros(layout.heads, layout.head_size)
+        self.count = torch.zeros(layout.heads)
+        self._parts = len(layout.part_widths)
         self._seen: list[tuple[Heads, Tensor]] = []
 
     def observe(self, heads: Heads, x: Tensor) -> None:
-        """Note the features [..., len(heads) * width] of `heads`."""
+        """Note the features [..., features of `heads`], as they lie in the row-parallel projection's input."""
         mean = x.detach().float().flatten(0, -2).mean(0)
-        self._seen.append((heads, mean.reshape(len(heads), -1)))
+        self._seen.append((heads, mean.view(self._parts, len(heads), -1).transpose(0, 1).flatten(1)))
+
+    def features(self, heads: Heads) -> Tensor:
+        """The means of some heads as they lie in that input."""
+        of_heads = self.value[heads.index(self.value.device)]
+        return of_heads.unflatten(1, (self._parts, -1)).transpose(0, 1).flatten()
 
     def commit(self) -> None:
         """Take over what was observed since the last commit."""

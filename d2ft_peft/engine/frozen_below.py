@@ -35,7 +35,7 @@ class BlockForward(Intercept):
         index: int,
         branches: dict[int, tuple[nn.Module, Sequence[nn.Module]]],
     ):
-        """`branches`: region and projections of each branch of the block, by its index."""
+        """`branches`: region and projections (whole ones too) of each branch of the block, by its index."""
         super().__init__(module, runtime)
         self.index = index
         self._branches = {number: (region, _parts(modules)) for number, (region, modules) in branches.items()}
@@ -134,7 +134,7 @@ def install_entries(model: nn.Module, runtime: Runtime, partition: Partition) ->
         branches = {
             number: (
                 model.get_submodule(branch.region),
-                [model.get_submodule(projection.name) for projection in branch.projections],
+                [model.get_submodule(name) for name in branch.targets],
             )
             for number, branch in enumerate(partition.branches)
             if branch.block == index

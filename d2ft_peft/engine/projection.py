@@ -25,7 +25,7 @@ class ProjectionForward(Intercept):
         inside: Whether it is part of its branch's region.
         head_axis: Which features of its weight belong to heads.
         lora_axis: Which features of LoRA's B (column-parallel) or A (row-parallel) do.
-        siblings: The column-parallel projections of the branch, which share their input; itself included.
+        siblings: The column-parallel projections of the branch that share its input; itself included.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime, projection: Projection, index: int, inside: bool):
@@ -62,12 +62,23 @@ class ProjectionForward(Intercept):
         return self._add_mean(_subset((self,), x * run.scale if run.scale != 1.0 else x, run)[0], run)
 
     def _after_region(self, x: Tensor, follow: Follow) -> Tensor:
+        if follow.returned is not None and not _is_untouched(x, *follow.returned):
+            raise ValueError(
+                f"what {self.projection.name} takes is not what the region before it returned: something lies between "
+                "the two, which FORWARD_ONLY heads would go past. If it works on each feature alone (an activation), "
+                "say joined=True in the model's BranchSpec; else make it part of the region."
+            )
         if follow.nothing is not None:
             return self.constant(x, follow.nothing)
+        output = follow.output
+        if follow.forward_only is not None and output is None:
+            width = self.projection.layout.size // self.projection.layout.heads
+            first = 0 if follow.full is None else len(follow.full.heads) * width
+            x, output = x[..., :first], x[..., first:].detach()
         out = None if follow.full is None else self._row(x, follow.full)
         if follow.forward_only is not None:
             with torch.no_grad():
-                constant = self._row(follow.output, follow.forward_only)
+                constant = self._row(output, follow.forward_only)
             out = constant if out is None else out + constant
         return out
 
@@ -89,18 +100,25 @@ class ProjectionForward(Intercept):
         if not run.skipped or not run.with_bias:
             return out
         with torch.no_grad():
-            mean = self.runtime.means[self.index].value.to(out)
-            features = mean[run.skipped.index(out.device)].flatten()
+            features = self.runtime.means[self.index].features(run.skipped).to(out)
             (contribution,) = _subset((self,), features, Run(run.skipped, with_bias=False))
         return out + contribution
 
     def _column(self, x: Tensor, run: Run) -> Tensor:
         """Column-parallel projections share their input: the first that is asked for computes all of them."""
-        if run.x is None:
+        if run.x is None or (run.x is not x and not run.outputs):
             run.x, run.outputs = x, dict(zip(self.siblings, _subset(self.siblings, x, run), strict=True))
         if run.x is x and self in run.outputs:
             return run.outputs.pop(self)
         return _subset((self,), x, run)[0]
+
+
+def _is_untouched(x: Tensor, returned: Tensor, version: int) -> bool:
+    if x.data_ptr() == returned.data_ptr() and x.shape == returned.shape:
+        return returned._version == version
+    # Whoever casts inputs (mixed precision of FSDP) hands over another tensor.
+    same_shape = x.shape == returned.shape
+    return same_shape and torch.allclose(x.detach().float(), returned.detach().float(), rtol=1e-2, atol=1e-2)
 
 
 def _subset(projections: tuple[ProjectionForward, ...], x: Tensor, run: Run) -> list[Tensor]:

@@ -13,6 +13,8 @@ from .checkpointing import in_backward
 from .intercept import Intercept
 from .plan import Cell, Heads
 from .projection import ProjectionForward
+from .region_view import RegionView
+from .row_counts import rows_at
 from .runtime import Follow, Run, Runtime
 
 
@@ -21,13 +23,17 @@ class RegionForward(Intercept):
 
     Nothing of the second pass enters the graph: neither the projections nor attention nor the activation. Where the
     row-parallel projection is inside the region the two outputs are added; where it follows outside, it adds them.
+    Where the block's own forward puts an activation between the two (`BranchSpec.joined`), FULL and FORWARD_ONLY
+    features go through it side by side, the latter as constants, and the row-parallel projection takes them apart.
     """
 
     def __init__(self, module: nn.Module, runtime: Runtime, branch: Branch, index: int):
         super().__init__(module, runtime)
         self.branch, self.index = branch, index
         self.row: ProjectionForward | None = None
+        self.view = RegionView(module, branch)
         self._followed_plan = False
+        self._returned: int | None = None
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -71,13 +77,22 @@ class RegionForward(Intercept):
         cell = runtime.plan.cells[self.index] if self.module.training else None
         if not in_backward():
             runtime.executed[self.index] = cell
-            if self.index == 0:
-                samples, tokens = _first_tensor(args, kwargs).shape[:2]
-                runtime.begin_pass(samples, tokens)
-                runtime.readings.append(runtime.reading)
+            for place, gauge in enumerate(runtime.gauges):
+                if gauge.branch == self.index:
+                    runtime.count_rows(place, *rows_at(args, kwargs, gauge.other))
         return cell
 
     def _run(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
+        residual, args, kwargs = self.view.take_residual(args, kwargs)
+        handed_on, kwargs = self.view.hand_on(args, kwargs)
+        out = self._branch(cell, args, kwargs)
+        if self.branch.hands_on:
+            out = (out[0], handed_on, *(out[2:] or (None,)))
+        if residual is None:
+            return out
+        return (residual + out[0], *out[1:]) if isinstance(out, tuple) else residual + out
+
+    def _branch(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
         full = forward_only = None
         # FULL first: under autocast the second pass may reuse casts of weights, and those must carry gradients.
         if cell.full:
@@ -86,13 +101,17 @@ class RegionForward(Intercept):
             with torch.no_grad():
                 run = self._run_of(cell, cell.forward_only, with_bias=not cell.full)
                 forward_only = self._pass(run, args, kwargs)
-        if not self.branch.row_inside:
-            self._leave_to_row(cell, forward_only)
         if full is None and forward_only is None:
-            return self._nothing(cell, args, kwargs)
-        if full is None or forward_only is None:
-            return forward_only if full is None else full
-        return _add(full, forward_only) if self.branch.row_inside else full
+            out = self._nothing(cell, args, kwargs)
+        elif full is None or forward_only is None:
+            out = forward_only if full is None else full
+        elif self.branch.joined:
+            out = _join(full, forward_only)
+        else:
+            out = _add(full, forward_only) if self.branch.row_inside else full
+        if not self.branch.row_inside:
+            self._leave_to_row(cell, forward_only, out)
+        return out
 
     def _run_of(self, cell: Cell, heads: Heads, with_bias: bool = True) -> Run:
         shortcut = self.runtime.shortcut
@@ -100,23 +119,26 @@ class RegionForward(Intercept):
         return Run(heads, with_bias, scale, cell.skipped if shortcut == "mean" else Heads())
 
     def _pass(self, run: Run, args: tuple, kwargs: dict) -> Any:
-        dense = {name: getattr(self.module, name) for name in self.branch.scaled_attributes}
-        try:
-            for name, value in dense.items():
-                setattr(self.module, name, value // self.branch.heads * len(run.heads))
+        args, kwargs = self.view.arguments(run.heads, args, kwargs)
+        with self.view.of(run.heads):
             self.runtime.run = run
-            return self.original(*args, **kwargs)
-        finally:
-            self.runtime.run = None
-            for name, value in dense.items():
-                setattr(self.module, name, value)
+            try:
+                out = self.original(*args, **kwargs)
+            finally:
+                self.runtime.run = None
+        self._returned = len(out) if isinstance(out, tuple) else 0
+        return out
 
-    def _leave_to_row(self, cell: Cell, forward_only: Any) -> None:
+    def _leave_to_row(self, cell: Cell, forward_only: Any, out: Any) -> None:
+        if self.branch.joined:
+            forward_only = None  # it reaches the row beside what the FULL heads return
+        features = out[0] if isinstance(out, tuple) else out
         self.runtime.follow[self.index] = Follow(
             full=self._run_of(cell, cell.full) if cell.full else None,
             forward_only=self._run_of(cell, cell.forward_only, with_bias=not cell.full) if cell.forward_only else None,
             output=forward_only[0] if isinstance(forward_only, tuple) else forward_only,
             nothing=None if cell.num_active else self._run_of(cell, Heads()),
+            returned=None if self.branch.joined else (features, features._version),
         )
 
     def _nothing(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
@@ -126,7 +148,22 @@ class RegionForward(Intercept):
             out = self.row.constant(x, self._run_of(cell, Heads()))
         else:
             out = x.new_zeros(*x.shape[:-1], 0)
-        return (out, None) if self.branch.name == "attention" else out
+        returned = self._num_returned(x, args, kwargs)
+        return (out, *[None] * (returned - 1)) if returned else out
+
+    def _num_returned(self, x: Tensor, args: tuple, kwargs: dict) -> int:
+        """Number of values in the tuple that the region returns, 0 if it returns a tensor."""
+        if self.branch.returns is not None:
+            return self.branch.returns
+        if self._returned is None:  # no head ran here yet: one of them, without a trace, shows it
+            runtime, devices = self.runtime, [x.device] if x.is_cuda else []
+            means, runtime.means = runtime.means, {}
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                    self._pass(Run(Heads((0,))), args, kwargs)
+            finally:
+                runtime.means = means
+        return self._returned
 
     def _without_cache(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Training forwards fill a key/value cache that nobody reads; with some of the heads it would break.
@@ -152,6 +189,13 @@ def _add(full: Any, forward_only: Any) -> Any:
     if isinstance(full, tuple):
         return (full[0] + forward_only[0], *full[1:])
     return full + forward_only
+
+
+def _join(full: Any, forward_only: Any) -> Any:
+    """Features of two passes side by side."""
+    if isinstance(full, tuple):
+        return (torch.cat((full[0], forward_only[0]), -1), *full[1:])
+    return torch.cat((full, forward_only), -1)
 
 
 def _first_tensor(args: tuple, kwargs: dict) -> Tensor:

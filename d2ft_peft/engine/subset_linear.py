@@ -76,7 +76,7 @@ class Selection:
     _indices: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def take(self, tensor: Tensor, axis: int) -> Tensor:
-        """The features along `axis`, 0 or 1: a view where they are neighbours, else a copy."""
+        """The features along `axis`, counted from the front: a view where they are neighbours, else a copy."""
         if len(self.runs) == 1:
             return tensor.narrow(axis, *self.runs[0])
         units = tensor.unflatten(axis, (-1, self.unit))
@@ -115,13 +115,15 @@ class Selection:
 def select(layout: FeatureLayout, heads: Heads) -> Selection:
     """Find the runs of neighbours among some heads' features."""
     runs: list[list[int]] = []
-    for part in range(layout.parts):
+    offset = 0
+    for width in layout.part_widths:
         for head in heads.indices:
-            start = (part * layout.heads + head) * layout.width
+            start = offset + head * width
             if runs and sum(runs[-1]) == start:
-                runs[-1][1] += layout.width
+                runs[-1][1] += width
             else:
-                runs.append([start, layout.width])
+                runs.append([start, width])
+        offset += layout.heads * width
     return Selection(tuple((start, length) for start, length in runs), math.gcd(layout.size, *itertools.chain(*runs)))
 
 
@@ -149,13 +151,16 @@ def subset_linears(x: Tensor, layers: Sequence[SubsetLayer], heads: Heads) -> tu
                 f"weight is a {type(layer.weight).__name__}, whose features cannot be taken head by head; D2FT needs "
                 "plain tensors: load the model without this quantization or sharding."
             )
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     selections = [select(layer.head_axis.layout, heads) for layer in layers]
     if not torch.is_grad_enabled():
         return tuple(_output(x, *layer, selection) for layer, selection in zip(layers, selections, strict=True))
     weights, biases, axes, addends = zip(*layers, strict=True)
-    return _SubsetLinears.apply(x, axes, selections, *weights, *biases, *addends)
+    # In two dimensions: a view that was made within the function could not be changed in place, as some models do.
+    flat = [None if addend is None else addend.reshape(-1, addend.shape[-1]) for addend in addends]
+    outputs = _SubsetLinears.apply(x.reshape(-1, x.shape[-1]), axes, selections, *weights, *biases, *flat)
+    return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outputs)
 
 
 def _output(
@@ -166,9 +171,15 @@ def _output(
     selected = _selected(weight, head_axis, selection, x.dtype)
     if addend is not None and bias is None and addend.dtype == x.dtype:
         out_MO = torch.addmm(addend.reshape(-1, len(selected)), x.reshape(-1, x.shape[-1]), selected.t())
-        return out_MO.view(addend.shape)
-    out = F.linear(x, selected, bias)
+        return _no_view(out_MO.view(addend.shape))
+    out = _no_view(F.linear(x, selected, bias))
     return out if addend is None else _cast(out, addend.dtype).add_(addend)
+
+
+def _no_view(out: Tensor) -> Tensor:
+    """The tensor, of which autograd does not know that it is a view: models change such outputs in place (Falcon adds
+    attention to its FFN, OLMoE clamps its projections), which it refuses for views that it did not see being made."""
+    return out.data if out._is_view() else out
 
 
 class _SubsetLinears(torch.autograd.Function):

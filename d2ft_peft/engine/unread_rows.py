@@ -82,12 +82,14 @@ class UnreadRows:
         self.runtime.unread = self.runtime.reading = None
 
     def _intercept(self, branch: Branch, index: int) -> None:
+        if branch.row is None:  # nobody knows which of a whole block's rows read others
+            return
         region = self.base.get_submodule(branch.region)
 
         def rows(name: str, **kwargs: Any) -> RowsForward:
             return RowsForward(self.base.get_submodule(name), self.runtime, name, index, region, **kwargs)
 
-        if branch.name == "attention":
+        if branch.name != "ffn":
             if branch.columns[0].layout.parts == 1:  # the query comes first; a model in which it does not is found out
                 self._interceptions.append(rows(branch.columns[0].name))
             self._interceptions += [rows(branch.row.name), AttentionOfRows(region, self.runtime, branch.region, index)]

@@ -49,7 +49,7 @@ class BranchForward:
         self._shards = {id(shard.tensor): shard for shard in shards}
         modules = [self.region, self.row]
         self._convolutions = [
-            (shard.module, shard.layout.parts * shard.layout.width)
+            (shard.module, shard.layout.head_size)
             for shard in shards
             if shard.module in set(self.region.modules()) and isinstance(shard.module, Conv1D) and shard.axis == 1
         ]
@@ -69,7 +69,8 @@ class BranchForward:
             out = self._in_step(x, args, kwargs)
         else:
             out = self._at_inference(args, kwargs)
-        return (out, None) if self.branch.name == "attention" else out
+        returned = self.branch.num_returned
+        return (out, *[None] * (returned - 1)) if returned else out
 
     def _row_outside(self, x: Tensor) -> Tensor:
         """The row-parallel projection where it follows the region: it has run already, on the ranks of the heads."""

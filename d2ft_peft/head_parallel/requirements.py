@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import nn
 
+from ..partition import Partition
+
 
 def check_processes() -> None:
     """Refuse to start without a process group."""
@@ -30,6 +32,24 @@ def check_model(model: nn.Module, size: int) -> None:
             "processes that share out the heads, which are the devices under head_parallel=True; leave num_devices "
             "out, and give one capacity per process."
         )
+
+
+def check_branches(partition: Partition) -> None:
+    """Refuse a model of whose heads more is needed than rows and projections."""
+    for branch in partition.branches:
+        names = ", ".join(entry.name for entry in branch.per_head)
+        reasons = {
+            f"its {branch.region} reads {names}, of which every rank would need its heads' part": branch.per_head,
+            f"its {branch.region} adds {branch.residual!r} to its output itself": branch.residual,
+            f"the heads of its {branch.region} have {', '.join(branch.whole)} in common": branch.whole,
+            f"it applies the activation between {branch.region} and {branch.row.name} itself": branch.joined,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(
+                    f"head_parallel=True cannot share out the heads of model_type={partition.model_type!r}: {reason}; "
+                    "use data parallelism."
+                )
 
 
 def check_whole(whole: bool, scores: tuple[str, ...]) -> None:

@@ -1,33 +1,38 @@
-"""Where an architecture keeps its blocks, heads and projections: a table, and the tensor-parallel plan as a fallback.
+"""Where an architecture keeps its blocks, heads and projections: the description, and a table of model types.
 
 A model can be cut into heads when its attention derives the number of heads from what its projections return
-(``view(*shape, -1, head_dim)``), the contract that tensor parallelism relies on too. transformers ships a
-tensor-parallel plan for most decoders; the encoders and GPT-2 stand in the table below.
+(``view(*shape, -1, head_dim)``), the contract that tensor parallelism relies on too, or from attributes that can be
+scaled with it. transformers ships a tensor-parallel plan for most decoders; others stand in the table, or are found
+from their modules and tried.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import nn
+from typing import Any
 
 from ..value_checks import check
 
 
 # Reasons why a model cannot be cut, by model type. Anything else that cannot is found by looking at its modules.
 _REFUSED = {
-    "t5": "its attention adds a position bias per head",
-    "mt5": "its attention adds a position bias per head",
-    "bloom": "its ALiBi attention bias is built for a fixed number of heads",
-    "mpt": "its ALiBi attention bias is built for a fixed number of heads",
-    "falcon": "it fuses query, key and value in one projection with a fixed split",
+    **dict.fromkeys(
+        ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"),
+        "it has no attention in which heads could be left out, but a recurrence over channels",
+    ),
     "swin": "its windows carry a relative position bias per head",
     "swinv2": "its windows carry a relative position bias per head",
-    "beit": "its attention adds a relative position bias per head",
-    "opt": "its attention reshapes to a fixed number of heads",
-    "gpt_oss": "its attention has one sink per head",
-    "deepseek_v2": "multi-head latent attention shares a compressed key/value across heads",
-    "deepseek_v3": "multi-head latent attention shares a compressed key/value across heads",
+    "swin2sr": "its windows carry a relative position bias per head",
+    "maskformer-swin": "its windows carry a relative position bias per head",
+    "donut-swin": "its windows carry a relative position bias per head",
+    "hiera": "its blocks change their width and their number of heads from stage to stage",
+    "albert": "its blocks share their weights: one module runs as every block, and a schedule has a cell for each",
+    "big_bird": "its sparse attention is built for a fixed number of heads",
+    "longformer": "its attention has a second set of projections for global tokens, which only some batches use",
+    "led": "its attention has a second set of projections for global tokens, which only some batches use",
+    "squeezebert": "its projections are convolutions",
+    "wavlm": "its attention reads the weights of its projections instead of calling them",
 }
 
 
@@ -40,15 +45,45 @@ class BranchSpec:
         columns: Column-parallel projections (query, key, value; up, gate): heads own *output* features.
         row: Row-parallel projection (output, down): heads own *input* features. It is inside the region, or the next
             thing that its output meets (BERT).
-        parts: Number of equal parts in each column-parallel projection (3 for a fused query-key-value).
-        scaled_attributes: Integer attributes of the region that are proportional to the number of heads that run.
+        parts: Number of parts in each column-parallel projection, one after another: 3 for a fused query-key-value
+            (whose queries may be wider than keys and values), 2 for a fused gate and up.
+        repeats: How often this order repeats, each time for a share of the heads (CodeGen: 4).
+        interleaved: Whether the parts of one head (with its group of queries) follow one another instead, head by head.
+        scaled_attributes: Integer attributes of the region that are proportional to the number of heads that run;
+            ``"config.NAME"`` for what its forward reads of its config.
+        per_head: What else has an axis of heads, with that axis: arguments of the region's forward (ALiBi, position
+            biases), or paths in it of parameters (sinks), of modules (their output: a norm over all heads) and of lists
+            of modules. The heads that run are taken of it. An argument whose axis has one entry is shared by all heads.
+        whole: Linear layers of the region that every pass computes whole: what they return is common to the heads.
+        residual: Argument that the region adds to its output, where it does so itself.
+        shared_input: Whether the column-parallel projections have the region's input in common.
+        apart: Those of the columns that do not take the region's input (embeddings of relative positions).
+        joined: Whether something lies between the region and the row, outside of the region, that works on each
+            feature alone (an activation in the block's own forward): FULL and FORWARD_ONLY heads then go through it
+            side by side.
+        returns: Number of values in the tuple that the region returns, 0 if it returns a tensor; by default a tuple of
+            two for attention, and a tensor for the FFN.
+        other_input: Those of `columns` that read other rows than the first (keys and values of cross attention).
+        hands_on: Argument of the region with an axis of heads, [1, heads, queries, keys], that it also returns, as its
+            second output, to the next block; where it is missing, the region's ``compute_bias`` makes it (T5).
     """
 
     region: str
     columns: tuple[str, ...]
     row: str
     parts: int = 1
+    repeats: int = 1
+    interleaved: bool = False
     scaled_attributes: tuple[str, ...] = ()
+    per_head: tuple[tuple[str, int], ...] = ()
+    whole: tuple[str, ...] = ()
+    residual: str = ""
+    shared_input: bool = True
+    apart: tuple[str, ...] = ()
+    joined: bool = False
+    returns: int | None = None
+    other_input: tuple[str, ...] = ()
+    hands_on: str = ""
 
     def __post_init__(self) -> None:
         for name in ("columns", "scaled_attributes"):
@@ -65,11 +100,14 @@ class Architecture:
         blocks: Name of the ``nn.ModuleList`` that holds the blocks, e.g. ``"layers"`` or ``"encoder.layer"``.
         attention: The attention branch.
         ffn: The feed-forward branch, or None where it cannot be cut (mixture of experts): it then always runs.
+        cross_attention: Attention to the rows of another stack (decoders), between the two; a head of it belongs to the
+            subnet of the same head of `attention`.
     """
 
     blocks: str
     attention: BranchSpec
     ffn: BranchSpec | None
+    cross_attention: BranchSpec | None = None
 
 
 _VIT = Architecture(
@@ -96,90 +134,43 @@ _GPT2 = Architecture(
     ffn=BranchSpec("mlp", ("mlp.c_fc",), "mlp.c_proj"),
 )
 
-_ARCHITECTURES: dict[str, Architecture] = {"vit": _VIT, "bert": _BERT, "gpt2": _GPT2}
+Described = Architecture | tuple[Architecture, ...]
+"""One for each of several stacks, in the order in which they run."""
+
+_ARCHITECTURES: dict[str, Described | Callable[[Any], Described]] = {"vit": _VIT, "bert": _BERT, "gpt2": _GPT2}
 
 
-def register_architecture(model_type: str, architecture: Architecture) -> None:
+def register_architecture(model_type: str, architecture: Described | Callable[[Any], Described]) -> None:
     """Teach D2FT a model that has no tensor-parallel plan.
 
     Args:
         model_type: ``config.model_type`` of the model.
-        architecture: Where its blocks, heads and projections are.
+        architecture: Where its blocks, heads and projections are, one for each of several stacks in the order in which
+            they run; or a function that says so of a config.
 
     Raises:
         ValueError: If the model type is already registered with something else, or the architecture is none.
     """
     check(isinstance(model_type, str) and model_type != "", "model_type", model_type, "must be a name")
-    check(isinstance(architecture, Architecture), "architecture", architecture, "must be an Architecture")
+    stacks = architecture if isinstance(architecture, tuple) else (architecture,)
+    described = stacks and all(isinstance(stack, Architecture) for stack in stacks)
+    constraint = "must be an Architecture, a tuple of such, or a function that makes one of a config"
+    check(described or callable(architecture), "architecture", architecture, constraint)
     known = _ARCHITECTURES.get(model_type)
     if known is not None and known != architecture:
         raise ValueError(f"model_type={model_type!r} is already registered as {known}; choose another name.")
     _ARCHITECTURES[model_type] = architecture
 
 
-def find_architecture(model: nn.Module) -> Architecture:
-    """Return the architecture of a transformers model, from the table or from its tensor-parallel plan.
+def known_architecture(model_type: str | None, config: Any) -> Described | None:
+    """The architecture that the table has of a model type, or None.
 
     Raises:
-        ValueError: If the model cannot be cut into heads; the message says why.
+        ValueError: If the model is known not to be cut; the message says why.
     """
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
     if model_type in _ARCHITECTURES:
-        return _ARCHITECTURES[model_type]
+        known = _ARCHITECTURES[model_type]
+        return known(config) if callable(known) else known
     if model_type in _REFUSED:
         raise ValueError(f"model_type={model_type!r} cannot be partitioned into heads: {_REFUSED[model_type]}.")
-    plan = getattr(config, "base_model_tp_plan", None)
-    if not plan:
-        raise ValueError(
-            f"model_type={model_type!r} is not known to D2FT and its config has no `base_model_tp_plan`; describe it "
-            f"with d2ft_peft.register_architecture({model_type!r}, Architecture(...)). "
-            f"Known: {', '.join(sorted(_ARCHITECTURES))}."
-        )
-    return _from_tp_plan(model_type, plan)
-
-
-def _from_tp_plan(model_type: str, plan: dict[str, str]) -> Architecture:
-    """Read the branches off a plan such as ``{"layers.*.self_attn.q_proj": "colwise", ...}``."""
-    by_parent: dict[str, dict[str, str]] = {}
-    stacks = set()
-    for path, style in plan.items():
-        stack, star, inner = path.partition(".*.")
-        if not star or "experts" in inner or style.startswith("replicated"):
-            continue
-        if style.startswith("mla"):
-            raise ValueError(
-                f"model_type={model_type!r} cannot be partitioned into heads: multi-head latent attention "
-                f"({path}: {style!r}) shares a compressed key/value across heads."
-            )
-        stacks.add(stack)
-        by_parent.setdefault(inner.rpartition(".")[0], {})[inner] = style
-    attention = [parent for parent in by_parent if "attn" in parent or "attention" in parent]
-    others = [parent for parent in by_parent if parent not in attention]
-    if len(stacks) != 1 or len(attention) != 1:
-        raise ValueError(
-            f"model_type={model_type!r} cannot be partitioned into heads: its tensor-parallel plan names "
-            f"{len(stacks)} stacks of blocks and {len(attention)} attention modules "
-            f"({', '.join(attention) or 'none'}), one of each is needed; describe the model "
-            "with d2ft_peft.register_architecture."
-        )
-    ffn = _branch_from_styles(model_type, others[0], by_parent[others[0]]) if len(others) == 1 else None
-    return Architecture(stacks.pop(), _branch_from_styles(model_type, attention[0], by_parent[attention[0]]), ffn)
-
-
-def _branch_from_styles(model_type: str, parent: str, styles: dict[str, str]) -> BranchSpec:
-    columns = tuple(path for path, style in styles.items() if style == "colwise")
-    rows = [path for path, style in styles.items() if style == "rowwise"]
-    odd = {path: style for path, style in styles.items() if style not in ("colwise", "rowwise")}
-    if odd or len(rows) != 1 or not columns:
-        reason = (
-            "it has " + ", ".join(f"{path} ({style})" for path, style in odd.items())
-            if odd
-            else f"it has {len(columns)} column-parallel and {len(rows)} row-parallel projections"
-        )
-        raise ValueError(
-            f"model_type={model_type!r} cannot be partitioned into heads: module {parent!r} needs plain "
-            f"column-parallel projections and one row-parallel projection, but {reason} "
-            "(fused projections and norms across heads tie the heads together)."
-        )
-    return BranchSpec(region=parent, columns=columns, row=rows[0])
+    return None

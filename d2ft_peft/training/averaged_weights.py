@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..value_checks import is_number
 from ..whole_files import reading, replacing
-from .callback import calling_trainer, resumed_from
+from .calling import calling_trainer, resumed_from
 from .head_parallel_engine import is_head_parallel
 
 

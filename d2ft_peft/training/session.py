@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -16,16 +13,14 @@ from transformers import Trainer
 from ..engine import FrozenCache, get_runtime, open_cache
 from ..head_start import HeadStart
 from ..planning import D2FTPlanner
-from ..planning.candidates import Candidates
-from ..planning.facts import BatchFacts, take_facts
 from ..planning.schedule_maker import active_adapter
-from ..scores import INDEX_KEY
 from .data import TrainingData
 from .head_pass import start_head
 from .local_engine import LocalEngine
 from .step_log import StepLog
 from .step_rate import FollowBatch, check_steps_by_groups
-from .window import StepBatches, Task, Window
+from .step_tasks import StepTasks
+from .window import StepBatches, Task
 
 
 class TrainingSession:
@@ -42,7 +37,6 @@ class TrainingSession:
     Attributes:
         planner: Makes the schedules.
         data: Makes the data loaders.
-        window: Steps that are scheduled together where no gradients are accumulated.
         current: The micro-batch that the Trainer is at.
         is_last: Whether it is the last of its optimizer step.
         ran: Whether the Trainer ran it, or passed over it.
@@ -64,14 +58,13 @@ class TrainingSession:
         self._before = runtime.driven, runtime.touch_gradients, runtime.after_backward
         self.planner: D2FTPlanner = engine.make_planner(self)
         self.data = TrainingData(trainer, self.planner, make_loader)
-        self.window = Window()
+        self._tasks = StepTasks(self.planner, self.data, self._before_first_schedule, self.accumulation)
         self.current: Task | None = None
         self.step_tasks: list[Task] = []
         self.step_runs = False
         self.grad_norm: Tensor | float = 0.0
         self.is_last, self.ran, self.flops = True, False, 0.0
         self._batches = StepBatches(self, [])
-        self._rest: dict[str, Any] | None = None
         self.steps = StepLog()
         self._rate: FollowBatch | None = None
         self.head_start: HeadStart | None = None
@@ -129,12 +122,7 @@ class TrainingSession:
         self._check_unchanged()
         if self.planner.tokens is not None:
             self.planner.tokens.begin_step(self.trainer.state.global_step, self.trainer.state.max_steps)
-        if self.accumulation == 1 and not self.planner.schedules_samples:
-            self.step_tasks = tasks = self._next_of_window(iterator)
-        else:
-            candidates = list(itertools.islice(iterator, num_batches))
-            self.step_tasks = self._schedule(candidates) if candidates else []
-            tasks = self._as_many(candidates, [task for task in self.step_tasks if task.runs])
+        self.step_tasks, tasks = self._tasks.next_step(iterator, num_batches)
         self.step_runs = any(task.runs for task in tasks)
         if tasks:
             self.steps.count(self.step_runs)
@@ -142,79 +130,6 @@ class TrainingSession:
                 self.planner.counts.end_step()
         self._batches = StepBatches(self, tasks)
         return self._batches, [one.batch for task in tasks for one in (*task.before, task) if one.runs]
-
-    @staticmethod
-    def _as_many(candidates: list[dict], running: list[Task]) -> list[Task]:
-        """Tasks for as many micro-batches as the Trainer counts: fewer begin with some that do not run (they were
-        counted when they were scheduled), more are run several at a time."""
-        if len(running) > len(candidates):
-            parts = np.array_split(np.arange(len(running)), len(candidates))
-            groups = [[running[i] for i in part] for part in parts]
-            return [dataclasses.replace(last, before=tuple(before)) for *before, last in groups]
-        stand_in = running[0].batch if running else candidates and candidates[0]
-        passed = Task(None, stand_in, BatchFacts(0), runs=False)
-        return [*[passed] * (len(candidates) - len(running)), *running]
-
-    def _schedule(self, candidates: list[dict]) -> list[Task]:
-        """Schedule batches. Where samples are scheduled, micro-batches are composed of them."""
-        planner = self.planner
-        if planner.schedules_samples and not self.data.gives_candidates(candidates):
-            planner.rows = "micro_batches"
-        planner.counts.each_is_a_step = self.accumulation == 1 and not planner.schedules_samples
-        if planner.schedules_samples:
-            return self._compose(candidates)
-        facts = [take_facts(batch, planner.shifts_labels) for batch in candidates]
-        planner.prepare(candidates[0])
-        self._before_first_schedule(candidates[0])
-        planner.plan_facts(facts)
-        running = set(planner.pass_over())
-        return [Task(i, candidates[i], facts[i], i in running) for i in range(len(candidates))]
-
-    def _compose(self, batches: list[dict]) -> list[Task]:
-        planner = self.planner
-        indices, items = self.data.given(batches)
-        size, batch = max(len(batch[INDEX_KEY]) for batch in batches), None
-        if not planner.prepared:
-            batch = self.data.collate(indices[: len(batches[0][INDEX_KEY])], items)[0]
-            planner.prepare(batch)
-        self._before_first_schedule(batch)
-        candidates = Candidates.of_loader(indices, size, self.data.lengths(indices, items))
-        if planner.shares is None:
-            candidates = candidates.dealt()
-        groups = [candidates.indices[group] for group in planner.compose(candidates, candidates.size)]
-        if planner.schedule.num_micro_batches > len(batches) and planner.schedule.runs_in_part:
-            raise ValueError(
-                f"policy={planner.config.policy!r} with rows='samples' composed {len(groups)} micro-batches of "
-                f"{len(batches)}; set rows='micro_batches', or choose a policy that runs samples as a whole."
-            )
-        collated = [self.data.collate(group, items) for group in groups]
-        if planner.shares is None and collated:
-            planner.weigh([facts for _, facts in collated])
-        return [Task(i, batch, facts) for i, (batch, facts) in enumerate(collated)]
-
-    def _next_of_window(self, iterator: Iterator) -> list[Task]:
-        """The next step of the window; an empty one is filled, by a resumed run with the rest of the one it was in."""
-        if not self.window.belongs_to(iterator):
-            rest, self._rest = self._rest, None
-            size = self.planner.config.num_micro_batches if rest is None else len(rest["operations"])
-            candidates = list(itertools.islice(iterator, size))
-            if not candidates:
-                return []
-            tasks = self._schedule(candidates) if rest is None else self._resume_window(rest, candidates)
-            self.window.fill(iterator, tasks)
-        return [self.window.tasks.popleft()]
-
-    def _resume_window(self, rest: dict[str, Any], candidates: list[dict]) -> list[Task]:
-        """Finish the window that a checkpoint was made in, on the same samples in the same order."""
-        planner, rows = self.planner, np.array(rest["operations"], dtype=np.int8)
-        planner.counts.each_is_a_step = True
-        facts = [take_facts(batch, planner.shifts_labels) for batch in candidates]
-        devices = None if rest["devices"] is None else np.array(rest["devices"])
-        planner.resume(rows[: len(facts)], facts, devices)
-        if candidates:
-            planner.prepare(candidates[0])
-        running = set(planner.pass_over())
-        return [Task(i, candidates[i], facts[i], i in running) for i in range(len(facts))]
 
     def training_step(
         self, default: Callable[..., Tensor], model: nn.Module, inputs: dict[str, Any], items: Any
@@ -281,12 +196,11 @@ class TrainingSession:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the planner's own state; JSON-friendly. Every process calls it."""
-        rest, tasks = None, list(self.window.tasks)
-        if tasks:
-            nothing = [0] * self.planner.partition.num_scheduled
-            rows = [list(self.planner.peek(t.index).plan.operations) if t.runs else nothing for t in tasks]
-            rest = {"operations": rows, "devices": self.planner.schedule.devices.tolist()}
-        return {"rest_of_window": rest, "accumulation": self.accumulation, "samples": self._num_samples()}
+        return {
+            "rest_of_window": self._tasks.state(),
+            "accumulation": self.accumulation,
+            "samples": self._num_samples(),
+        }
 
     def load_state_dict(self, state: dict[str, Any], usual: int) -> None:
         """Go on where a checkpoint was made.
@@ -298,16 +212,15 @@ class TrainingSession:
         Raises:
             ValueError: If it has scores of samples, and the data set has another number of them.
         """
-        rest = state["rest_of_window"]
         if self.planner.source.by_sample and state["samples"] != self._num_samples():
             raise ValueError(
                 f"the checkpoint was made on a data set of {state['samples']} samples, which its scores "
                 f"name by number, and this one has {self._num_samples()}; resume on the same one, or start anew from "
                 "the adapter."
             )
-        self.window, self.planner.num_micro_batches = Window(), usual
+        self.planner.num_micro_batches = usual
         # Another number of accumulation steps makes other steps: what was left of a window is none of them.
-        self._rest = rest if state["accumulation"] == self.accumulation else None
+        self._tasks.resume(state["rest_of_window"] if state["accumulation"] == self.accumulation else None)
 
     def _num_samples(self) -> int | None:
         data = self.trainer.train_dataset

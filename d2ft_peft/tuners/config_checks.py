@@ -33,6 +33,16 @@ SHARED_FIELDS = {f.name for f in dataclasses.fields(PeftConfig)} | {
 }  # fmt: skip
 
 
+def check_names_of_modules(config: D2FTConfig) -> None:
+    """Check PEFT's fields that list names of modules."""
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        names, also = getattr(config, name), "" if name == "modules_to_save" else " (or a string: a regular expression)"
+        if names is None or (also and isinstance(names, str)):
+            continue
+        fits = isinstance(names, (list, tuple, set)) and all(isinstance(one, str) and one for one in names)
+        check(fits, name, names, f"must be a list of names of modules{also}, or None")
+
+
 def check_own_fields(config: D2FTConfig) -> None:
     """Check what D2FT adds to PEFT's fields, and put in what the policy decides where a field was left open."""
     for name in ("heads_per_subnet", "num_micro_batches", "interval"):
@@ -40,6 +50,7 @@ def check_own_fields(config: D2FTConfig) -> None:
     if config.num_devices is not None:
         check_integer("num_devices", config.num_devices, 1, " or None")
     check_integer("seed", config.seed, 0)
+    _check_stacks(config)
     check_placement(config)
     for name in ("train_boundary", "keep_base", "head_parallel", "skip_unread_rows"):
         check(isinstance(getattr(config, name), bool), name, getattr(config, name), "must be True or False")
@@ -49,6 +60,7 @@ def check_own_fields(config: D2FTConfig) -> None:
         cost is None or (is_number(cost) and 0 < cost < 1),
         "forward_only_cost", cost, "must be a number in (0, 1), or None",
     )  # fmt: skip
+    check(config.subnets in (None, "heads", "blocks"), "subnets", config.subnets, "must be 'heads', 'blocks' or None")
     given = config.policy is None or isinstance(config.policy, str)
     check(given, "policy", config.policy, "must be the name of a policy, or None")
     config.policy = _default_policy(config) if config.policy is None else config.policy
@@ -93,6 +105,33 @@ def check_own_fields(config: D2FTConfig) -> None:
     if config.head_parallel:
         _check_head_parallel(config)
     _check_tokens(config)
+    if config.subnets == "blocks":
+        check_whole_blocks(config, "subnets='blocks'")
+
+
+def check_whole_blocks(config: D2FTConfig, why: str) -> None:
+    """Refuse what needs heads where subnets are whole blocks.
+
+    Args:
+        config: The configuration.
+        why: What makes them whole blocks.
+    """
+    for name, allowed, needs in (
+        ("heads_per_subnet", (1,), "groups heads; leave it out"),
+        ("stacks", (None,), "names what is cut into heads; leave it out"),
+        ("shortcut", ("zero",), "stands in for heads that are skipped; use 'zero'"),
+        ("head_parallel", (False,), "shares out heads; leave it out"),
+        ("rows", (None, "samples", "micro_batches"), "runs heads on some tokens; choose a policy over samples"),
+    ):
+        check(getattr(config, name) in allowed, name, getattr(config, name), f"{needs} ({why})")
+
+
+def _check_stacks(config: D2FTConfig) -> None:
+    if isinstance(config.stacks, tuple):
+        config.stacks = list(config.stacks)
+    names = [config.stacks] if isinstance(config.stacks, str) else config.stacks
+    fits = names is None or (isinstance(names, list) and names and all(isinstance(n, str) and n for n in names))
+    check(fits, "stacks", config.stacks, "must be the path of a stack of blocks, a list of such paths, or None")
 
 
 def _check_learning_rates(config: D2FTConfig) -> None:

@@ -7,32 +7,32 @@ from typing import Any
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from ..engine.block_region import BlockRegion
 from ..engine.checkpointing import unbind_checkpointing
 from ..engine.feature_mean import FeatureMean
 from ..engine.frozen_below import NoteEmbedded, install_entries
 from ..engine.intercept import Intercept, find_runtime
 from ..engine.projection import ProjectionForward
 from ..engine.region import RegionForward
+from ..engine.region_view import HeadsOfOutput
 from ..engine.runtime import Runtime
 from ..engine.token_rows import check_takes_tokens, install_token_rows
 from ..engine.touch_loss import TouchLoss
-from ..partition import Partition, partition_model, parts_elsewhere
-from .adapter_checks import check_beside_others, check_loads_in_peft, check_weights, leave_out_what_peft_renames
+from ..partition import Partition, parts_elsewhere, unwrap
+from .adapter_checks import (
+    check_beside_others,
+    check_loads_in_peft,
+    check_names,
+    check_stacks,
+    leave_out_what_peft_renames,
+)
 from .config import D2FTConfig
 from .converted_lora import subtract_initial_adapter
+from .full_adapters import FullAdapters
 from .layer import D2FTLayer
-
-
-def _transformed_blocks(config: D2FTConfig, partition: Partition) -> set[int]:
-    """Indices of the blocks that ``layers_to_transform`` names; all of them if it is None."""
-    layers, blocks = config.layers_to_transform, set(range(len(partition.blocks)))
-    if layers is None:
-        return blocks
-    chosen = {layers} if isinstance(layers, int) else set(layers)
-    if not chosen or not chosen <= blocks:
-        raise ValueError(f"layers_to_transform={layers!r} must name blocks from 0 to {len(blocks) - 1}.")
-    return chosen
+from .subnets import default_targets, linear_layers, partition_for, transformed_blocks
 
 
 class SubnetTuner(BaseTuner):
@@ -49,8 +49,9 @@ class SubnetTuner(BaseTuner):
         others = {name: self.peft_config[name] for name in partitions if name != adapter_name}
         if others:
             check_beside_others(config, adapter_name, others, partitions[next(iter(others))])
-        partition = partition_model(model, config.heads_per_subnet)
-        check_weights(model, partition, config)
+        partition = partition_for(model, config, partitions[next(iter(others))] if others else None)
+        check_names(model, partition, config)
+        check_stacks(partition, config)
         if config.rows == "tokens":
             check_takes_tokens(model, partition, config.token_margins, config.token_choice)
         partitions[adapter_name] = partition
@@ -86,7 +87,7 @@ class SubnetTuner(BaseTuner):
             runtime.means.clear()
             return
         for index, branch in enumerate(runtime.partitions[active].branches):
-            runtime.means.setdefault(index, FeatureMean(branch.heads, branch.row.layout.width))
+            runtime.means.setdefault(index, FeatureMean(branch.row.layout))
 
     def _partition_of(self, peft_config: D2FTConfig) -> Partition:
         name = next(name for name, config in self.peft_config.items() if config is peft_config)
@@ -98,9 +99,8 @@ class SubnetTuner(BaseTuner):
             # PEFT guesses where the index of a block stands, and does not find it in models without a task head.
             peft_config.layers_pattern = partition.blocks[0].split(".")[-2]
         if peft_config.target_modules is None:
-            blocks = _transformed_blocks(peft_config, partition)
-            branches = [branch for branch in partition.branches if branch.block in blocks]
-            peft_config.target_modules = {p.name for branch in branches for p in branch.projections}
+            blocks = transformed_blocks(peft_config, partition)
+            peft_config.target_modules = default_targets(self.model, peft_config, partition, blocks)
         return peft_config
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -110,7 +110,11 @@ class SubnetTuner(BaseTuner):
     def _install_interceptions(self, partition: Partition) -> None:
         runtime: Runtime = self.runtime
         runtime.blocks = [self.model.get_submodule(name) for name in partition.blocks]
+        runtime.gauges = partition.gauges
         for index, branch in enumerate(partition.branches):
+            if branch.row is None:
+                BlockRegion(self.model.get_submodule(branch.region), runtime, branch, index).install()
+                continue
             region = RegionForward(self.model.get_submodule(branch.region), runtime, branch, index)
             forwards = []
             for projection in branch.projections:
@@ -119,8 +123,13 @@ class SubnetTuner(BaseTuner):
                 forwards.append(ProjectionForward(module, runtime, projection, index, inside))
             *columns, region.row = forwards
             for column in columns:
-                column.siblings = tuple(columns)
-            for interception in (*forwards, region):
+                column.siblings = tuple(c for c in columns if c.projection in branch.siblings(column.projection))
+            outputs = [
+                HeadsOfOutput(region.module.get_submodule(entry.name), runtime, entry, branch.heads)
+                for entry in branch.per_head
+                if entry.kind == "module"
+            ]
+            for interception in (*forwards, *outputs, region):
                 interception.install()
         over_tokens = [config for name in runtime.partitions if (config := self.peft_config[name]).rows == "tokens"]
         if over_tokens:
@@ -144,7 +153,7 @@ class SubnetTuner(BaseTuner):
             unbind_checkpointing(block)
 
 
-class D2FTModel(SubnetTuner):
+class D2FTModel(FullAdapters, SubnetTuner):
     """Full fine-tuning by D2FT (arXiv 2504.12471): trainable copies of the subnets' projections.
 
     Args:
@@ -157,13 +166,21 @@ class D2FTModel(SubnetTuner):
     tuner_layer_cls = D2FTLayer
     target_module_mapping: dict[str, list[str]] = {}
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         """Add an adapter: copies of the projections and, with ``train_boundary``, of everything around them."""
         self._copies: dict[int, Any] = {}
+        self._on_meta = low_cpu_mem_usage
         try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
-            del self._copies
+            del self._copies, self._on_meta
 
     def _prepare_adapter_config(self, peft_config: D2FTConfig, model_config: dict) -> D2FTConfig:
         self._boundary = frozenset(self._trained_boundary(peft_config))
@@ -174,14 +191,14 @@ class D2FTModel(SubnetTuner):
         if not peft_config.train_boundary:
             return []
         partition = self._partition_of(peft_config)
-        blocks = _transformed_blocks(peft_config, partition)
+        blocks = transformed_blocks(peft_config, partition)
         frozen = tuple(f"{name}." for index, name in enumerate(partition.blocks) if index not in blocks)
         boundary = [name for name in partition.boundary if not name.startswith(frozen)]
         for name in boundary:
-            if any(projection.startswith(f"{name}.") for projection in partition.projections):
+            if not name or any(owned.startswith(f"{name}.") for owned in partition.owned):
                 raise ValueError(
-                    f"train_boundary=True cannot copy {name!r}: it has parameters of its own and holds projections of "
-                    "subnets; name what else is to be trained in modules_to_save instead."
+                    f"train_boundary=True cannot copy {name or 'the model itself'!r}: it has parameters of its own and "
+                    "holds projections of subnets; name what else is to be trained in modules_to_save instead."
                 )
         return boundary
 
@@ -204,9 +221,10 @@ class D2FTModel(SubnetTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, D2FTLayer):
-            target.update_layer(adapter_name, peft_config.inference_mode, self._copies)
+            target.update_layer(adapter_name, peft_config.inference_mode, self._copies, self._on_meta)
             return
-        layer = D2FTLayer(target, adapter_name, peft_config.inference_mode, self._copies, peft_config.keep_base)
+        keep_base = peft_config.keep_base
+        layer = D2FTLayer(target, adapter_name, peft_config.inference_mode, self._copies, keep_base, self._on_meta)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -247,34 +265,6 @@ class D2FTModel(SubnetTuner):
         # The copies stand in for the model's own layers, whose dtype the layers around them expect.
         pass
 
-    @classmethod
-    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT expects the name next to the last part of a key; in a container's copy it stands further ahead.
-        return key.replace(f".d2ft_layers.{adapter_name}.", ".d2ft_layers.", 1)
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: D2FTConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        known = model.state_dict(keep_vars=True)
-        own = {key for key in known if f".d2ft_layers.{adapter_name}." in key}
-        missing, unexpected = own - remapped.keys(), remapped.keys() - known.keys()
-        if missing or unexpected:
-            # PEFT would warn and leave the untrained copies in place.
-            raise ValueError(
-                f"the checkpoint does not fit adapter {adapter_name!r}: {len(missing)} of its {len(own)} tensors are "
-                f"missing (e.g. {min(missing, default='-')}) and {len(unexpected)} are unknown "
-                f"(e.g. {min(unexpected, default='-')}); load it with the base model and the config that it was saved "
-                "with."
-            )
-        # low_cpu_mem_usage puts what it loads in the place of the copies: one parameter for those that are tied.
-        tied: dict[int, nn.Parameter] = {}
-        for key in own & remapped.keys():
-            if isinstance(known[key], nn.Parameter):
-                remapped[key] = tied.setdefault(id(known[key]), nn.Parameter(remapped[key], requires_grad=False))
-        return remapped
-
 
 class D2FTLoraModel(SubnetTuner, LoraModel):
     """LoRA by D2FT: PEFT's own LoRA layers, run on some of their heads.
@@ -290,9 +280,10 @@ class D2FTLoraModel(SubnetTuner, LoraModel):
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         if every_projection:
             leave_out_what_peft_renames(self.model, peft_config)
-        check_loads_in_peft(self.model, self._partition_of(peft_config), peft_config)
-        projections = self._partition_of(peft_config).projections.values()
-        peft_config.fan_in_fan_out = all(projection.transposed for projection in projections)
+        linears = linear_layers(self.model, self._partition_of(peft_config))
+        check_loads_in_peft(self.model, linears, peft_config)
+        kinds = {type(unwrap(self.model.get_submodule(name))) for name in linears}
+        peft_config.fan_in_fan_out = kinds == {Conv1D}
         return peft_config
 
     @classmethod

@@ -19,6 +19,10 @@ class D2FTType(StrEnum):
     D2FT_LORA = "D2FT_LORA"
     """LoRA on the subnets; on disk it is a plain LoRA adapter."""
 
+    def __str__(self) -> str:
+        # As PEFT's own types print: it reports what stands behind the point.
+        return f"{type(self).__name__}.{self.name}"
+
 
 def register(peft_type: D2FTType, config_cls: type, tuner_cls: type) -> None:
     """Make `get_peft_model`, saving, loading and the Auto classes know a variant.

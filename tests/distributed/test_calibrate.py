@@ -84,6 +84,7 @@ def measure() -> dict:
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_a_slower_rank_gets_less(tmp_path):
     ranks = run(__name__, "measure", tmp_path, processes=2)

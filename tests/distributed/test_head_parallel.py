@@ -93,12 +93,14 @@ def assert_equal(ours, theirs, case=""):
         torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{case}: {n} {m}")
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("index", range(len(TWO_RANKS)), ids=map(str, TWO_RANKS))
 def test_two_ranks_train_the_weights_of_one_process(two_ranks, index):
     assert_equal(two_ranks[0]["runs"][index], train_alone(TWO_RANKS[index]))
     assert_equal(two_ranks[1]["runs"][index], {"losses and norms": two_ranks[0]["runs"][index]["losses and norms"]})
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("index", range(len(FOUR_RANKS)), ids=map(str, FOUR_RANKS))
 def test_four_ranks_train_the_weights_of_one_process(four_ranks, index):
     assert_equal(four_ranks[0]["runs"][index], train_alone(FOUR_RANKS[index]))

@@ -160,6 +160,7 @@ def assert_equal(ours: dict, theirs: dict):
         torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n} {m}")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", ALIKE)
 def test_two_ranks_train_the_weights_of_one_process(one, two, case):
     assert_equal(two[0]["runs"][case]["weights"], one[case]["weights"])

@@ -94,6 +94,7 @@ def four_ranks(folder):
     return run(__name__, "on_four_ranks", folder, str(folder), processes=4, timeout=300)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("index", range(len(CASES)), ids=map(str, CASES))
 def test_two_replicas_train_the_weights_of_one_process_that_sees_all_samples(four_ranks, index):
     case = CASES[index]

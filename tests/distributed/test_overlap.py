@@ -104,6 +104,7 @@ def two_ranks(tmp_path_factory):
     return run(__name__, "on_two_ranks", tmp_path_factory.mktemp("overlap"), processes=2)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.distributed
 @pytest.mark.parametrize("index", range(len(CASES)), ids=map(str, CASES))
 def test_overlap_changes_no_weight(two_ranks, index):

@@ -88,6 +88,7 @@ def counted(tmp_path_factory):
     return run(__name__, "count", tmp_path_factory.mktemp("simulate"), processes=2)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.distributed
 @pytest.mark.parametrize("step", range(3))
 @pytest.mark.parametrize("case", CASES, ids=str)

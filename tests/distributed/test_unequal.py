@@ -213,6 +213,7 @@ def train_alone(name: str, mode: str, accumulation: int, steps: list[torch.Tenso
     return trained(model)
 
 
+@pytest.mark.thorough
 def test_a_process_is_ready_before_it_waits_for_the_others(processes):
     assert processes[1]["ready"]
 

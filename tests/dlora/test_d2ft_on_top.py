@@ -66,6 +66,7 @@ PLACEMENTS = {
 CASES = [(name, {}) for name in BY_BLOCK] + [(name, where) for where, names in PLACEMENTS.values() for name in names]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("name", "placement"), CASES, ids=str)
 def test_a_scheduled_run_is_the_local_one(llama, tmp_path, name, placement):
     options = BY_BLOCK[name]

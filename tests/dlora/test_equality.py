@@ -143,6 +143,7 @@ def test_modules_that_were_never_alive_cost_nothing(llama):
     assert edge.remote_span.active_modules == 1
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("options", [{}, {"edge_blocks": (1, 1)}, {"head": "cloud"}], ids=str)
 @pytest.mark.parametrize(
     "how",

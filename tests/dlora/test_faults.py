@@ -140,6 +140,7 @@ def run_setting(address, base, folder, setting, **more):
 QUICK = ("plain", "killed", "in_flight")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "setting", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
 )
@@ -155,6 +156,7 @@ def test_a_run_with_faults_ends_with_the_same_bits(llama, tmp_path, setting):
         found[2].disconnect()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("method", ["Open", "Install", "Decide", "Factors", "MicroBatch"])
 def test_every_fault_of_every_call_is_survived(llama, tmp_path, method):
     base, model = llama
@@ -193,6 +195,7 @@ def test_a_thousand_faults(llama, tmp_path, setting):
         found[2].disconnect()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("kind", ["restarted", "lost within", "half-open"])
 def test_generation_goes_on_after_its_cache_is_lost(llama, kind, beams):

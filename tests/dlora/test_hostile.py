@@ -182,6 +182,7 @@ def test_what_makes_no_sense_is_not_computed(edge, name, mode):
     check_refused(edge.stream(edge.forward(**{"mode": mode, **FORWARDS[name]})))
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("field", ["mode", "alive", "copies", "skipped", "version", "given", "hidden_gradient", "rows"])
 def test_every_field_of_every_type_is_answered(edge, field):
     for value in JSON:

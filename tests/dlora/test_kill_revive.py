@@ -233,6 +233,7 @@ def save(model, optimizer):
     return file.getvalue()
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 6])
 @pytest.mark.parametrize("rule", [{}, {"idle": "last", "warmup": 3}, {"choose": "redrawn"}, {"warmup": 2}], ids=str)
 def test_a_resumed_run_ends_with_the_same_bits(stop, rule):

@@ -21,6 +21,7 @@ def moved(before, after):
     return {name for name in before if not all(map(torch.equal, before[name], after[name]))}
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("name", WORKS)
 def test_only_active_modules_have_gradients_and_move(name):
     model = adapt(WORKS[name])
@@ -41,6 +42,7 @@ def test_only_active_modules_have_gradients_and_move(name):
     assert len(seen) > 2  # several had momentum when they were killed
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("name", WORKS)
 def test_a_killed_module_still_computes(name):
     model = adapt(WORKS[name])
@@ -55,6 +57,7 @@ def test_a_killed_module_still_computes(name):
         assert torch.equal(model(**batch(name)).logits, before)
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("name", WORKS)
 def test_gradients_of_active_modules_are_those_of_plain_training(name):
     plain, model = adapt(WORKS[name]), adapt(WORKS[name])

@@ -39,6 +39,7 @@ def freeze(model, *names):
             parameter.requires_grad_(False)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("options", [{}, {"head": "cloud"}, {"edge_blocks": (1, 0)}, {"in_flight": 2}], ids=str)
 @pytest.mark.parametrize("killed", ["cloud_copy", "exchange"])
 def test_a_killed_module_goes_on_adding_what_it_learned(llama, killed, options):
@@ -101,6 +102,7 @@ def test_a_copy_follows_its_module(llama):
     check_close(step(edge, ragged())[1], step(local, ragged())[1])
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("killed", ["cloud_copy", "exchange"])
 @pytest.mark.parametrize("idle", ["probe", "last", "random"])
 def test_a_trainers_run_is_the_local_one(llama, tmp_path, killed, idle):

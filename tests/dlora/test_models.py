@@ -129,6 +129,7 @@ def check_alike(edge, local, batch, dtype):
     check_close(edge_grads, grads, 1e-9 if dtype is torch.float64 else 1e-4)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*DECODERS, *slow(MORE_DECODERS)])
 def test_decoders(tmp_path, name):
@@ -148,6 +149,7 @@ def test_decoders(tmp_path, name):
             assert torch.equal(edge.generate(**prompt), local.generate(**prompt))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*ENCODERS, *slow(MORE_ENCODERS), *VISION, *slow(MORE_VISION)])
 def test_encoders(tmp_path, name):

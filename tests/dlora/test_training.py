@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from d2ft_peft.dlora import BaseModel, KillReviveCallback, connect
-from tests.training.test_trl import pairs, tokenizer, words
+from tests.training.trl_cases import PAIRS, TEXTS, tokenizer
 
 from ..models import TINY
 from .cases import adapter, check_close, collate, edge_like, ragged, samples, serve, step, tiny_base, whole
@@ -81,6 +81,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing", "ignore:.*use_reentrant")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options_of_the_trainer(llama, tmp_path, options):
@@ -172,6 +173,7 @@ def test_a_batch_that_is_too_large_is_halved(llama, tmp_path):
     check_same_run(llama, run)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("options", [{}, {"head": "cloud", "in_flight": 2}], ids=str)
 def test_a_step_that_breaks_off_leaves_nothing_in_the_cloud(llama, tmp_path, error, options):
@@ -264,7 +266,7 @@ TRL = {
 
 def of_trl(kind, model, folder):
     cls, arguments, data, own = TRL[kind]
-    rows = pairs()[:8] if data == "pairs" else [{"text": words(4 + i % 5, i)} for i in range(8)]
+    rows = (PAIRS if data == "pairs" else TEXTS)[:8]
     args = arguments(
         str(folder), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, learning_rate=1e-2, **own,
@@ -272,6 +274,7 @@ def of_trl(kind, model, folder):
     return cls(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", TRL)
 def test_trainers_of_trl(llama, tmp_path, kind):

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 
 CODE = """
 import sys
@@ -19,6 +21,7 @@ for name in dlora.__all__:
 """
 
 
+@pytest.mark.thorough
 def test_what_talks_over_a_network_says_what_it_lacks():
     found = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True).stdout.split()
     assert found == ["Certificates", "Cloud", "CloudError", "CloudProgressCallback", "Limits", "connect"]

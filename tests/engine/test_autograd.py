@@ -101,6 +101,7 @@ class _Synchronizations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("shortcut", ["zero", "mean", "rescale"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", TINY)

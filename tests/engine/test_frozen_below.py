@@ -92,6 +92,7 @@ def test_embeddings_that_are_made_to_require_a_gradient_change_nothing(name, sit
         assert not {*range(lowest(situation))} & {*saved} and lowest(situation) in saved
 
 
+@pytest.mark.quick(6)
 @MODELS
 @pytest.mark.parametrize("kind", [kind for kind in CHECKPOINTING if kind != "off"])
 @pytest.mark.parametrize("required", [True, False], ids=["inputs require gradients", "they do not"])

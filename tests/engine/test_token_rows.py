@@ -38,6 +38,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize(("name", "choice", "attention", "padding"), CASES)
 def test_chosen_tokens_equal_the_twin(name, choice, attention, padding):
     base, batch = base_of(name, attn_implementation=attention), batch_of(name, padding)
@@ -54,6 +55,7 @@ def test_chosen_tokens_equal_the_twin(name, choice, attention, padding):
     assert_same_gradients(model, twin, "full")
 
 
+@pytest.mark.quick(4)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("kind", CHECKPOINTING)

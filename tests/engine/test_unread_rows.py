@@ -114,6 +114,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("name, mode, checkpointing", CASES)
 def test_loss_and_every_gradient_stay(name, mode, checkpointing):
     model, batch = build(name, mode), batch_of(name)
@@ -177,6 +178,7 @@ def test_a_plan_that_leaves_heads_out_of_the_last_block_is_followed(name):
     assert len(left_out(model)[0]) > 2
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("mode, attention", [("full", "sdpa"), ("lora", "eager")])
 @pytest.mark.parametrize("name", ["vit", "bert", "llama classifier", "llama", "gpt2"])
 def test_counted_flops_are_the_foreseen_ones(name, mode, attention):

@@ -65,6 +65,7 @@ def run(assets, tmp_path):
     return run_script
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("method", ["d2ft", "plain"])
 @pytest.mark.parametrize("args", [(), ("--train_boundary", "false"), ("--r", "4", "--lora_alpha", "8")])
 def test_what_is_saved_is_what_was_evaluated(assets, run, tmp_path, method, args):

@@ -36,6 +36,7 @@ def example(monkeypatch):
     return dlora
 
 
+@pytest.mark.thorough
 def test_a_cloud_that_is_killed_and_started_again_changes_nothing(example, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(example, "LocalCloud", CloudHere)
     undisturbed = run(tmp_path)

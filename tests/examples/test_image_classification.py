@@ -77,6 +77,7 @@ def reload(assets, output):
     return (PeftModel.from_pretrained(model, output) if path != output else model).eval()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("method", ["d2ft", "plain"])
 @pytest.mark.parametrize("args", [(), ("--train_boundary", "false"), ("--r", "4", "--lora_alpha", "8")])
 def test_what_is_saved_is_what_was_evaluated(assets, run, tmp_path, method, args):

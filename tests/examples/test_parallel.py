@@ -41,6 +41,7 @@ def forked(monkeypatch, tmp_path):
     monkeypatch.setattr(parallel, "subprocess", SimpleNamespace(run=start))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.distributed
 def test_bytes_losses_and_predictions(forked, tmp_path):
     path = tmp_path / "parallel.json"

@@ -58,6 +58,7 @@ def by_name(rows):
     return {(row["mode"], row["schedule"] or row["variant"], row["budget"]): row for row in rows}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("args", [(), ("--bf16",)])
 def test_known_ratios(measured, args):
     rows = by_name(measured(*args)[0])

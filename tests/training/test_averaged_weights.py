@@ -147,6 +147,7 @@ def test_half_precision_is_averaged_in_single_and_comes_back_to_the_bit(tmp_path
     assert_equal(path[-1], plain[-1])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("decay", [None, 0.7])
 @pytest.mark.parametrize("stop", [2, 6])
 def test_a_resumed_run_ends_with_the_same_averages(tmp_path, stop, decay):

@@ -83,6 +83,7 @@ def train(tmp_path, name="vit", data=None, collate=None, model=None, **options):
     return model, losses, [n for n in rows if n], trainer
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["vit", "llama", "bert"])
 def test_training_ends_with_the_same_bits_and_blocks_run_in_the_first_epoch_only(tmp_path, name):
     alone = {"skip_unread_rows": False}  # the cache alone is looked at
@@ -97,6 +98,7 @@ def test_training_ends_with_the_same_bits_and_blocks_run_in_the_first_epoch_only
     assert runtime.cache is None and not cached.get_base_model().base_model._forward_pre_hooks
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("name, side", [("bert", "right"), ("llama", "left"), ("llama", "right")])
 def test_only_real_tokens_are_kept_and_padding_may_change_from_epoch_to_epoch(tmp_path, name, side, accumulation):

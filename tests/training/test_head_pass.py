@@ -64,6 +64,7 @@ class Watching(D2FTTrainer):
         return super().training_step(*args, **kwargs)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "config",
     [

@@ -93,6 +93,7 @@ DATA = {
 }
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("case", DATA)
 def test_the_models_own_loss(tmp_path, case, smoothing):
@@ -130,6 +131,7 @@ OWN = {
 }
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("base", [D2FTTrainer, Trainer], ids=["subclass", "callback"])
 @pytest.mark.parametrize("case", ["llama", "llama, second micro-batch without labels", "llama, ragged labels", "bert"])
 @pytest.mark.parametrize("loss", OWN)

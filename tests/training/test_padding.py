@@ -73,6 +73,7 @@ def last_log(trainer):
     return next(entry for entry in reversed(trainer.state.log_history) if "flops_ratio" in entry)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ["bert", "llama"])
 @pytest.mark.parametrize("accumulation", [1, 4], ids=["one batch a step", "accumulated"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -120,6 +121,7 @@ def test_other_policies_save_padding_on_top_of_their_budget(tmp_path):
     assert last_log(trainer)["flops_ratio"] < 0.45
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_run_that_is_killed_and_resumed_ends_with_the_same_bits(tmp_path, accumulation):
     args = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, "gradient_accumulation_steps": accumulation}

@@ -136,6 +136,7 @@ def processes(tmp_path_factory):
         yield run(__name__, "in_two_processes", tmp_path_factory.mktemp("processes"))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["steps", "accumulated"])
 @pytest.mark.parametrize("policy", SOME)
 def test_processes_with_batches_of_other_lengths_run_one_schedule(processes, policy, kind):
@@ -146,6 +147,7 @@ def test_processes_with_batches_of_other_lengths_run_one_schedule(processes, pol
         torch.testing.assert_close(second[name], value, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     "kind, policy",
     [*(("exchanging every micro-batch", name) for name in SOME), *(("exchanging once", name) for name in POLICIES)],

@@ -30,6 +30,7 @@ def ratios(trainer):
     return [entry["compute_ratio"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.quick(1)
 @BOTH
 def test_two_calls_of_train_equal_two_of_a_plain_trainer(tmp_path, accumulation):
     weights = []
@@ -42,6 +43,7 @@ def test_two_calls_of_train_equal_two_of_a_plain_trainer(tmp_path, accumulation)
     assert_equal(*weights)
 
 
+@pytest.mark.quick(1)
 @BOTH
 def test_a_batch_size_that_does_not_fit_is_tried_again_from_the_start(tmp_path, accumulation):
     class Full(TrainerCallback):
@@ -77,6 +79,7 @@ def test_an_epoch_that_is_stopped_drops_its_window(tmp_path, accumulation):
     assert_equal(*weights)
 
 
+@pytest.mark.quick(1)
 @BOTH
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path, accumulation, error):
@@ -194,6 +197,7 @@ def test_an_adapter_that_was_switched_between_two_calls_is_followed(tmp_path):
     assert ratios(trainer) == [0.25] * 3
 
 
+@pytest.mark.quick(1)
 @BOTH
 def test_evaluation_in_the_middle_changes_nothing(tmp_path, accumulation):
     weights = []

@@ -43,6 +43,7 @@ def entries(trainer):
 RATIOS = {"compute_ratio", "communication_ratio", "workload_variance", "flops_ratio", "step_flops"}
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("policy", ["random", "bilevel", "fewer_samples", "all_full"])
 def test_every_entry_has_the_ratios(tmp_path, policy, accumulation):

@@ -66,6 +66,7 @@ def test_the_head_steps_at_its_own_rate_and_all_else_at_the_trainers(tmp_path, h
     assert [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e] == [0.01] * 3
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adafactor"])
 def test_a_factor_of_one_changes_no_bit_and_another_one_only_the_head_of_the_first_step(tmp_path, optim):
     weights = {}
@@ -92,6 +93,7 @@ def test_the_schedule_scales_both_rates_and_a_second_call_of_train_divides_nothi
         assert at == pytest.approx({key: (0.005 if key in head else 0.01) * share for key in at})
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("rule", [None, "sqrt"])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, rule):
     def train(folder, **kwargs):
@@ -150,6 +152,7 @@ def test_bad_values_are_named(field, value):
         D2FTConfig(**{field: value})
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("rule, exponent", [("sqrt", 0.5), ("linear", 1.0)])
 @pytest.mark.parametrize("policy", ["fewer_samples", "bilevel"])
 def test_the_rate_follows_the_samples_that_run_and_is_put_back(tmp_path, rule, exponent, policy):

@@ -30,18 +30,18 @@ def random_rows(partition, seed, n=4):
     return [*rows, whole_blocks, *only]
 
 
-def plain_twin(model, mode, train_boundary):
-    """The model as anybody would fine-tune it without D2FT."""
+def plain_twin(model, mode, train_boundary, targets=None):
+    """The model as anybody would fine-tune it without D2FT; `targets` of LoRA are all by default."""
     twin = copy.deepcopy(model)
     if mode == "lora":
         partition = partition_model(twin)
-        targets = list(partition.projections)
+        targets = targets or [name for branch in partition.branches for name in branch.targets]
         fan_in_fan_out = all(p.transposed for p in partition.projections.values())
         torch.manual_seed(7)
         return get_peft_model(twin, LoraConfig(**LORA, target_modules=targets, fan_in_fan_out=fan_in_fan_out))
-    projections = partition_model(twin).projections
+    targets = {name for branch in partition_model(twin).branches for name in branch.targets}
     for name, parameter in twin.named_parameters():
-        parameter.requires_grad_(train_boundary or name.rpartition(".")[0] in projections)
+        parameter.requires_grad_(train_boundary or name.rpartition(".")[0] in targets)
     return twin
 
 
@@ -83,6 +83,7 @@ def assert_same_gradients(model, twin, mode, **tolerance):
         torch.testing.assert_close(ours[name], gradient, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.quick(10)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("mode", ["full", "full with boundary", "lora"])
 @pytest.mark.parametrize("name", TINY)

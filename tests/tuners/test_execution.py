@@ -70,6 +70,7 @@ def test_only_full_heads_are_kept_for_backward(name, mode):
     assert kept["half, rest forward"] == pytest.approx(kept["half"], rel=0.1)
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("shortcut", ["mean", "rescale"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", ["vit", "bert", "gpt2"])

@@ -165,7 +165,7 @@ def test_print_trainable_parameters(capsys):
 def test_safe_merge_refuses_infinities():
     model = adapted("vit", "full")
     next(iter(trainable(model).values())).data.fill_(float("inf"))
-    with pytest.raises(ValueError, match="adapter 'default' holds NaNs or infinities"):
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights. The adapter default seems to be broken"):
         model.merge_adapter(safe_merge=True)
 
 

@@ -240,6 +240,7 @@ class TestLoraFolder:
         with pytest.raises(ValueError, match=r"holds a LORA adapter and no d2ft_config.json"):
             D2FTConfig.from_pretrained(tmp_path)
 
+    @pytest.mark.thorough
     def test_it_loads_where_d2ft_peft_is_not_installed(self, tmp_path):
         expected = {}
         for name in ("llama", "gpt2"):

@@ -46,7 +46,7 @@ class Shard:
     def shape(self, num_heads: int) -> torch.Size:
         """Shape of a part of `num_heads` heads."""
         shape = list(self.tensor.shape)
-        shape[self.axis] = self.layout.parts * num_heads * self.layout.width
+        shape[self.axis] = num_heads * self.layout.head_size
         return torch.Size(shape)
 
     def is_whole(self, shape: Sequence[int]) -> bool:
@@ -71,14 +71,12 @@ class Shard:
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The whole tensor from every rank's part."""
-        layout = self.layout
-        whole = parts[0].new_empty(self.shape(layout.heads))
-        by_head = whole.unflatten(self.axis, (layout.parts, layout.heads, layout.width))
+        whole = parts[0].new_empty(self.shape(self.layout.heads))
         for part, heads in zip(parts, self.heads, strict=True):
-            index = torch.tensor(heads, device=part.device)
-            by_head.index_copy_(
-                self.axis + 1, index, part.unflatten(self.axis, (layout.parts, len(heads), layout.width))
-            )
+            offset = 0
+            for start, length in select(self.layout, Heads(heads)).runs:
+                whole.narrow(self.axis, start, length).copy_(part.narrow(self.axis, offset, length))
+                offset += length
         return whole
 
 

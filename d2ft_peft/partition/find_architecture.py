@@ -1,0 +1,28 @@
+"""Where a model keeps its blocks, heads and projections: asked of the table, of its tensor-parallel plan, of itself."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .architecture import Described, known_architecture
+from .tp_plan import architecture_of_plan
+
+
+def find_architecture(model: nn.Module) -> Described:
+    """Return the architecture of a transformers model, from the table, its tensor-parallel plan, or its modules; one
+    for each of several stacks.
+
+    Raises:
+        ValueError: If the model cannot be cut into heads; the message says why.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    known = known_architecture(model_type, config)
+    if known is not None:
+        return known
+    plan = getattr(config, "base_model_tp_plan", None)
+    if plan:
+        return architecture_of_plan(model, model_type, plan)
+    from .structure import read_structure  # tries blocks cut into branches, which `discovery` makes of architectures
+
+    return read_structure(model)
