@@ -193,7 +193,8 @@ class D2FTTrainer(D2FTTrainerMixin, Trainer):
     trainer.train()
 
     Args:
-        args, kwargs: As `transformers.Trainer` takes them.
+        *args: As `transformers.Trainer` takes them.
+        **kwargs: The same by name.
         report: File of an HTML report that is written when training ends, see `ReportCallback`; None writes none.
     """
 
