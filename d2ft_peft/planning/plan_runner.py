@@ -11,7 +11,7 @@ from torch import nn
 
 from ..engine.plan import executed_operations
 from ..partition import base_model
-from ..processes import world_size
+from ..processes import is_sharded, world_size
 from ..schedule import Schedule
 from ..unequal import Shares
 from ..value_checks import check_integer, is_integer
@@ -48,13 +48,12 @@ class PlanRunner(ScheduleMaker):
             self.costs.middle = self.tokens.blocks
         self.counts = ExecutionCounts()
         base = base_model(model)
-        projections = [base.get_submodule(name) for name in self.partition.projections]
-        self._subnet_parameters = [p for module in projections for p in module.parameters()]
+        self._owned = [base.get_submodule(name) for name in self.partition.owned]
         self.shares: Shares | None = None
         if self.config.is_auto:
-            self.shares = Shares(self.config.budget, self._subnet_parameters[0].device)
+            self.shares = Shares(self.config.budget, next(self._owned[0].parameters()).device)
         self.runtime.after_backward = self.shares.pace.ready if self.shares else None
-        self.runtime.touch_gradients = world_size() > 1 and not self.is_head_parallel
+        self.runtime.touch_gradients = world_size() > 1 and not (self.is_head_parallel or is_sharded(model))
         self._planned: PlannedStep | None = None
         self._last_flops = 0.0
 
@@ -157,7 +156,8 @@ class PlanRunner(ScheduleMaker):
     def _zero_missing_gradients(self) -> None:
         """A projection that was FULL nowhere in a step has a gradient of zero, like the heads that were not FULL in one
         that was: an optimizer with momentum then treats them alike, on one process as on several."""
-        for parameter in self._subnet_parameters:
+        # Looked up when they are needed: FSDP exchanges the parameters of a model that is wrapped.
+        for parameter in (parameter for module in self._owned for parameter in module.parameters()):
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
 

@@ -102,7 +102,17 @@ class ScheduleMaker:
         out which rows its loss reads, at the first batch with labels."""
         if not self.costs.known:
             self.costs.learn(batch, self._sum_over_replicas)
+            self._check_order()
         self.unread.find(batch)
+
+    def _check_order(self) -> None:
+        """Refuse to leave out whole blocks where the first look showed that they do not run one after the other."""
+        disorder, facts = self.costs.probe.disorder, policy_facts(self.config.policy)
+        if disorder and facts.rows == "micro_batches" and self.config.policy != "all_full":
+            raise ValueError(
+                f"policy={self.config.policy!r} leaves out blocks, which the model's do not allow: {disorder}; choose "
+                "a policy over samples (exact_first, fewer_samples, ...), which runs every block."
+            )
 
     @property
     def prepared(self) -> bool:

@@ -52,6 +52,11 @@ class Workload:
         for name in ("below", "above", "boundary_parameters", "state_bytes"):
             value = getattr(self, name)
             check(is_number(value) and 0 <= value < math.inf, name, value, "must be a finite number, not negative")
+        if not self.partition.cuts_heads:
+            raise ValueError(
+                f"partition={self.partition.model_type!r} has whole blocks as subnets ({self.partition.why_whole}); "
+                "simulated steps know heads and the shapes of their projections only."
+            )
 
     @property
     def row_bytes(self) -> float:
