@@ -201,7 +201,7 @@ GIVEN: dict[str, dict[int, Callable[[Path], Given]]] = {
     "docs/tokens.md": {0: plain},
     "docs/training.md": {
         0: adapted_data, 1: texts, 2: bare_loop, 3: within_a_micro_batch, 4: loop_over_samples, 5: plain, 6: pissa,
-        8: upper_lora,
+        8: adapted_data, 9: upper_lora,
     },
     "docs/trl.md": {number: trl for number in range(5)},
     "docs/unequal_devices.md": {0: plain},
