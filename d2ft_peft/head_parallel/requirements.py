@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import nn
 
+from ..partition import Partition
+
 
 def check_processes() -> None:
     """Refuse to start without a process group."""
@@ -30,6 +32,23 @@ def check_model(model: nn.Module, size: int) -> None:
             "processes that share out the heads, which are the devices under head_parallel=True; leave num_devices "
             "out, and give one capacity per process."
         )
+
+
+def check_partition(partition: Partition) -> None:
+    """Refuse a model whose heads have something in common that ranks would have to exchange, or count by rank."""
+    branches = partition.branches
+    reasons = {
+        "has tensors per head besides its projections": any(branch.per_head for branch in branches),
+        "computes projections whose features all heads share": any(branch.whole for branch in branches),
+        "adds the residual within its branches": any(branch.residual for branch in branches),
+        "keeps its activation between two modules of the block": any(branch.joined for branch in branches),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(
+                f"head_parallel=True is not possible with model_type={partition.model_type!r}, which {reason}; use "
+                "data parallelism, where every process holds all heads."
+            )
 
 
 def check_whole(whole: bool, scores: tuple[str, ...]) -> None:

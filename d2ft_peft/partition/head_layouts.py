@@ -48,6 +48,13 @@ def head_layouts(where: str, spec: BranchSpec, head_dim: int, columns: Sequence[
             f"{where} cannot be cut into heads: `parts` and `interleaved` describe one fused projection, and it has "
             f"{len(columns)}."
         )
+    # A third projection tells queries with a gate beside them, head by head, from several things in one projection.
+    if not (packed or spec.whole) and max(columns) != row and (len(columns) < 3 or max(columns) % row):
+        raise ValueError(
+            f"{where} cannot be cut into heads: {spec.row} takes {row} features, but the queries "
+            f"have {max(columns)}; of a fused projection say how its parts lie (`parts`, `interleaved` in "
+            "d2ft_peft.register_architecture)."
+        )
     narrowest = (columns[0] - row) // 2 if packed else min(columns)
     heads, rest = divmod(narrowest, head_dim * spec.repeats)
     if rest or heads < 1 or row % (heads * head_dim) or any(width % (heads * head_dim) for width in columns):
@@ -59,13 +66,6 @@ def head_layouts(where: str, spec: BranchSpec, head_dim: int, columns: Sequence[
         layout = _packed(heads, head_dim, row, columns[0], spec)
         row_layout = FeatureLayout(heads, row // heads // spec.repeats, spec.repeats)
         return HeadLayouts(heads, row // heads, (layout,), row_layout)
-    # A third projection tells queries with a gate beside them, head by head, from several things in one projection.
-    if not spec.whole and max(columns) != row and (len(columns) < 3 or max(columns) % row):
-        raise ValueError(
-            f"{where} cannot be cut into heads: {spec.row} takes {row} features, but the queries "
-            f"have {max(columns)}; of a fused projection say how its parts lie (`parts`, `interleaved` in "
-            "d2ft_peft.register_architecture)."
-        )
     layouts = tuple(FeatureLayout(heads, width // heads) for width in columns)
     return HeadLayouts(heads, row // heads, layouts, FeatureLayout(heads, row // heads))
 

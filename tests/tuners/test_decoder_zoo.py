@@ -88,7 +88,7 @@ def test_gradient_checkpointing_equals_the_reference(name, checkpointing):
 
 
 @ignore_targets_left_out
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 @each_decoder
 def test_a_trained_adapter_is_saved_loaded_and_merged(name, mode, tmp_path):
     model, batch = built(name)
