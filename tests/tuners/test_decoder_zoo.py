@@ -138,3 +138,14 @@ def test_what_covers_a_region_s_own_is_gone_after_a_pass():
             step(ours, batch)
         assert {module: set(module.__dict__) for module in ours.modules()} == before
         assert ours.get_base_model().config.num_attention_heads == 4
+
+
+def test_the_boundary_around_sinks_trains_and_they_are_said_to_be_left_alone():
+    model, batch = built("gpt_oss")
+    with pytest.warns(UserWarning, match="train_boundary=True leaves sinks of model.layers.0.self_attn and others alo"):
+        ours = get_peft_model(model, D2FTConfig(train_boundary=True)).train()
+    partition = get_runtime(ours).partitions["default"]
+    with get_runtime(ours).use(compile_plan(partition, [2, 1, 2, 0])):
+        step(ours, batch)
+    trained = {name for name, p in ours.named_parameters() if p.grad is not None}
+    assert any("embed_tokens" in name for name in trained) and not any("sinks" in name for name in trained)
