@@ -93,7 +93,7 @@ def _marks(kwargs: dict) -> dict:
 _NO_LABELS = {"num_labels": 5}
 
 ZOO: dict[str, Animal] = {
-    "roberta": _text(tf.RobertaConfig, tf.RobertaForSequenceClassification, "RoBERTa", quick=True),
+    "roberta": _text(tf.RobertaConfig, tf.RobertaForSequenceClassification, "RoBERTa"),
     "xlm-roberta": _text(tf.XLMRobertaConfig, tf.XLMRobertaForSequenceClassification, "XLM-RoBERTa"),
     "xlm-roberta-xl": _text(tf.XLMRobertaXLConfig, tf.XLMRobertaXLForSequenceClassification, "XLM-RoBERTa-XL"),
     "roberta-prelayernorm": _text(
@@ -101,7 +101,7 @@ ZOO: dict[str, Animal] = {
     ),
     "camembert": _text(tf.CamembertConfig, tf.CamembertForSequenceClassification, "CamemBERT"),
     "electra": _text(
-        tf.ElectraConfig, tf.ElectraForSequenceClassification, "ELECTRA", embedding_size=16, quick=True
+        tf.ElectraConfig, tf.ElectraForSequenceClassification, "ELECTRA", embedding_size=16
     ),
     "distilbert": _text(
         tf.DistilBertConfig, tf.DistilBertForSequenceClassification, "DistilBERT", quick=True,
@@ -110,7 +110,7 @@ ZOO: dict[str, Animal] = {
     ),
     "mpnet": _text(tf.MPNetConfig, tf.MPNetForSequenceClassification, "MPNet", quick=True),
     "deberta": _text(
-        tf.DebertaConfig, tf.DebertaForSequenceClassification, "DeBERTa", relative_attention=True,
+        tf.DebertaConfig, tf.DebertaForSequenceClassification, "DeBERTa", relative_attention=True, quick=True,
         pos_att_type=["c2p", "p2c"], pooler_hidden_size=32,
     ),
     "deberta-v2": _text(
@@ -126,11 +126,12 @@ ZOO: dict[str, Animal] = {
         tf.AlbertConfig, tf.AlbertForSequenceClassification, "ALBERT", embedding_size=16, refused="share their weights"
     ),
     "modernbert": _text(
-        tf.ModernBertConfig, tf.ModernBertForSequenceClassification, "ModernBERT", cls_token_id=1, sep_token_id=2
+        tf.ModernBertConfig, tf.ModernBertForSequenceClassification, "ModernBERT", quick=True, cls_token_id=1,
+        sep_token_id=2,
     ),
-    "esm": _text(tf.EsmConfig, tf.EsmForSequenceClassification, "ESM", position_embedding_type="rotary", quick=True),
+    "esm": _text(tf.EsmConfig, tf.EsmForSequenceClassification, "ESM", position_embedding_type="rotary"),
     "nomic_bert": _text(
-        tf.NomicBertConfig, tf.NomicBertForSequenceClassification, "NomicBERT", quick=True, head_dim=8
+        tf.NomicBertConfig, tf.NomicBertForSequenceClassification, "NomicBERT", head_dim=8
     ),
     "jina_embeddings_v3": _text(
         tf.JinaEmbeddingsV3Config, tf.JinaEmbeddingsV3ForSequenceClassification, "Jina embeddings v3"
@@ -154,10 +155,10 @@ ZOO: dict[str, Animal] = {
     "longformer": _text(
         tf.LongformerConfig, tf.LongformerForSequenceClassification, "Longformer", refused="global tokens"
     ),
-    "clip_text_model": _text(tf.CLIPTextConfig, tf.CLIPTextModel, "CLIP, text tower", quick=True),
+    "clip_text_model": _text(tf.CLIPTextConfig, tf.CLIPTextModel, "CLIP, text tower"),
     "siglip_text_model": _text(tf.SiglipTextConfig, tf.SiglipTextModel, "SigLIP, text tower"),
     "deit": _image(tf.DeiTConfig, tf.DeiTForImageClassification, "DeiT"),
-    "dinov2": _image(tf.Dinov2Config, tf.Dinov2ForImageClassification, "DINOv2", quick=True, use_swiglu_ffn=True),
+    "dinov2": _image(tf.Dinov2Config, tf.Dinov2ForImageClassification, "DINOv2", use_swiglu_ffn=True),
     "dinov2_with_registers": _image(
         tf.Dinov2WithRegistersConfig, tf.Dinov2WithRegistersForImageClassification, "DINOv2 with registers"
     ),

@@ -62,6 +62,12 @@ class ProjectionForward(Intercept):
         return self._add_mean(_subset((self,), x * run.scale if run.scale != 1.0 else x, run)[0], run)
 
     def _after_region(self, x: Tensor, follow: Follow) -> Tensor:
+        if follow.returned is not None and not _is_untouched(x, *follow.returned):
+            raise ValueError(
+                f"what {self.projection.name} takes is not what the region before it returned: something lies between "
+                "the two, which FORWARD_ONLY heads would go past. If it works on each feature alone (an activation), "
+                "say joined=True in the model's BranchSpec; else make it part of the region."
+            )
         if follow.nothing is not None:
             return self.constant(x, follow.nothing)
         output = follow.output
@@ -105,6 +111,14 @@ class ProjectionForward(Intercept):
         if run.x is x and self in run.outputs:
             return run.outputs.pop(self)
         return _subset((self,), x, run)[0]
+
+
+def _is_untouched(x: Tensor, returned: Tensor, version: int) -> bool:
+    if x.data_ptr() == returned.data_ptr() and x.shape == returned.shape:
+        return returned._version == version
+    # Whoever casts inputs (mixed precision of FSDP) hands over another tensor.
+    same_shape = x.shape == returned.shape
+    return same_shape and torch.allclose(x.detach().float(), returned.detach().float(), rtol=1e-2, atol=1e-2)
 
 
 def _subset(projections: tuple[ProjectionForward, ...], x: Tensor, run: Run) -> list[Tensor]:

@@ -97,15 +97,17 @@ class RegionForward(Intercept):
             with torch.no_grad():
                 run = self._run_of(cell, cell.forward_only, with_bias=not cell.full)
                 forward_only = self._pass(run, args, kwargs)
-        if not self.branch.row_inside:
-            self._leave_to_row(cell, forward_only)
         if full is None and forward_only is None:
-            return self._nothing(cell, args, kwargs)
-        if full is None or forward_only is None:
-            return forward_only if full is None else full
-        if self.branch.joined:
-            return _join(full, forward_only)
-        return _add(full, forward_only) if self.branch.row_inside else full
+            out = self._nothing(cell, args, kwargs)
+        elif full is None or forward_only is None:
+            out = forward_only if full is None else full
+        elif self.branch.joined:
+            out = _join(full, forward_only)
+        else:
+            out = _add(full, forward_only) if self.branch.row_inside else full
+        if not self.branch.row_inside:
+            self._leave_to_row(cell, forward_only, out)
+        return out
 
     def _run_of(self, cell: Cell, heads: Heads, with_bias: bool = True) -> Run:
         shortcut = self.runtime.shortcut
@@ -121,14 +123,16 @@ class RegionForward(Intercept):
             finally:
                 self.runtime.run = None
 
-    def _leave_to_row(self, cell: Cell, forward_only: Any) -> None:
+    def _leave_to_row(self, cell: Cell, forward_only: Any, out: Any) -> None:
         if self.branch.joined:
             forward_only = None  # it reaches the row beside what the FULL heads return
+        features = out[0] if isinstance(out, tuple) else out
         self.runtime.follow[self.index] = Follow(
             full=self._run_of(cell, cell.full) if cell.full else None,
             forward_only=self._run_of(cell, cell.forward_only, with_bias=not cell.full) if cell.forward_only else None,
             output=forward_only[0] if isinstance(forward_only, tuple) else forward_only,
             nothing=None if cell.num_active else self._run_of(cell, Heads()),
+            returned=None if self.branch.joined else (features, features._version),
         )
 
     def _nothing(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
@@ -138,10 +142,8 @@ class RegionForward(Intercept):
             out = self.row.constant(x, self._run_of(cell, Heads()))
         else:
             out = x.new_zeros(*x.shape[:-1], 0)
-        returns = self.branch.returns
-        if returns is None:
-            returns = 2 if self.branch.name == "attention" else 0
-        return (out, *[None] * (returns - 1)) if returns else out
+        returned = self.branch.num_returned
+        return (out, *[None] * (returned - 1)) if returned else out
 
     def _without_cache(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Training forwards fill a key/value cache that nobody reads; with some of the heads it would break.

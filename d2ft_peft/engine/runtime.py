@@ -54,12 +54,15 @@ class Follow:
         output: Output of the region's FORWARD_ONLY pass, or None where it follows that of the FULL pass on
             the last axis.
         nothing: Pass over no head, if none is active.
+        returned: What the region returned, and its version: the row-parallel projection must meet it untouched. None
+            where something that works feature by feature lies between.
     """
 
     full: Run | None
     forward_only: Run | None
     output: Tensor | None
     nothing: Run | None
+    returned: tuple[Tensor, int] | None = None
 
 
 class Runtime:

@@ -72,7 +72,8 @@ class BranchForward:
             out = self._in_step(x, args, kwargs)
         else:
             out = self._at_inference(args, kwargs)
-        return (out, None) if self.branch.name == "attention" else out
+        returned = self.branch.num_returned
+        return (out, *[None] * (returned - 1)) if returned else out
 
     def _row_outside(self, x: Tensor) -> Tensor:
         """The row-parallel projection where it follows the region: it has run already, on the ranks of the heads."""

@@ -38,7 +38,7 @@ from .exchange.timeline import Timeline
 from .exchange.traffic import Traffic
 from .placement import heads_by_rank
 from .rank_planner import HeadParallelPlanner
-from .requirements import check_mode, check_model, check_overlap, check_partition, check_processes, check_whole
+from .requirements import check_branches, check_mode, check_model, check_overlap, check_processes, check_whole
 from .stack import BlockStack, concatenate
 from .step import Step
 from .storage.saving import SavingMixin
@@ -91,7 +91,7 @@ class HeadParallel(SavingMixin):
         self._ranks = Ranks(timeout, next(model.parameters()).device, numbers)
         self.planner = HeadParallelPlanner(model, self._ranks, num_micro_batches)
         partition, ranks = self.planner.partition, self.planner.ranks_of_subnets
-        check_partition(partition)
+        check_branches(partition)
         self._shards = shards_of(base, partition, ranks)
         # What was loaded as a part is another one on every rank.
         parts = {id(s.tensor) for s in self._shards if not s.is_whole(s.tensor.shape)}

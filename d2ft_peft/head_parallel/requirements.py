@@ -34,21 +34,22 @@ def check_model(model: nn.Module, size: int) -> None:
         )
 
 
-def check_partition(partition: Partition) -> None:
-    """Refuse a model whose heads have something in common that ranks would have to exchange, or count by rank."""
-    branches = partition.branches
-    reasons = {
-        "has tensors per head besides its projections": any(branch.per_head for branch in branches),
-        "computes projections whose features all heads share": any(branch.whole for branch in branches),
-        "adds the residual within its branches": any(branch.residual for branch in branches),
-        "keeps its activation between two modules of the block": any(branch.joined for branch in branches),
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            raise ValueError(
-                f"head_parallel=True is not possible with model_type={partition.model_type!r}, which {reason}; use "
-                "data parallelism, where every process holds all heads."
-            )
+def check_branches(partition: Partition) -> None:
+    """Refuse a model of whose heads more is needed than rows and projections."""
+    for branch in partition.branches:
+        names = ", ".join(entry.name for entry in branch.per_head)
+        reasons = {
+            f"its {branch.region} reads {names}, of which every rank would need its heads' part": branch.per_head,
+            f"its {branch.region} adds {branch.residual!r} to its output itself": branch.residual,
+            f"the heads of its {branch.region} have {', '.join(branch.whole)} in common": branch.whole,
+            f"it applies the activation between {branch.region} and {branch.row.name} itself": branch.joined,
+        }
+        for reason, applies in reasons.items():
+            if applies:
+                raise ValueError(
+                    f"head_parallel=True cannot share out the heads of model_type={partition.model_type!r}: {reason}; "
+                    "use data parallelism."
+                )
 
 
 def check_whole(whole: bool, scores: tuple[str, ...]) -> None:

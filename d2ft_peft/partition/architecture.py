@@ -151,8 +151,3 @@ def known_architecture(model_type: str | None, config: Any) -> Architecture | No
     if model_type in _REFUSED:
         raise ValueError(f"model_type={model_type!r} cannot be partitioned into heads: {_REFUSED[model_type]}.")
     return None
-
-
-def known_model_types() -> list[str]:
-    """What the table knows."""
-    return sorted(_ARCHITECTURES)

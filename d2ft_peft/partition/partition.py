@@ -137,6 +137,12 @@ class Branch:
         return self.row.name.startswith(self.region + ".")
 
     @property
+    def num_returned(self) -> int:
+        """Number of values in the tuple that the region returns, 0 if it returns a tensor."""
+        usual = 2 if self.name == "attention" else 0
+        return usual if self.returns is None else self.returns
+
+    @property
     def projections(self) -> tuple[Projection, ...]:
         """All projections, column-parallel ones first."""
         return (*self.columns, self.row)

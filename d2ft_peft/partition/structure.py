@@ -168,9 +168,10 @@ def _tried(
             continue
         seen = replace(tried, **found["attention"])
         return seen, None if ffn is None else replace(ffn, **found["ffn"])
+    reason = next((reason for reason in reasons if not reason.startswith("it fails")), reasons[0])
     raise ValueError(
         f"model_type={model_type!r} cannot be partitioned into heads: {prefix} was tried on some of its heads, and "
-        f"{reasons[0]}; describe the model with d2ft_peft.register_architecture if it can be cut otherwise."
+        f"{reason}; describe the model with d2ft_peft.register_architecture if it can be cut otherwise."
     )
 
 

@@ -9,56 +9,15 @@ model, a quantized one or one without weights (on the meta device) costs millise
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
 from .partition import Branch, FeatureLayout
-
-
-_RANK = 4
-_LARGEST = 2**24
-"""Most entries of a parameter that is no projection's; a block with larger ones is not tried."""
-
-
-class _Refused(Exception):
-    """What stands in the way."""
-
-
-class _Stand(nn.Module):
-    """Stands for a linear layer; on the heads of the current pass where the trial says so."""
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__()
-        self.down = torch.randn(_RANK, in_features, dtype=torch.float64) / in_features**0.5
-        self.up = torch.randn(out_features, _RANK, dtype=torch.float64) / _RANK**0.5
-        self.bias = torch.randn(out_features, dtype=torch.float64)
-        self.place: tuple[_Trial, FeatureLayout, str] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.place is None:
-            return x @ self.down.T @ self.up.T + self.bias
-        trial, layout, kind = self.place
-        if kind == "column":
-            out = x @ self.down.T @ self.up.T + self.bias
-            return out if trial.dense else out[..., trial.features(layout, trial.running())]
-        if trial.dense:
-            trial.met.append(x)
-            kept = torch.zeros(layout.size, dtype=x.dtype)
-            kept[trial.features(layout, trial.active)] = 1
-            return (x * kept) @ self.down.T @ self.up.T + self.bias
-        inside = kind == "row inside"
-        down = self.down[:, trial.features(layout, trial.running() if inside else trial.active)]
-        if x.shape[-1] != down.shape[1]:
-            raise _Refused(
-                f"the row-parallel projection met {x.shape[-1]} features instead of the {down.shape[1]} that run"
-            )
-        out = x @ down.T @ self.up.T
-        return out if inside and trial.number else out + self.bias
+from .stand_in import CannotBeCut, StandIn, stand_in_for
 
 
 class _Trial:
@@ -69,6 +28,7 @@ class _Trial:
         self.active = self.full + self.forward_only
         self.dense, self.heads, self.number = True, None, 0
         self.outputs: dict[str, list[Any]] = {}
+        self.versions: dict[str, int] = {}
         self.met: list[Tensor] = []
 
     def begin(self) -> None:
@@ -77,15 +37,39 @@ class _Trial:
             self.outputs, self.met = {}, []
 
     def running(self) -> list[int]:
-        """The heads of the current pass. Raises `_Refused` outside of one."""
+        """The heads of the current pass. Raises `CannotBeCut` outside of one."""
         if self.heads is None:
-            raise _Refused("a projection runs outside of its region")
+            raise CannotBeCut("a projection runs outside of its region")
         return self.heads
 
     @staticmethod
     def features(layout: FeatureLayout, heads: list[int]) -> list[int]:
         """The features of some heads; trials are for projections in one part."""
         return [head * layout.width + feature for head in heads for feature in range(layout.width)]
+
+    def projection(self, layout: FeatureLayout, kind: str) -> Callable[[StandIn, Tensor], Tensor]:
+        """What a projection computes: ``"column"``, ``"row inside"`` of its region, or ``"row"`` outside of it."""
+
+        def column(stand: StandIn, x: Tensor) -> Tensor:
+            out = stand.whole(x)
+            return out if self.dense else out[..., self.features(layout, self.running())]
+
+        def row(stand: StandIn, x: Tensor) -> Tensor:
+            if self.dense:
+                self.met.append(x)
+                kept = torch.zeros(layout.size, dtype=x.dtype)
+                kept[self.features(layout, self.active)] = 1
+                return stand.whole(x * kept)
+            inside = kind == "row inside"
+            down = stand.down[:, self.features(layout, self.running() if inside else self.active)]
+            if x.shape[-1] != down.shape[1]:
+                raise CannotBeCut(
+                    f"the row-parallel projection met {x.shape[-1]} features instead of the {down.shape[1]} that run"
+                )
+            out = x @ down.T @ stand.up.T
+            return out if inside and self.number else out + stand.bias
+
+        return column if kind == "column" else row
 
     def region(self, branch: Branch, module: nn.Module) -> Callable[..., Any]:
         """What stands before a region's forward."""
@@ -95,6 +79,7 @@ class _Trial:
             if self.dense:
                 out = own(module, *args, **kwargs)
                 self.outputs.setdefault(branch.name, []).append(out)
+                self.versions[branch.name] = _first(out)._version
                 return out
             if not self.active:
                 first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -114,13 +99,18 @@ class _Trial:
             setattr(module, name, value // branch.heads * len(heads))
         self.heads, self.number = heads, number
         names = list(inspect.signature(type(module).forward).parameters)[1:]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        for entry in branch.per_head:
-            if (value := given.get(entry.name)) is not None:
-                index = [head * entry.width + i for head in heads for i in range(entry.width)]
-                given[entry.name] = value.index_select(entry.axis, torch.tensor(index))
+        taken = {entry.name: entry for entry in branch.per_head}
+
+        def of_heads(name: str, value: Any) -> Any:
+            if value is None or name not in taken:
+                return value
+            width = taken[name].width
+            index = torch.tensor([head * width + i for head in heads for i in range(width)])
+            return value.index_select(taken[name].axis, index)
+
+        args = tuple(of_heads(name, value) for name, value in itertools.zip_longest(names[: len(args)], args))
         try:
-            return type(module).forward(module, **given)
+            return type(module).forward(module, *args, **{name: of_heads(name, kwargs[name]) for name in kwargs})
         finally:
             self.heads = None
             for name, value in whole.items():
@@ -146,18 +136,19 @@ def try_block(
         torch.manual_seed(0)
         try:
             return _try(block, prefix, branches, hidden_size)
-        except _Refused as refused:
+        except CannotBeCut as refused:
             return str(refused)
 
 
 def _try(block: nn.Module, prefix: str, branches: list[Branch], hidden_size: int | None) -> dict[str, dict[str, Any]]:
-    heads, stand = branches[0].heads, _stand_in(block, {})
+    heads, stand = branches[0].heads, stand_in_for(block, {})
     trial = _Trial(heads)
     for branch in branches:
         region = stand.get_submodule(branch.region.removeprefix(prefix + "."))
         for projection in branch.projections:
             kind = "column" if projection.kind == "column" else "row inside" if branch.row_inside else "row"
-            stand.get_submodule(projection.name.removeprefix(prefix + ".")).place = trial, projection.layout, kind
+            layer = stand.get_submodule(projection.name.removeprefix(prefix + "."))
+            layer.instead = trial.projection(projection.layout, kind)
         region.forward = trial.region(branch, region)
     call = _Call(stand, trial, branches[0], prefix, hidden_size)
 
@@ -170,7 +161,7 @@ def _try(block: nn.Module, prefix: str, branches: list[Branch], hidden_size: int
     trial.active = trial.full + trial.forward_only
     expected = call()
     if len(trial.active) < heads and torch.allclose(whole, expected, rtol=1e-3, atol=1e-3):
-        raise _Refused("its heads make no difference to what it returns, so that nothing can be compared")
+        raise CannotBeCut("its heads make no difference to what it returns, so that nothing can be compared")
     trial.dense = False
     _check_equal(call(), expected)
     trial.full = trial.forward_only = trial.active = []
@@ -181,9 +172,11 @@ def _try(block: nn.Module, prefix: str, branches: list[Branch], hidden_size: int
 def _facts(branch: Branch, trial: _Trial) -> dict[str, Any]:
     outputs = trial.outputs.get(branch.name, [])
     if len(outputs) != 1:
-        raise _Refused(f"its {branch.name} ({branch.region}) runs {len(outputs)} times instead of once")
+        raise CannotBeCut(f"its {branch.name} ({branch.region}) runs {len(outputs)} times instead of once")
     out = outputs[0]
-    joined = not branch.row_inside and not any(x is _first(out) for x in trial.met)
+    # What is changed in place on its way to the row-parallel projection is the same tensor, and not the same.
+    untouched = _first(out)._version == trial.versions[branch.name] and any(x is _first(out) for x in trial.met)
+    joined = not branch.row_inside and not untouched
     return {"joined": joined, "returns": len(out) if isinstance(out, tuple) else 0}
 
 
@@ -211,7 +204,7 @@ class _Call:
             given = self._arguments(x, masked)
             try:
                 out = _first(self._attempt(x, given))
-            except _Refused as error:
+            except CannotBeCut as error:
                 refused = refused or error
             else:
                 self.given = x, given
@@ -222,11 +215,11 @@ class _Call:
         self.trial.begin()
         try:
             return self.stand(x, **given)
-        except _Refused:
+        except CannotBeCut:
             raise
         except Exception as error:  # anything may go wrong in a forward that was not written for this
             reason = str(error).splitlines()[0] if str(error) else ""
-            raise _Refused(f"it fails: {type(error).__name__}: {reason}") from error
+            raise CannotBeCut(f"it fails: {type(error).__name__}: {reason}") from error
 
     def _arguments(self, x: Tensor, masked: bool) -> dict[str, Any]:
         required = [
@@ -261,7 +254,7 @@ def _check_equal(found: Tensor, expected: Tensor) -> None:
     scale = expected.abs().max().clamp(min=1.0)
     # Some models take the softmax in float32.
     if found.shape != expected.shape or not (found - expected).abs().max() <= 1e-5 * scale:
-        raise _Refused("on some heads it does not return what the whole block makes of them")
+        raise CannotBeCut("on some heads it does not return what the whole block makes of them")
 
 
 def _first(out: Any) -> Tensor:
@@ -270,39 +263,3 @@ def _first(out: Any) -> Tensor:
 
 def _as_returned(sample: Any, out: Tensor) -> Any:
     return (out, *[None] * (len(sample) - 1)) if isinstance(sample, tuple) else out
-
-
-def _stand_in(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
-    """A module like this one with random weights in float64, and nothing that was put before its forward."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    if id(module) in known:
-        return known[id(module)]
-    if isinstance(module, nn.Linear):
-        return known.setdefault(id(module), _Stand(module.in_features, module.out_features))
-    if isinstance(module, Conv1D):
-        return known.setdefault(id(module), _Stand(module.nx, module.nf))
-    stand = object.__new__(type(module))
-    state = {name: value for name, value in vars(module).items() if name not in ("forward", "_old_forward")}
-    stand.__dict__.update({**state, **vars(nn.Module())})
-    known[id(module)] = stand
-    if "gradient_checkpointing" in state:
-        stand.gradient_checkpointing = False
-    if isinstance(state.get("config"), PreTrainedConfig):
-        config = stand.config = object.__new__(type(state["config"]))
-        config.__dict__.update(vars(state["config"]))
-        config._attn_implementation_internal = "eager"
-    for name, parameter in module._parameters.items():
-        stand._parameters[name] = None if parameter is None else _random(name, parameter)
-    for name, buffer in module._buffers.items():
-        moved = buffer is not None and (torch.empty_like(buffer, device="cpu") if buffer.is_meta else buffer.cpu())
-        stand._buffers[name] = moved.double() if moved is not False and moved.is_floating_point() else moved or None
-    for name, child in module._modules.items():
-        stand._modules[name] = None if child is None else _stand_in(child, known)
-    return stand
-
-
-def _random(name: str, parameter: Tensor) -> nn.Parameter:
-    if parameter.numel() > _LARGEST:
-        raise _Refused(f"its parameter {name!r} of {parameter.numel():,} entries is too large to be tried")
-    return nn.Parameter(torch.randn(parameter.shape, dtype=torch.float64), requires_grad=False)

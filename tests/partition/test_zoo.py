@@ -1,13 +1,16 @@
 """Families that D2FT finds from their structure: the fast execution equals the reference, in float64."""
 
+import copy
 import inspect
 
+import peft
 import pytest
 import torch
 
 from d2ft_peft import partition_model
 from d2ft_peft.engine import compile_plan, get_runtime
 from tests.reference import reference_forward
+from tests.tuners.cases import assert_plain, mixed_row
 from tests.tuners.test_equality import assert_same_gradients, d2ft_model, plain_twin, random_rows
 from tests.zoo import ZOO
 
@@ -62,3 +65,57 @@ def test_random_schedules_equal_the_reference(name, mode):
 def test_a_family_that_cannot_be_cut_is_refused_with_the_reason(name):
     with pytest.raises(ValueError, match=ZOO[name].refused):
         partition_model(build(name))
+
+
+@pytest.mark.parametrize("name", ["whisper", "beit", pytest.param("deberta", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_changes_nothing(name, use_reentrant):
+    """Of an activation between two regions, a bias of every head, and a projection of other inputs."""
+    model = build(name)
+    batch = batch_of(name, model)
+    plain, ours = d2ft_model(model, "full").train(), d2ft_model(model, "full").train()
+    ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    partition = partition_model(model)
+    for row in random_rows(partition, seed=1, n=1):
+        with get_runtime(plain).use(compile_plan(partition, row)):
+            expected = step(plain, batch)
+        with get_runtime(ours).use(compile_plan(partition, row)):
+            outputs = step(ours, batch)
+        torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+        assert_same_gradients(ours, plain, "full", rtol=1e-12, atol=1e-12)
+
+
+SAVED = [name if name in ("whisper", "deberta-v2") else pytest.param(name, marks=pytest.mark.slow) for name in CUT]
+
+
+def values(model, batch):
+    torch.manual_seed(3)
+    with torch.no_grad():
+        outputs = model.eval()(**batch)
+    return outputs.logits if "labels" in batch else outputs.last_hidden_state
+
+
+@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_what_was_trained_is_saved_loaded_and_merged(name, mode, tmp_path):
+    """LoRA loads in stock PEFT, into modules that D2FT has never seen."""
+    model = build(name)
+    batch = batch_of(name, model)
+    ours = d2ft_model(model, mode).train()
+    runtime = get_runtime(ours)
+    partition = runtime.partitions["default"]
+    with runtime.use(compile_plan(partition, mixed_row(partition))):
+        step(ours, batch)
+    for parameter in ours.parameters():
+        if parameter.grad is not None:
+            parameter.data -= 0.5 * parameter.grad.sign()
+    trained = values(ours, batch)
+    assert not torch.allclose(trained, values(model, batch), atol=1e-3)
+    ours.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    torch.testing.assert_close(values(loaded, batch), trained, rtol=1e-6, atol=1e-6)
+    if mode == "lora":
+        assert not any(type(module).__module__.startswith("d2ft_peft") for module in loaded.modules())
+    merged = ours.merge_and_unload()
+    torch.testing.assert_close(values(merged, batch), trained, rtol=1e-6, atol=1e-6)
+    assert_plain(merged)
