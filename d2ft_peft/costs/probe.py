@@ -33,12 +33,14 @@ class Entry(NamedTuple):
         trains: Whether a weight of its own trains.
         scales: Whether it works on every position, so that its FLOPs follow the length of the sequence.
         name: Path of the module.
+        products: The part of `flops` that multiplies activations with each other (linear attention), not with weights.
     """
 
     flops: float
     trains: bool
     scales: bool = True
     name: str = ""
+    products: float = 0.0
 
 
 @dataclass
@@ -64,7 +66,10 @@ class Probe:
         factor = tokens / self.sequence_length
 
         def scaled(entries: list[Entry]) -> list[Entry]:
-            return [entry._replace(flops=entry.flops * factor) if entry.scales else entry for entry in entries]
+            return [
+                entry._replace(flops=entry.flops * factor, products=entry.products * factor) if entry.scales else entry
+                for entry in entries
+            ]
 
         inside = {block: scaled(entries) for block, entries in self.inside.items()}
         return replace(self, sequence_length=tokens, below=scaled(self.below), inside=inside, above=scaled(self.above))
@@ -130,6 +135,7 @@ class _Frame:
         name: Its path.
         of_subnet: Whether it is part of a projection or of attention, which the cost model knows by their shapes.
         flops: FLOPs that it computed itself, outside of its children.
+        products: The part of them that multiplies activations with each other.
     """
 
     module: nn.Module
@@ -137,6 +143,7 @@ class _Frame:
     positions: int
     of_subnet: bool
     flops: float = 0.0
+    products: float = 0.0
 
 
 class _Meter(TorchDispatchMode):
@@ -159,6 +166,7 @@ class _Meter(TorchDispatchMode):
         blocks = {name: index for index, name in enumerate(partition.blocks)}
         subnets = {*partition.projections, *(b.region for b in partition.branches if b.name == "attention")}
         named = {module: name for name, module in base.named_modules()}
+        self.weights = {_storage(parameter) for parameter in base.parameters()}
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         for module in {**dict.fromkeys(self.roots, ""), **named}:
             name = named.get(module, "")
@@ -196,7 +204,10 @@ class _Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         count = self.counts.get(func._overloadpacket)
         if count is not None and self.stack:
-            self.stack[-1].flops += count(*args, **kwargs, out_val=out)
+            flops, frame = count(*args, **kwargs, out_val=out), self.stack[-1]
+            frame.flops += flops
+            if not any(isinstance(value, Tensor) and _storage(value) in self.weights for value in args):
+                frame.products += flops
         return out
 
     def _finish(self) -> None:
@@ -211,6 +222,7 @@ class _Meter(TorchDispatchMode):
                     any(p.requires_grad for p in frame.module.parameters(recurse=False)),
                     frame.positions >= rows,
                     frame.name,
+                    frame.products / self.samples,
                 )
                 for frame in frames
             ]
@@ -222,6 +234,11 @@ class _Meter(TorchDispatchMode):
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _storage(value: Tensor) -> int | None:
+    """What tells whether tensors share memory; None where there is none (meta)."""
+    return None if value.is_meta else value.untyped_storage().data_ptr()
 
 
 def _positions(values: tuple) -> int:

@@ -29,6 +29,10 @@ class CostModel:
         inside_forward: What each block runs whole besides its subnets (experts, router), [B]; None for nothing.
         inside_weight_gradient: Gradient of its weights, [B]; 0 where they do not train. That of its input costs as much
             as `inside_forward`, where anything below trains.
+        inside_products: The part of `inside_forward` that multiplies activations with each other, whose gradient costs
+            as much once more, [B]; None for nothing.
+        inside_entry_gradient: What of the gradients inside a block lies before its subnets (linear attention before an
+            FFN), [B]: not computed in the lowest block that trains; None for nothing.
         above_forward: Task head.
         above_weight_gradient: Gradient of its weights; 0 where it does not train.
         above_input_gradient: Gradient of its input.
@@ -50,6 +54,8 @@ class CostModel:
     below_backward: float = 0.0
     inside_forward: np.ndarray | None = None
     inside_weight_gradient: np.ndarray | None = None
+    inside_products: np.ndarray | None = None
+    inside_entry_gradient: np.ndarray | None = None
     above_forward: float = 0.0
     above_weight_gradient: float = 0.0
     above_input_gradient: float = 0.0
@@ -78,6 +84,7 @@ class CostModel:
             changed[name] = np.where(of_block[self.blocks], getattr(other, name), getattr(self, name))
         for name in (
             "shared_forward", "shared_backward", "shared_entry_gradient", "inside_forward", "inside_weight_gradient",
+            "inside_products", "inside_entry_gradient",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 changed[name] = np.where(of_block, getattr(other, name), getattr(self, name))
@@ -133,9 +140,9 @@ class CostModel:
         in_block = (self.blocks[:, None] == np.arange(len(self.shared_forward))).astype(float)
         has_full, has_forward_only = full @ in_block > 0, (active & ~full) @ in_block > 0
         num_blocks = len(self.shared_forward)
-        inside, weight_gradients = (
+        inside, weight_gradients, products = (
             np.zeros(num_blocks) if given is None else given
-            for given in (self.inside_forward, self.inside_weight_gradient)
+            for given in (self.inside_forward, self.inside_weight_gradient, self.inside_products)
         )
         flops = self.below_forward + self.above_forward + self.above_weight_gradient + self.below_backward
         # Inputs need gradients from the head down to the lowest block in which, or below which, something trains.
@@ -146,11 +153,14 @@ class CostModel:
         flops = flops + active @ self.forward + inside.sum() + weight_gradients.sum()
         flops += (full & goes_back[:, self.blocks]) @ self.backward + goes_back @ self.shared_backward
         flops += has_full @ self.shared_forward + has_forward_only @ self.shared_forward
-        inside_above = np.append(np.cumsum(inside[::-1])[::-1], 0.0)
+        inside_above = np.append(np.cumsum((inside + products)[::-1])[::-1], 0.0)
         flops += inside_above[lowest] + self.above_input_gradient * (lowest < num_blocks)
         if not self.below_trains:
             spared = trains & (lowest_full <= lowest_inside)
             entry = full & (self.blocks == lowest_full[:, None])
             shared_entry = np.append(self.shared_entry_gradient, 0.0)[lowest_full]
             flops -= (entry @ self.entry_gradient + shared_entry) * spared
+            if self.inside_entry_gradient is not None:
+                before = np.append(self.inside_entry_gradient, 0.0)[lowest_full]
+                flops -= before * (trains & (lowest_full < lowest_inside))
         return np.where(runs, flops, 0.0)
