@@ -52,7 +52,7 @@ class Animal(Tiny):
         inputs = {
             "tokens": lambda: {
                 "input_ids": torch.randint(3, 60, (n, 7), generator=generator),
-                "attention_mask": torch.ones(n, 7, dtype=torch.long),
+                "attention_mask": (torch.arange(7) < torch.tensor([7] * (n - 1) + [5])[:, None]).long(),
             },
             "image": lambda: {"pixel_values": values(3, 16, 16)},
             "video": lambda: {"pixel_values": values(4, 3, 16, 16)},
@@ -60,6 +60,10 @@ class Animal(Tiny):
                 "pixel_values": values(4, 192),
                 "pixel_attention_mask": torch.ones(n, 4, dtype=torch.long),
                 "spatial_shapes": torch.tensor([[2, 2]] * n),
+            },
+            "packed": lambda: {
+                "pixel_values": values(16, 96).flatten(0, 1),
+                "grid_thw": torch.tensor([[1, 4, 4]] * n),
             },
             "wave": lambda: {"input_values": values(60)},
             "spectrogram": lambda: {"input_values": values(16, 8)},
@@ -188,6 +192,14 @@ ZOO: dict[str, Animal] = {
         tf.VideoMAEConfig, tf.VideoMAEForVideoClassification, "VideoMAE", "video", num_frames=4, tubelet_size=2
     ),
     "yolos": _image(tf.YolosConfig, tf.YolosModel, "YOLOS", image_size=[16, 16], num_detection_tokens=2),
+    "llama4_vision_model": _image(
+        tf.Llama4VisionConfig, tf.Llama4VisionModel, "Llama 4, vision tower", quick=True, intermediate_size=128,
+        projector_input_dim=32, projector_output_dim=32, vision_output_dim=32, patch_size=4,
+    ),
+    "muse_glimmer_vision": _image(
+        tf.MuseGlimmerVisionConfig, tf.MuseGlimmerVisionModel, "Muse Glimmer, vision tower", "packed", patch_size=4,
+        pos_emb_height=4, pos_emb_width=4,
+    ),
     "swin": Animal(
         tf.SwinConfig, tf.SwinForImageClassification,
         {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2},

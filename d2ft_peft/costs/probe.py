@@ -180,7 +180,9 @@ class _Meter(TorchDispatchMode):
                 self.probe.unreached = tuple(other for other in self.probe.unreached if other != name)
             if block is not None:
                 self.place = block
-                self.samples, self.probe.sequence_length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+                # Blocks do not agree on the name of what enters them.
+                hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+                self.samples, self.probe.sequence_length = hidden.shape[:2]
             of_outer = bool(self.stack) and self.stack[-1].of_subnet
             self.stack.append(_Frame(module, name, _positions((*args, *kwargs.values())), of_subnet or of_outer))
 
