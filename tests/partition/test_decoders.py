@@ -23,8 +23,9 @@ DENSE = (
 )  # fmt: skip
 # Attention is cut, the experts always run.
 EXPERTS = (
-    "afmoe", "aria_text", "axk1", "cohere2_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "exaone_moe",
-    "flex_olmo", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoeshared",
+    "afmoe", "aria_text", "axk1", "bamba", "cohere2_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "exaone_moe",
+    "flex_olmo", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granitemoe", "granitemoe_swa", "granitemoehybrid",
+    "granitemoeshared",
     "hunyuan_v1_moe", "hy_v3", "jamba", "laguna", "llama4_text", "mimo_v2_flash", "minimax", "minimax_m2", "mixtral",
     "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_5_moe_text", "qwen3_next", "solar_open",
 )  # fmt: skip
@@ -36,10 +37,15 @@ LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "shared_expert_intermediate_size": 16, "num_hidden_layers": 4,
 }  # fmt: skip
+MAMBA = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "attn_layer_indices": [1],
+}  # fmt: skip
 # What else a family needs.
 OTHERS = {
     **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), LATENT),
     **dict.fromkeys(("olmo_hybrid", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"), LINEAR),
+    "bamba": MAMBA,
+    "granitemoehybrid": {**MAMBA, "layer_types": ["mamba", "attention", "mamba"], "head_dim": None},
     "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "jamba": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "use_mamba_kernels": False,
