@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 
 from d2ft_peft import D2FTConfig, partition_model
 from d2ft_peft.engine import compile_plan, get_runtime
+from d2ft_peft.engine.plan import Heads
 from tests.reference import reference_forward
 from tests.tuners.cases import mixed_row, same
 from tests.tuners.test_equality import LORA, assert_same_gradients, enable_checkpointing, plain_twin, random_rows, step
@@ -115,6 +116,27 @@ def test_every_head_full_is_the_plain_model_to_the_bit(name):
     partition = partition_model(model)
     with get_runtime(ours).use(compile_plan(partition, np.full(partition.num_scheduled, 2))):
         same(step(ours, batch).logits, step(twin, batch).logits)
+
+
+@pytest.mark.parametrize("name, shortcut", [("codegen", "mean"), ("bloom", "rescale"), ("olmo2", "mean")])
+def test_what_stands_in_for_skipped_heads_equals_the_reference(name, shortcut):
+    """Also where a head's features lie in several places, and where the region adds the residual."""
+    model, batch = built(name)
+    torch.manual_seed(7)
+    ours = get_peft_model(copy.deepcopy(model), D2FTConfig(shortcut=shortcut)).train()
+    twin, runtime = plain_twin(model, "full", False).train(), get_runtime(ours)
+    partition = partition_model(twin)
+    with runtime.use(compile_plan(partition, np.full(partition.num_scheduled, 2))):
+        step(ours, batch)
+    for row in random_rows(partition, seed=1, n=2)[:2]:
+        with runtime.use(compile_plan(partition, row)):
+            every = Heads(tuple(range(partition.branches[0].heads)))
+            means = {branch: mean.features(every).clone() for branch, mean in runtime.means.items()}
+            outputs = step(ours, batch)
+        with reference_forward(twin, partition, row, shortcut, means):
+            expected = step(twin, batch)
+        torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-5, atol=1e-6)
+        assert_same_gradients(ours, twin, "full", rtol=1e-4, atol=1e-6)
 
 
 def test_sinks_learn_from_the_heads_that_are_full_only():
