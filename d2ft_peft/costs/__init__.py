@@ -2,7 +2,8 @@
 
 from .counter import flop_counter
 from .flops import cost_model
-from .probe import Entry, Probe, ProjectionsBypassed, inference, probe_model, watch
+from .probe import ProjectionsBypassed, inference, probe_model, watch
+from .seen import Entry, Probe
 
 
 __all__ = ["Entry", "Probe", "ProjectionsBypassed", "cost_model", "flop_counter", "inference", "probe_model", "watch"]

@@ -47,6 +47,12 @@ def open_cache(
         raise ValueError("cache_frozen needs the model's blocks here; DLoRA's connect has a cache_dir of its own.")
     cut = next((entry.index for entry in runtime.entries if entry.learns(None)), len(runtime.entries))
     partition = next(iter(runtime.partitions.values()))
+    if partition.several:
+        raise ValueError(
+            "cache_frozen keeps what the lower blocks of one stack return, and "
+            f"model_type={partition.model_type!r} has several, or cross attention; leave cache_frozen out, or name a "
+            "single stack in `stacks`."
+        )
     body = find_body(base, partition.blocks[0].rpartition(".")[0])
     blocks = [base.get_submodule(name) for name in partition.blocks]
     above = {id(part) for block in blocks[cut:] for part in block.modules()}

@@ -14,6 +14,7 @@ from .intercept import Intercept
 from .plan import Cell, Heads
 from .projection import ProjectionForward
 from .region_view import RegionView
+from .row_counts import rows_at
 from .runtime import Follow, Run, Runtime
 
 
@@ -76,15 +77,17 @@ class RegionForward(Intercept):
         cell = runtime.plan.cells[self.index] if self.module.training else None
         if not in_backward():
             runtime.executed[self.index] = cell
-            if self.index == 0:
-                samples, tokens = _first_tensor(args, kwargs).shape[:2]
-                runtime.begin_pass(samples, tokens)
-                runtime.readings.append(runtime.reading)
+            for place, gauge in enumerate(runtime.gauges):
+                if gauge.branch == self.index:
+                    runtime.count_rows(place, *rows_at(args, kwargs, gauge.other))
         return cell
 
     def _run(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
         residual, args, kwargs = self.view.take_residual(args, kwargs)
+        handed_on, kwargs = self.view.hand_on(args, kwargs)
         out = self._branch(cell, args, kwargs)
+        if self.branch.hands_on:
+            out = (out[0], handed_on, *(out[2:] or (None,)))
         if residual is None:
             return out
         return (residual + out[0], *out[1:]) if isinstance(out, tuple) else residual + out

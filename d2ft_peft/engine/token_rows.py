@@ -120,6 +120,9 @@ def check_takes_tokens(model: nn.Module, partition: Partition, margins: tuple[in
             block not in {branch.block for branch in partition.branches if branch.name == "attention"}
             for block in range(len(blocks))
         ),
+        "its blocks do not see the same tokens: it has several stacks, or cross attention; choose another policy": (
+            partition.several
+        ),
         "its blocks do not name their hidden_states": (
             "hidden_states" not in inspect.signature(type(first).forward).parameters
         ),

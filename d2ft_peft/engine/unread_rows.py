@@ -87,7 +87,7 @@ class UnreadRows:
         def rows(name: str, **kwargs: Any) -> RowsForward:
             return RowsForward(self.base.get_submodule(name), self.runtime, name, index, region, **kwargs)
 
-        if branch.name == "attention":
+        if branch.name != "ffn":
             # The query comes first; a model in which it does not is found out.
             if len(branch.columns) > 1 and branch.columns[0].layout.parts == 1:
                 self._interceptions.append(rows(branch.columns[0].name))

@@ -3,55 +3,59 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .architecture import Architecture, BranchSpec
-from .find_architecture import find_architecture
+from .architecture import BranchSpec
+from .gauges import Stack
 from .head_layouts import head_layouts, wide_layouts
 from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
+from .stacks import FoundStack, find_stacks, has_module
 
 
 # Linear layers under other names, which compute what nn.Linear does.
 _LINEAR = ("FalconLinear",)
 
 
-def partition_model(model: nn.Module, heads_per_subnet: int = 1) -> Partition:
+def partition_model(
+    model: nn.Module, heads_per_subnet: int = 1, stacks: str | Sequence[str] | None = None
+) -> Partition:
     """Cut a transformers model into subnets (arXiv 2504.12471, section 3).
 
     Args:
         model: The model, with or without PEFT layers in it.
         heads_per_subnet: Heads (key/value heads under grouped-query attention) that one subnet groups.
+        stacks: Which stacks of blocks are cut, where there are several; see `D2FTConfig`.
 
     Raises:
         ValueError: If the model cannot be cut; the message says what stands in the way.
     """
-    architecture = find_architecture(model)
-    stack, blocks = _find_blocks(model, architecture)
-    attentions = [
-        _attention_branch(model, block, f"{stack}.{index}", index, architecture.attention)
-        for index, block in enumerate(blocks)
-    ]
-    branches, subnets = [], []
-    for index, (block, attention) in enumerate(zip(blocks, attentions, strict=True)):
-        # A block that mixes tokens otherwise (linear attention) runs whole, and its FFN is cut as in the others.
-        heads = next(branch for branch in (attention, *attentions) if branch is not None).heads
-        _check_heads_per_subnet(heads_per_subnet, heads)
-        of_block = [] if attention is None else [attention]
-        if architecture.ffn is not None and _has_module(block, architecture.ffn.row):
-            of_block.append(_ffn_branch(block, f"{stack}.{index}", index, architecture.ffn, heads))
-        branches += of_block
-        for first in range(0, heads if of_block else 0, heads_per_subnet):
-            subnets.append(Subnet(len(subnets), index, tuple(range(first, first + heads_per_subnet))))
+    branches: list[Branch] = []
+    subnets: list[Subnet] = []
+    blocks: list[str] = []
+    cut: list[Stack] = []
+    for found in find_stacks(model, stacks):
+        reads = found.reads if blocks or found.reads == "states" else "inputs"  # nothing is scheduled before it
+        cut.append(Stack(found.name, len(blocks), len(found.blocks), reads))
+        for index, (heads, of_block) in enumerate(_branches(found, len(blocks)), start=len(blocks)):
+            _check_heads_per_subnet(heads_per_subnet, heads)
+            branches += of_block
+            for first in range(0, heads if of_block else 0, heads_per_subnet):
+                subnets.append(Subnet(len(subnets), index, tuple(range(first, first + heads_per_subnet))))
+        blocks += [f"{found.name}.{number}" for number in range(len(found.blocks))]
     projections = {p.name for branch in branches for p in branch.projections}
     return Partition(
         model_type=model.config.model_type,
         branches=tuple(branches),
         subnets=tuple(subnets),
-        blocks=tuple(f"{stack}.{index}" for index in range(len(blocks))),
+        blocks=tuple(blocks),
         boundary=tuple(_boundary(model, "", projections)),
         heads_per_subnet=heads_per_subnet,
+        stacks=tuple(cut),
     )
 
 
@@ -62,29 +66,34 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def _find_blocks(model: nn.Module, architecture: Architecture) -> tuple[str, nn.ModuleList]:
-    """The one ModuleList of the model whose children hold the architecture's projections."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and (name == architecture.blocks or name.endswith("." + architecture.blocks))
-        and any(_has_module(block, architecture.attention.row) for block in module)
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"expected one stack of blocks named {architecture.blocks!r} in {type(model).__name__}, found "
-            f"{len(found)} ({', '.join(name for name, _ in found) or 'none'}); D2FT partitions models with one stack."
-        )
-    return found[0]
+def _branches(found: FoundStack, start: int) -> list[tuple[int, list[Branch]]]:
+    """Heads and branches of each block of a stack, in the order in which they run.
 
+    A block that mixes tokens otherwise (linear attention) runs whole, and its FFN is cut as in the others.
 
-def _has_module(block: nn.Module, path: str) -> bool:
-    try:
-        block.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+    Args:
+        found: The stack.
+        start: Index of its first block in the model.
+    """
+    prefixes = [f"{found.name}.{number}" for number in range(len(found.blocks))]
+    blocks, spec = list(zip(found.blocks, prefixes, itertools.count(start))), found.architecture  # noqa: B905
+    attentions = [_attention_branch(found, *one, spec.attention) for one in blocks]
+    branches = []
+    for (block, prefix, index), attention in zip(blocks, attentions, strict=True):
+        heads = next(branch for branch in (attention, *attentions) if branch is not None).heads
+        cross = spec.cross_attention
+        if cross is not None:
+            cross = _attention_branch(found, block, prefix, index, cross, "cross_attention")
+        if cross is not None and cross.heads != heads:
+            raise ValueError(
+                f"{prefix} cannot be cut into heads: its attention has {heads} (key/value) heads and its cross "
+                f"attention {cross.heads}."
+            )
+        ffn = None
+        if spec.ffn is not None and has_module(block, spec.ffn.row):
+            ffn = _ffn_branch(block, prefix, index, spec.ffn, heads)
+        branches.append((heads, [branch for branch in (attention, cross, ffn) if branch is not None]))
+    return branches
 
 
 def _submodule(block: nn.Module, prefix: str, path: str) -> nn.Module:
@@ -97,18 +106,20 @@ def _submodule(block: nn.Module, prefix: str, path: str) -> nn.Module:
         ) from error
 
 
-def _attention_branch(model: nn.Module, block: nn.Module, prefix: str, index: int, spec: BranchSpec) -> Branch | None:
-    """The attention of a block, or None if the block has none."""
-    if not _has_module(block, spec.row):
+def _attention_branch(
+    part: Any, block: nn.Module, prefix: str, index: int, spec: BranchSpec, name: str = "attention"
+) -> Branch | None:
+    """The attention of a block, or None if the block has none; `part` has the block's configuration."""
+    if not has_module(block, spec.row):
         return None
     region, where = _submodule(block, prefix, spec.region), f"{prefix}.{spec.region}"
-    head_dim = _head_dim(model, region)
+    head_dim = _head_dim(part.config, region)
     widths = {path: _linear_shape(block, prefix, path)[1] for path in spec.columns}
     columns = [widths[path] for path in spec.columns if path not in spec.apart]
     row = _linear_shape(block, prefix, spec.row)[0]
     value_dim = getattr(region, "v_head_dim", None) or head_dim
     if not spec.shared_input:
-        layouts = wide_layouts(where, model.config.num_attention_heads, columns, row)
+        layouts = wide_layouts(where, part.config.num_attention_heads, columns, row)
     elif value_dim != head_dim and len(columns) == 3:  # queries, keys and narrower values
         layouts = wide_layouts(where, columns[1] // head_dim, columns, row)
     else:
@@ -123,7 +134,7 @@ def _attention_branch(model: nn.Module, block: nn.Module, prefix: str, index: in
     )
     _check_region_parameters(block, region, prefix, spec, head_dim)
     return Branch(
-        name="attention",
+        name=name,
         block=index,
         region=where,
         columns=tuple(_projection(block, prefix, path, "column", layout_of[path]) for path in spec.columns),
@@ -137,6 +148,8 @@ def _attention_branch(model: nn.Module, block: nn.Module, prefix: str, index: in
         apart=tuple(f"{prefix}.{path}" for path in spec.apart),
         joined=spec.joined,
         returns=spec.returns,
+        other_input=tuple(f"{prefix}.{path}" for path in spec.other_input),
+        hands_on=spec.hands_on,
     )
 
 
@@ -146,14 +159,14 @@ def _per_head(region: nn.Module, where: str, name: str, axis: int, heads: int, q
     if name in arguments:
         return PerHead(name, "argument", axis, query_heads)
     parent, _, leaf = name.rpartition(".")
-    owner = unwrap(region.get_submodule(parent)) if _has_module(region, parent) else None
+    owner = unwrap(region.get_submodule(parent)) if has_module(region, parent) else None
     value = getattr(owner, leaf, None)
     if isinstance(value, nn.ModuleList):
         kind, size = "modules", len(value)
     elif isinstance(value, nn.Parameter):
         kind, size = "parameter", value.shape[axis]
     elif isinstance(value, nn.Module):
-        kind, size = "module", next(unwrap(value).parameters()).numel()
+        kind, size = "module", next(unwrap(value).parameters()).shape[-1]
     elif parent or leaf in owner.__dict__ or leaf in owner._parameters:  # known, and None in this block
         return None
     else:
@@ -209,13 +222,12 @@ def _linear_shape(block: nn.Module, prefix: str, path: str) -> tuple[int, int, b
     )
 
 
-def _head_dim(model: nn.Module, region: nn.Module) -> int:
-    for source, name in (
-        (region, "head_dim"), (region, "head_size"), (region, "attention_head_size"), (model.config, "head_dim"),
-    ):  # fmt: skip
+def _head_dim(config: Any, region: nn.Module) -> int:
+    names = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
+    for source, name in (*((region, name) for name in names), (config, "head_dim")):
         if isinstance(getattr(source, name, None), int):
             return getattr(source, name)
-    return model.config.hidden_size // model.config.num_attention_heads
+    return config.hidden_size // config.num_attention_heads
 
 
 def _check_heads_per_subnet(heads_per_subnet: int, heads: int) -> None:
@@ -231,6 +243,7 @@ def _check_region_parameters(block: nn.Module, region: nn.Module, prefix: str, s
     """Whatever else the attention learns must not be tied to certain heads (sinks, position biases, joint norms)."""
     inside = [path.removeprefix(spec.region + ".") for path in (*spec.columns, *spec.whole, spec.row)]
     inside += [name for name, _ in spec.per_head]
+    inside += ["relative_attention_bias"] if spec.hands_on else []  # the region's compute_bias reads it whole
     shared = {(head_dim,)}
     if not spec.shared_input:  # norms of the latents
         shared |= {(_linear_shape(block, prefix, path)[0],) for path in spec.columns}
@@ -254,7 +267,8 @@ def _boundary(module: nn.Module, prefix: str, projections: set[str]) -> list[str
     """Largest modules with parameters and without projections, and those with parameters of their own beside them."""
     if prefix in projections or next(module.parameters(), None) is None:
         return []
-    if prefix and not any(name.startswith(prefix + ".") for name in projections):
+    is_list = isinstance(module, nn.ModuleList | nn.ModuleDict)  # is looked into by its owner, and never called
+    if prefix and not is_list and not any(name.startswith(prefix + ".") for name in projections):
         return [prefix]
     own = [prefix] if next(module.parameters(recurse=False), None) is not None else []
     children = module.named_children()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
-from .architecture import Architecture, known_architecture
+from .architecture import Described, known_architecture
 from .tp_plan import architecture_of_plan
 
 
-def find_architecture(model: nn.Module) -> Architecture:
-    """Return the architecture of a transformers model, from the table, its tensor-parallel plan, or its modules.
+def find_architecture(model: nn.Module) -> Described:
+    """Return the architecture of a transformers model, from the table, its tensor-parallel plan, or its modules; one
+    for each of several stacks.
 
     Raises:
         ValueError: If the model cannot be cut into heads; the message says why.

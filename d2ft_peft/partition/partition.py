@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from .gauges import Gauge, Stack
+
 
 @dataclass(frozen=True)
 class FeatureLayout:
@@ -92,10 +94,10 @@ class PerHead:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch (attention or FFN) of one block.
+    """One residual branch (attention, cross attention or FFN) of one block.
 
     Attributes:
-        name: ``"attention"`` or ``"ffn"``.
+        name: ``"attention"``, ``"cross_attention"`` or ``"ffn"``.
         block: Index of the block.
         region: Path of the module that D2FT runs once per operation.
         columns: Its column-parallel projections.
@@ -109,9 +111,12 @@ class Branch:
         apart: Paths of the column-parallel projections that do not take the region's input.
         joined: See `BranchSpec`.
         returns: See `BranchSpec`.
+        other_input: Those of `columns`, by name, that read other rows than the first: keys and values of cross
+            attention, which come from the encoder.
+        hands_on: See `BranchSpec`.
     """
 
-    name: Literal["attention", "ffn"]
+    name: Literal["attention", "cross_attention", "ffn"]
     block: int
     region: str
     columns: tuple[Projection, ...]
@@ -125,6 +130,8 @@ class Branch:
     apart: tuple[str, ...] = ()
     joined: bool = False
     returns: int | None = None
+    other_input: tuple[str, ...] = ()
+    hands_on: str = ""
 
     @property
     def heads(self) -> int:
@@ -139,7 +146,7 @@ class Branch:
     @property
     def num_returned(self) -> int:
         """Number of values in the tuple that the region returns, 0 if it returns a tensor."""
-        usual = 2 if self.name == "attention" else 0
+        usual = 0 if self.name == "ffn" else 2
         return usual if self.returns is None else self.returns
 
     @property
@@ -152,7 +159,12 @@ class Branch:
         if column.name in self.apart or not self.shared_input:
             return (column,)
         others = (other for other in self.columns if other.name not in self.apart)
-        return tuple(other for other in others if other.in_features == column.in_features)
+        elsewhere = column.name in self.other_input
+        return tuple(
+            other
+            for other in others
+            if other.in_features == column.in_features and (other.name in self.other_input) == elsewhere
+        )
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -180,6 +192,7 @@ class Partition:
         blocks: Paths of the blocks.
         boundary: Paths of the modules outside the subnets (embeddings, norms, task head): they always run FULL.
         heads_per_subnet: Heads (key/value heads) that one subnet groups.
+        stacks: The stacks of blocks, in the order in which they run.
     """
 
     model_type: str
@@ -188,6 +201,27 @@ class Partition:
     blocks: tuple[str, ...]
     boundary: tuple[str, ...]
     heads_per_subnet: int
+    stacks: tuple[Stack, ...] = ()
+
+    @property
+    def several(self) -> bool:
+        """Whether blocks differ in the rows that they see: several stacks, or cross attention."""
+        return len(self.gauges) > 1
+
+    @cached_property
+    def gauges(self) -> tuple[Gauge, ...]:
+        """Where rows are counted: at the first attention of every stack, and at its first cross attention."""
+        found = []
+        for number, stack in enumerate(self.stacks):
+            for name in ("attention", "cross_attention"):
+                at = (i for i, b in enumerate(self.branches) if b.name == name and b.block in stack.blocks)
+                found += [Gauge(branch, number, name == "cross_attention") for branch in (next(at, None),)
+                          if branch is not None]  # fmt: skip
+        return tuple(found) or (Gauge(0, 0),)
+
+    def stack_of(self, block: int) -> int:
+        """Index of the stack of a block."""
+        return next((number for number, stack in enumerate(self.stacks) if block in stack.blocks), 0)
 
     @property
     def num_scheduled(self) -> int:

@@ -40,7 +40,13 @@ def read_structure(model: nn.Module) -> Architecture:
     stack, blocks = _find_stack(model, model_type)
     attention = _read_attention(blocks[0], f"{stack}.0")
     ffn = _read_ffn(blocks[0], attention)
-    attention, ffn = _tried(model, model_type, blocks[0], f"{stack}.0", attention, ffn)
+    try:
+        attention, ffn = _tried(model, model_type, blocks[0], f"{stack}.0", attention, ffn)
+    except AttributeError as error:  # its config does not say what those of transformers' encoders and decoders say
+        raise ValueError(
+            f"model_type={model_type!r} cannot be partitioned into heads: {error}; describe the model with "
+            "d2ft_peft.register_architecture."
+        ) from error
     return Architecture(stack, attention, ffn)
 
 

@@ -27,6 +27,11 @@ def workload_of_model(model: nn.Module, batch: dict[str, Any], **kwargs: Any) ->
         kwargs: ``bytes_per_number``, ``lora_rank``, ``state_bytes`` of `Workload`.
     """
     partition = partition_model(model)
+    if partition.several:
+        raise ValueError(
+            f"model_type={partition.model_type!r} has several stacks of blocks, or cross attention; the simulator "
+            "knows models whose blocks all see the same rows."
+        )
     probe = probe_model(model, partition, batch)
     workload = Workload(
         partition,

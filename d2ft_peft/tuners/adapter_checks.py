@@ -75,6 +75,13 @@ def check_beside_others(
     Raises:
         ValueError: If one of them trains the base in place, or replaces modules that hold projections as a whole.
     """
+    for name, other in others.items():
+        if other.stacks != config.stacks:
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot stand beside {name!r}: stacks={config.stacks!r} and "
+                f"{other.stacks!r} differ, and with them where the heads are; give both the same, or each a model of "
+                "its own."
+            )
     for name, candidate in {adapter_name: config, **others}.items():
         if not candidate.keep_base:
             raise ValueError(
@@ -97,6 +104,36 @@ def _replaced_containers(config: D2FTConfig, partition: Partition) -> list[str]:
         for saved in config.modules_to_save or ()
         if any(f".{saved}." in f".{projection}." for projection in partition.projections)
     ]
+
+
+def check_one_stack(partition: Partition) -> None:
+    """Refuse to share out over processes the heads of blocks that do not see the same rows.
+
+    Raises:
+        ValueError: With the stacks that there are.
+    """
+    if partition.several:
+        raise ValueError(
+            f"head_parallel=True shares out the heads of one stack of blocks, and model_type={partition.model_type!r} "
+            f"has several or cross attention ({', '.join(stack.name for stack in partition.stacks)}); name a single "
+            "one without cross attention in `stacks`, or leave head_parallel out."
+        )
+
+
+def check_stacks(partition: Partition, config: D2FTConfig) -> None:
+    """Refuse what needs blocks that all see the same rows, and numbers of blocks where stacks have each their own.
+
+    Raises:
+        ValueError: With the stacks that there are.
+    """
+    if config.head_parallel:
+        check_one_stack(partition)
+    if config.layers_to_transform is not None and len(partition.stacks) > 1:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} numbers the blocks of one stack, and "
+            f"{', '.join(stack.name for stack in partition.stacks)} are scheduled; choose one in `stacks`, or name "
+            "projections in target_modules."
+        )
 
 
 def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) -> None:
@@ -142,15 +179,16 @@ def copied_boundary(model: nn.Module, partition: Partition, boundary: list[str])
     Raises:
         ValueError: If a module with parameters of its own holds projections of subnets.
     """
-    holding = [n for n in boundary if any(projection.startswith(f"{n}.") for projection in partition.projections)]
+    projections = partition.projections
+    holding = [n for n in boundary if not n or any(projection.startswith(f"{n}.") for projection in projections)]
     left = set()
     for name in holding:
         own = {parameter for parameter, _ in model.get_submodule(name).named_parameters(recurse=False)}
         known = {e.name for branch in partition.branches if branch.region == name for e in branch.per_head}
         if not own <= known:
             raise ValueError(
-                f"train_boundary=True cannot copy {name!r}: it has parameters of its own and holds projections of "
-                "subnets; name what else is to be trained in modules_to_save instead."
+                f"train_boundary=True cannot copy {name or 'the model itself'!r}: it has parameters of its own and "
+                "holds projections of subnets; name what else is to be trained in modules_to_save instead."
             )
         left |= own
     if holding:

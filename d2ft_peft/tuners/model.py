@@ -23,6 +23,7 @@ from .adapter_checks import (
     check_beside_others,
     check_loads_in_peft,
     check_names,
+    check_stacks,
     check_weights,
     copied_boundary,
     leave_out_what_peft_renames,
@@ -58,9 +59,10 @@ class SubnetTuner(BaseTuner):
         others = {name: self.peft_config[name] for name in partitions if name != adapter_name}
         if others:
             check_beside_others(config, adapter_name, others, partitions[next(iter(others))])
-        partition = partition_model(model, config.heads_per_subnet)
+        partition = partition_model(model, config.heads_per_subnet, config.stacks)
         check_names(model, partition, config)
         check_weights(model, partition, config)
+        check_stacks(partition, config)
         if config.rows == "tokens":
             check_takes_tokens(model, partition, config.token_margins, config.token_choice)
         partitions[adapter_name] = partition
@@ -120,6 +122,7 @@ class SubnetTuner(BaseTuner):
     def _install_interceptions(self, partition: Partition) -> None:
         runtime: Runtime = self.runtime
         runtime.blocks = [self.model.get_submodule(name) for name in partition.blocks]
+        runtime.gauges = partition.gauges
         for index, branch in enumerate(partition.branches):
             region = RegionForward(self.model.get_submodule(branch.region), runtime, branch, index)
             forwards = []

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,10 +14,12 @@ from torch import nn
 from d2ft_peft import partition_model
 from d2ft_peft.partition import Partition
 from d2ft_peft.partition.architecture import known_architecture
+from d2ft_peft.partition.stacks import find_stacks
 from tests.models import TINY
 from tests.partition.test_decoders import DENSE, EXPERTS, build
 from tests.zoo import ZOO
 from tests.zoo_decoders import DECODERS
+from tests.zoo_stacks import ENCODER_DECODERS, T5S, TOWERS, VISION_LANGUAGE
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -38,6 +41,8 @@ reason.
 - **Cut** is what subnets share: heads of attention, and the same share of the FFN.
 - **Runs whole** are the other layers with matrices in a block: they run in every micro-batch, and train if you say so.
 - Embeddings, norms and task heads are never cut.
+- Of a model with several stacks, `D2FTConfig(stacks=...)` chooses which are cut; without it an encoder-decoder is cut
+  whole, and of a language model with towers the language model alone.
 """
 COLUMNS = ("Family", "`model_type`", "Cut", "Runs whole", "Known from")
 
@@ -54,26 +59,36 @@ def page() -> str:
     decoders = {name: recipe.build for name, recipe in {"gpt2": TINY["gpt2"], **DECODERS}.items()}
     decoders = {name: partial(build, name, torch.float32) for name in (*DENSE, *EXPERTS)} | decoders
     sections["Decoders"] = [row(name, make) for name, make in sorted(decoders.items())]
+    several = {
+        "Encoder-decoders": {**ENCODER_DECODERS, **T5S},
+        "Vision and language": {**VISION_LANGUAGE, **TOWERS},
+    }
+    for title, recipes in several.items():
+        sections[title] = [row(name, recipe.build, recipe.stacks, of_stacks=True) for name, recipe in recipes.items()]
     parts = [HEAD]
     for title, rows in sections.items():
         parts.append("\n".join((f"## {title}\n", *_table(rows), "")))
     return "\n".join(parts)
 
 
-def row(family: str, make: Callable[[], nn.Module]) -> tuple[str, ...]:
-    """One line of the table."""
+def row(family: str, make: Callable[[], nn.Module], stacks: Any = None, of_stacks: bool = False) -> tuple[str, ...]:
+    """One line of the table; with the stacks that are cut, where there are several."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = make()
         model_type = f"`{model.config.model_type}`"
         try:
-            partition = partition_model(model)
+            partition = partition_model(model, stacks=stacks)
         except ValueError as error:
             reason = str(error).partition("cannot be partitioned into heads: ")[2].rstrip(".")
             return family, model_type, "no", reason, "-"
     branches = {"attention": "attention", "ffn": "FFN"}
     cut = ", ".join(text for branch, text in branches.items() if branch in {b.name for b in partition.branches})
-    return family, model_type, cut, ", ".join(_whole(model, partition)) or "-", _source(model)
+    if of_stacks:
+        names = dict.fromkeys(block.rpartition(".")[0].removeprefix("model.") for block in partition.blocks)
+        cut += " of " + ", ".join(f"`{name}`" for name in names)
+    sources = dict.fromkeys(_source(stack.config) for stack in find_stacks(model, stacks))
+    return family, model_type, cut, ", ".join(_whole(model, partition)) or "-", ", ".join(sources)
 
 
 def _whole(model: nn.Module, partition: Partition) -> Iterator[str]:
@@ -89,10 +104,10 @@ def _whole(model: nn.Module, partition: Partition) -> Iterator[str]:
     return iter(seen)
 
 
-def _source(model: nn.Module) -> str:
-    if known_architecture(model.config.model_type, model.config) is not None:
+def _source(config: Any) -> str:
+    if known_architecture(config.model_type, config) is not None:
         return "table"
-    return "plan" if getattr(model.config, "base_model_tp_plan", None) else "structure"
+    return "plan" if getattr(config, "base_model_tp_plan", None) else "structure"
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:

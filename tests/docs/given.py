@@ -78,11 +78,22 @@ def adapted_data(folder: Path) -> Given:
 def texts(folder: Path) -> Given:
     from trl import SFTConfig, SFTTrainer
 
-    from tests.training.test_trl import tokenizer, words
+    from tests.training.trl_cases import tokenizer, words
 
     return {
         "SFTTrainer": SFTTrainer, "SFTConfig": partial(SFTConfig, **_SMALL, bf16=False), "tokenizer": tokenizer(),
         "model": adapted("llama", r=4), "texts": Dataset.from_list([{"text": words(5, i)} for i in range(8)]),
+    }  # fmt: skip
+
+
+def trl(folder: Path) -> Given:
+    from tests.training.trl_cases import PAIRS, RATED, TEXTS, base_of, tokenizer
+
+    data = {"texts": TEXTS, "pairs": PAIRS, "rated": RATED}
+    here = {'Config("out"': 'Config("out", use_cpu=True, bf16=False, max_steps=1, report_to=[]'}
+    return {
+        **{name: Dataset.from_list(rows) for name, rows in data.items()}, "tokenizer": tokenizer(),
+        "model": base_of("sft"), "reward_model": base_of("reward"), REPLACED: here,
     }  # fmt: skip
 
 
@@ -178,5 +189,6 @@ GIVEN: dict[str, dict[int, Callable[[Path], Given]]] = {
         0: adapted_data, 1: texts, 2: bare_loop, 3: within_a_micro_batch, 4: loop_over_samples, 5: plain, 6: pissa,
         8: upper_lora,
     },
+    "docs/trl.md": {number: trl for number in range(5)},
     "docs/unequal_devices.md": {0: plain},
 }  # fmt: skip

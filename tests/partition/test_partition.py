@@ -163,10 +163,6 @@ class TestTensorParallelPlan:
 
 
 REFUSED = {
-    "t5": (
-        lambda: tf.T5ForConditionalGeneration(tf.T5Config(d_model=32, num_heads=4, num_layers=2, d_ff=48, d_kv=8)),
-        "position bias per head",
-    ),
     "swin": (
         lambda: tf.SwinForImageClassification(
             tf.SwinConfig(image_size=32, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4)

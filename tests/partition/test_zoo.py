@@ -68,8 +68,15 @@ def test_a_family_that_cannot_be_cut_is_refused_with_the_reason(name):
         partition_model(build(name))
 
 
-@pytest.mark.parametrize("name", ["whisper", "beit", pytest.param("deberta", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("use_reentrant", [True, False])
+CHECKPOINTED = [
+    name if name in ("whisper", "beit") else pytest.param(name, marks=pytest.mark.slow)
+    for name, tiny in CUT.items()
+    if tiny.model.supports_gradient_checkpointing
+]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+@pytest.mark.parametrize("use_reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_checkpointing_changes_nothing(name, use_reentrant):
     """Of an activation between two regions, a bias of every head, and a projection of other inputs."""
     model = build(name)
