@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 
 def world_size() -> int:
@@ -17,6 +19,11 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this process; 0 without torch.distributed."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of a model are shared out (FSDP), so that the processes meet in every pass through it."""
+    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
 
 
 def gather(values: np.ndarray) -> np.ndarray:

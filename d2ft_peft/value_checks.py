@@ -51,3 +51,19 @@ def numbers(name: str, value: Any) -> np.ndarray:
         raise ValueError(f"{name}={value!r} must be a sequence of numbers: {error}.") from error
     check(array.ndim == 1, name, value, "must be a sequence of numbers")
     return array
+
+
+def integers(name: str, value: Any, axes: int = 1) -> np.ndarray:
+    """A sequence of whole numbers as an array of at most `axes` axes; an empty one is of integers, whatever it was made
+    of.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} must be a sequence of whole numbers: {error}.") from error
+    check(1 <= array.ndim <= axes and (array.dtype.kind in "iu" or not array.size), name, value,
+          "must be a sequence of whole numbers")  # fmt: skip
+    return array if array.size else array.astype(np.int64)

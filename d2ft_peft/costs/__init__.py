@@ -2,7 +2,8 @@
 
 from .counter import flop_counter
 from .flops import cost_model
-from .probe import ProjectionsBypassed, inference, probe_model, watch
+from .inference import inference
+from .probe import ProjectionsBypassed, probe_model, watch
 from .seen import Entry, Probe
 
 

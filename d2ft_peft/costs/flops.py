@@ -11,6 +11,7 @@ from torch import nn
 from ..partition import Branch, Partition, Projection, Stack, base_model, unwrap
 from ..schedule import Chain, CostModel
 from ..tuners.layer import D2FTLayer
+from .measured_blocks import blocks_that_learn, cost_of_whole_blocks
 from .seen import Entry, Probe
 
 
@@ -42,6 +43,8 @@ def cost_model(
         without: Projections, attention modules and modules of the head that count for nothing: what a row costs that
             they leave out.
     """
+    if not partition.cuts_heads:
+        return cost_of_whole_blocks(model, partition, probe, forward_only_cost, without)
     base, shape = base_model(model), len(partition.blocks)
     blocks = partition.subnet_blocks
     attention_backward = _ATTENTION_BACKWARD.get(model.config._attn_implementation, _FUSED_ATTENTION_BACKWARD)
@@ -58,7 +61,7 @@ def cost_model(
         for name in branch.whole:
             if name not in without:
                 _add_whole(base.get_submodule(name), branch, rows.own, shared)
-    learns = np.array([_learns(base, partition, block) for block in range(shape)])
+    learns = blocks_that_learn(base, partition)
     attends = np.isin(range(shape), [branch.block for branch in partition.branches if branch.name != "ffn"])
     heads = np.array([len(subnet.heads) for subnet in partition.subnets])
     left_out = tuple(f"{name}." for name in without)
@@ -113,13 +116,6 @@ def _backward_below(below: list[Entry]) -> float:
     return total
 
 
-def _learns(base: nn.Module, partition: Partition, block: int) -> bool:
-    """Whether a projection of the block has weights that train."""
-    branches = [branch for branch in partition.branches if branch.block == block]
-    modules = [base.get_submodule(projection.name) for branch in branches for projection in branch.projections]
-    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
-
-
 def _without_backward_below(
     partition: Partition, probe: Probe, learns: np.ndarray, per_head: dict, shared: dict
 ) -> None:
@@ -144,7 +140,7 @@ def _add_projection(
     is_entry = branch.name == "attention" and projection.kind == "column"
     reads_states = projection.name in branch.other_input
     trains = isinstance(module, D2FTLayer) and any(p.requires_grad for p in module.parameters())
-    trains = trains or (not isinstance(module, D2FTLayer | LoraLayer) and module.weight.requires_grad)
+    trains = trains or (not isinstance(module, D2FTLayer | LoraLayer) and _trains(module))
     per_head["forward"][block] += dense
     per_head["backward"][block] += dense * (1 + trains)
     per_head["entry"][block] += dense * is_entry
@@ -165,6 +161,10 @@ def _add_projection(
         shared["backward"][block] += 2 * common
         shared["entry"][block] += common * is_entry
         shared["states"][block] += common * reads_states
+
+
+def _trains(module: nn.Module) -> bool:
+    return getattr(module, "weight", None) is not None and module.weight.requires_grad
 
 
 def _add_whole(module: nn.Module, branch: Branch, rows: float, shared: dict) -> None:

@@ -13,13 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..engine.block_region import hidden_states
 from ..engine.row_counts import Lengths, RowCounts, rows_at
 from ..partition import Partition, base_model, parts_elsewhere
 from ..partition.body import reads_token_ids
+from .block_order import BlockOrder
 from .counter import flop_counter
+from .inference import inference
 from .seen import Entry, Probe
 
 
+# Operations whose second factor is a weight; others multiply activations with one another.
+_WITH_WEIGHTS = {
+    torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution, torch.ops.aten._convolution,
+    torch.ops.aten.cudnn_convolution, torch.ops.aten._grouped_mm, torch.ops.aten._scaled_mm,
+}  # fmt: skip
 # Facts about packed sequences that transformers hands down to attention without naming them in the forward.
 _PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
@@ -81,7 +89,7 @@ class _Frame:
         name: Its path.
         of_subnet: Whether it is part of a projection or of attention, which the cost model knows by their shapes.
         flops: FLOPs that it computed itself, outside of its children.
-        products: The part of them that multiplies activations with each other.
+        products: Those of them that multiply activations with one another.
     """
 
     module: nn.Module
@@ -101,6 +109,7 @@ class _Meter(TorchDispatchMode):
         elsewhere = parts_elsewhere(model)
         here = [name for name in partition.projections if not name.startswith(elsewhere)]
         self.probe = Probe(unreached=tuple(here))  # of blocks elsewhere the costs are known from their shapes
+        self.order = None if partition.cuts_heads else BlockOrder(partition.blocks)
         self.counts: dict[Any, Callable] = flop_counter().flop_registry
         self.stack: list[_Frame] = []
         self.entries: dict[str | int, list[_Frame]] = {"below": [], "above": []}
@@ -113,13 +122,13 @@ class _Meter(TorchDispatchMode):
         self.roots = {model, getattr(model, "base_model", base), base}
         blocks = {name: index for index, name in enumerate(partition.blocks)}
         self.ends = {stack.blocks[-1] for stack in partition.stacks[:-1]}
-        subnets = {*partition.projections, *(b.region for b in partition.branches if b.name != "ffn")}
+        subnets = {*partition.projections, *(b.region for b in partition.branches if b.name not in ("ffn", "block"))}
         self.gauges = {
             partition.branches[g.branch].region if g.other else partition.blocks[partition.branches[g.branch].block]: p
             for p, g in enumerate(partition.gauges)
         }
         named = {module: name for name, module in base.named_modules()}
-        self.weights = {_storage(parameter) for parameter in base.parameters()}
+        self.weights = {_storage(parameter) for parameter in base.parameters()} - {None}
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         for module in {**dict.fromkeys(self.roots, ""), **named}:
             name = named.get(module, "")
@@ -133,6 +142,8 @@ class _Meter(TorchDispatchMode):
                 self.probe.unreached = tuple(other for other in self.probe.unreached if other != name)
             if block is not None:
                 self.place = block
+                if self.order is not None:
+                    self.order.enter(block, hidden_states(args, kwargs))
             if name in self.gauges:
                 place = self.gauges[name]
                 self.rows.add(place, *rows_at(args, kwargs, self.partition.gauges[place].other))
@@ -144,8 +155,12 @@ class _Meter(TorchDispatchMode):
                 return
             frame = self.stack.pop()
             frame.positions = max(frame.positions, _positions((output,)))
+            if not frame.flops and not frame.of_subnet:
+                frame.flops = _of_unknown_kernel(module, args, output)
             if frame.flops and not frame.of_subnet:
                 self.entries.setdefault(self.place, []).append(frame)
+            if block is not None and self.order is not None:
+                self.order.leave(output)
             if block is not None and block not in self.ends:
                 self.place = "above"
             if not self.stack and output is not None:
@@ -159,16 +174,21 @@ class _Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         count = self.counts.get(func._overloadpacket)
         if count is not None and self.stack:
-            flops, frame = count(*args, **kwargs, out_val=out), self.stack[-1]
-            frame.flops += flops
-            if not any(isinstance(value, Tensor) and _storage(value) in self.weights for value in args):
-                frame.products += flops
+            flops = count(*args, **kwargs, out_val=out)
+            self.stack[-1].flops += flops
+            self.stack[-1].products += flops * (func._overloadpacket not in _WITH_WEIGHTS and not self._reads(args))
         return out
+
+    def _reads(self, args: tuple) -> bool:
+        """Whether a weight is among the factors, as where all experts are multiplied in one batch."""
+        return any(isinstance(value, Tensor) and _storage(value) in self.weights for value in args)
 
     def _finish(self) -> None:
         if self.rows.empty:
             return
         self.is_over = True
+        if self.order is not None:
+            self.probe.disorder = self.order.disorder()
         self.samples, lengths = self.rows.per_sample()
         several = self.partition.several
         follows = tuple(reads_token_ids(self.base, self.partition, gauge) for gauge in self.partition.gauges)
@@ -203,8 +223,20 @@ class _Meter(TorchDispatchMode):
 
 
 def _storage(value: Tensor) -> int | None:
-    """What tells whether tensors share memory; None where there is none (meta)."""
-    return None if value.is_meta else value.untyped_storage().data_ptr()
+    """What tells whether tensors share memory; None where there is none to look at (meta, quantized ones)."""
+    try:
+        return None if value.is_meta else value.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _of_unknown_kernel(module: nn.Module, args: tuple, output: Any) -> float:
+    """FLOPs of a linear layer whose kernel no counter knows, as those of quantized weights; 0 of anything else."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    is_linear = all(isinstance(size, int) for size in sizes) and not hasattr(module, "base_layer")
+    if not is_linear or next(module.children(), None) is not None or not isinstance(output, Tensor):
+        return 0.0
+    return 2.0 * sizes[0] * output.numel()
 
 
 def _positions(values: tuple) -> int:
@@ -215,7 +247,8 @@ def _positions(values: tuple) -> int:
 def _known(base: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """What the model's forward names of a batch, without labels, unless a decoder makes its rows of them."""
     takes = inspect.signature(type(base).forward).parameters
-    decodes = getattr(base.config, "is_encoder_decoder", False) and isinstance(batch.get("labels"), Tensor)
+    decodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    decodes = decodes and isinstance(batch.get("labels"), Tensor)
     left_out = () if decodes else ("labels",)
     return {
         name: value for name, value in batch.items() if (name in takes or name in _PACKING) and name not in left_out
@@ -229,15 +262,3 @@ def _one_sample(batch: dict[str, Any]) -> dict[str, Any]:
         name: value[:1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
         for name, value in batch.items()
     }
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Run a model as at inference, then give every module its training flag back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag

@@ -18,7 +18,8 @@ class Entry(NamedTuple):
         scales: Whether it works on every position, so that its FLOPs follow the length of the sequence.
         name: Path of the module.
         gauge: Of a model with several stacks, the gauge whose rows they follow.
-        products: The part of `flops` that multiplies activations with each other (linear attention), not with weights.
+        products: The part of `flops` that multiplies activations with one another, as attention does: backward it
+            takes twice as many, whether or not anything trains.
     """
 
     flops: float
@@ -40,6 +41,7 @@ class Probe:
         above: What runs after the blocks (task head).
         unreached: Projections of subnets that the forward pass did not call.
         lengths: Of a model with several stacks, what came by each gauge per sample, see `RowCounts`; else empty.
+        disorder: Where blocks are subnets as a whole: why their inputs cannot stand in for their outputs; or empty.
         follows: Which of them follow the length of a sample's token ids: those of towers for images and sound do not.
     """
 
@@ -50,6 +52,7 @@ class Probe:
     unreached: tuple[str, ...] = ()
     lengths: Lengths = ()
     follows: tuple[bool, ...] = ()
+    disorder: str = ""
 
     def at(self, tokens: int | Lengths) -> Probe:
         """The probe of a sample of another (padded) length, or with this at its gauges."""
@@ -64,10 +67,8 @@ class Probe:
         def scaled(entries: list[Entry]) -> list[Entry]:
             # Where nothing comes by a gauge, what is around that stack does not run either.
             return [
-                e._replace(flops=e.flops * factors[e.gauge], products=e.products * factors[e.gauge])
-                if e.scales or not factors[e.gauge]
-                else e
-                for e in entries
+                e._replace(flops=e.flops * by, products=e.products * by) if e.scales or not by else e
+                for e, by in ((e, factors[e.gauge]) for e in entries)
             ]
 
         inside = {block: scaled(entries) for block, entries in self.inside.items()}

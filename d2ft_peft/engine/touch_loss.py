@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,18 @@ def touch(loss: Tensor, parameters: Iterable[nn.Parameter], after_backward: Call
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     return _Touch.apply(loss, after_backward, *trainable) if trainable else loss
+
+
+def nothing(loss: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+    """A loss of zero whose backward pass sends zeros through all that `outputs` were computed by.
+
+    Where processes meet in backward (FSDP), one that has nothing to add goes along.
+
+    Args:
+        loss: What a loss over nothing came to: zero, or not a number.
+        outputs: What the model returned; each requires a gradient.
+    """
+    return _Nothing.apply(loss, *outputs)
 
 
 class TouchLoss:
@@ -70,8 +82,11 @@ class _Touch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, value, after_backward, *parameters):
         ctx.num_parameters, ctx.after_backward = len(parameters), after_backward
-        # A loss is copied, since the Trainer scales losses in place; logits are too large for it.
-        return value.clone() if value.ndim == 0 else value.view_as(value)
+        # A loss is copied, since the Trainer scales losses in place; logits are too large for it. Those that are part
+        # of no graph need not be known as a view, of which FSDP warns.
+        if value.ndim == 0:
+            return value.clone()
+        return value.view_as(value) if ctx.needs_input_grad[0] else value.data
 
     @staticmethod
     def backward(ctx, grad):
@@ -80,3 +95,16 @@ class _Touch(torch.autograd.Function):
             # waits for the other processes and is queued when the last gradients are complete.
             Variable._execution_engine.queue_callback(ctx.after_backward)
         return grad, None, *[None] * ctx.num_parameters
+
+
+class _Nothing(torch.autograd.Function):
+    """Zero, with edges along which zeros flow."""
+
+    @staticmethod
+    def forward(ctx, loss, *outputs):
+        ctx.like = [(output.shape, {"dtype": output.dtype, "device": output.device}) for output in outputs]
+        return loss.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *[torch.zeros(shape, **like) for shape, like in ctx.like]

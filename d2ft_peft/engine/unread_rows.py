@@ -82,6 +82,8 @@ class UnreadRows:
         self.runtime.unread = self.runtime.reading = None
 
     def _intercept(self, branch: Branch, index: int) -> None:
+        if branch.row is None:  # nobody knows which of a whole block's rows read others
+            return
         region = self.base.get_submodule(branch.region)
 
         def rows(name: str, **kwargs: Any) -> RowsForward:

@@ -2,9 +2,10 @@
 
 from . import decoders, encoder_decoders, encoders, towers  # noqa: F401  they register their architectures
 from .architecture import Architecture, BranchSpec, register_architecture
-from .discovery import base_model, partition_model, parts_elsewhere, unwrap
+from .discovery import base_model, is_plain_linear, partition_model, parts_elsewhere, unwrap
 from .gauges import Gauge, Stack
 from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
+from .whole_blocks import boundary_below, modules_with_weights, partition_into_blocks
 
 
 __all__ = [
@@ -19,6 +20,10 @@ __all__ = [
     "Stack",
     "Subnet",
     "base_model",
+    "boundary_below",
+    "is_plain_linear",
+    "modules_with_weights",
+    "partition_into_blocks",
     "partition_model",
     "parts_elsewhere",
     "register_architecture",

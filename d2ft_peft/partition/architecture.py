@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..value_checks import check
+
 
 # Reasons why a model cannot be cut, by model type. Anything else that cannot is found by looking at its modules.
 _REFUSED = {
@@ -83,6 +85,12 @@ class BranchSpec:
     other_input: tuple[str, ...] = ()
     hands_on: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("columns", "scaled_attributes"):
+            value = getattr(self, name)
+            names = isinstance(value, (tuple, list)) and all(isinstance(path, str) for path in value)
+            check(names, name, value, "must be a tuple of names; a single one takes a comma, ('qkv',)")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -141,8 +149,13 @@ def register_architecture(model_type: str, architecture: Described | Callable[[A
             they run; or a function that says so of a config.
 
     Raises:
-        ValueError: If the model type is already registered with something else.
+        ValueError: If the model type is already registered with something else, or the architecture is none.
     """
+    check(isinstance(model_type, str) and model_type != "", "model_type", model_type, "must be a name")
+    stacks = architecture if isinstance(architecture, tuple) else (architecture,)
+    described = stacks and all(isinstance(stack, Architecture) for stack in stacks)
+    constraint = "must be an Architecture, a tuple of such, or a function that makes one of a config"
+    check(described or callable(architecture), "architecture", architecture, constraint)
     known = _ARCHITECTURES.get(model_type)
     if known is not None and known != architecture:
         raise ValueError(f"model_type={model_type!r} is already registered as {known}; choose another name.")

@@ -17,10 +17,19 @@ def find_body(model: nn.Module, stack: str) -> PreTrainedModel:
     """The innermost model around a stack that embeds its inputs itself: of mask and positions it makes what blocks get.
 
     Models with a head do not always call `base_model`, but one that is within it.
+
+    Raises:
+        ValueError: If there is none.
     """
     parts = stack.split(".")
     around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts) - 1, -1, -1))
-    return next(module for module in around if isinstance(module, PreTrainedModel) and _embeds(module))
+    body = next((module for module in around if isinstance(module, PreTrainedModel) and _embeds(module)), None)
+    if body is None:
+        raise ValueError(
+            f"{type(model).__name__} has no transformers model around {stack!r} that embeds its inputs itself, so that "
+            "what its blocks are called with is not known; leave cache_frozen out."
+        )
+    return body
 
 
 def reads_token_ids(model: nn.Module, partition: Partition, gauge: Gauge) -> bool:
@@ -33,7 +42,7 @@ def reads_token_ids(model: nn.Module, partition: Partition, gauge: Gauge) -> boo
         return _takes_token_ids(model)
     parts = (earlier or partition.stacks[gauge.stack]).name.split(".")
     around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts) - 1, -1, -1))
-    return _takes_token_ids(next(part for part in around if isinstance(part, PreTrainedModel)))
+    return _takes_token_ids(next((part for part in around if isinstance(part, PreTrainedModel)), model))
 
 
 def _takes_token_ids(module: nn.Module) -> bool:

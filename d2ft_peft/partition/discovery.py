@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..value_checks import check, is_integer
 from .architecture import BranchSpec
 from .gauges import Stack
 from .head_layouts import head_layouts, wide_layouts
 from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
 from .stacks import FoundStack, find_stacks, has_module
+from .whole_blocks import ASKED, boundary, partition_into_blocks
 
 
 # Linear layers under other names, which compute what nn.Linear does.
@@ -22,18 +24,34 @@ _LINEAR = ("FalconLinear",)
 
 
 def partition_model(
-    model: nn.Module, heads_per_subnet: int = 1, stacks: str | Sequence[str] | None = None
+    model: nn.Module,
+    heads_per_subnet: int = 1,
+    stacks: str | Sequence[str] | None = None,
+    subnets: Literal["heads", "blocks"] | None = "heads",
 ) -> Partition:
-    """Cut a transformers model into subnets (arXiv 2504.12471, section 3).
+    """Cut a model into subnets (arXiv 2504.12471, section 3).
 
     Args:
         model: The model, with or without PEFT layers in it.
         heads_per_subnet: Heads (key/value heads under grouped-query attention) that one subnet groups.
         stacks: Which stacks of blocks are cut, where there are several; see `D2FTConfig`.
+        subnets: ``"heads"``, whole ``"blocks"``, or None: blocks where the model cannot be cut into heads.
 
     Raises:
         ValueError: If the model cannot be cut; the message says what stands in the way.
     """
+    check(isinstance(model, nn.Module), "model", model, "must be a model, a torch.nn.Module")
+    if subnets == "blocks":
+        return partition_into_blocks(model, ASKED)
+    try:
+        return _cut_into_heads(model, heads_per_subnet, stacks)
+    except ValueError as error:
+        if subnets == "heads" or heads_per_subnet != 1 or stacks is not None:
+            raise
+        return partition_into_blocks(model, str(error).rstrip("."))
+
+
+def _cut_into_heads(model: nn.Module, heads_per_subnet: int, stacks: str | Sequence[str] | None) -> Partition:
     branches: list[Branch] = []
     subnets: list[Subnet] = []
     blocks: list[str] = []
@@ -53,7 +71,7 @@ def partition_model(
         branches=tuple(branches),
         subnets=tuple(subnets),
         blocks=tuple(blocks),
-        boundary=tuple(_boundary(model, "", projections)),
+        boundary=tuple(boundary(model, "", projections)),
         heads_per_subnet=heads_per_subnet,
         stacks=tuple(cut),
     )
@@ -212,14 +230,23 @@ def _projection(block: nn.Module, prefix: str, path: str, kind: str, layout: Fea
 def _linear_shape(block: nn.Module, prefix: str, path: str) -> tuple[int, int, bool, bool]:
     """(in_features, out_features, has bias, is transposed) of a projection."""
     module = unwrap(_submodule(block, prefix, path))
-    if type(module) is nn.Linear or type(module).__name__ in _LINEAR:
+    if is_plain_linear(module):
         return module.in_features, module.out_features, module.bias is not None, False
     if type(module) is Conv1D:
         return module.nx, module.nf, module.bias is not None, True
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if all(isinstance(size, int) for size in sizes):
+        # A linear layer of another kind, such as a quantized one, may run whole; whoever slices it looks at its class.
+        return *sizes, getattr(module, "bias", None) is not None, False
     raise ValueError(
-        f"{prefix}.{path} is a {type(module).__name__}; D2FT slices the weights of torch.nn.Linear and "
-        "transformers Conv1D only (load the model without quantization)."
+        f"{prefix}.{path} is a {type(module).__name__} without in_features and out_features; D2FT cuts linear layers "
+        "only."
     )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes what ``nn.Linear`` does, so that its weight may be sliced instead of calling it."""
+    return type(module) is nn.Linear or type(module).__name__ in _LINEAR
 
 
 def _head_dim(config: Any, region: nn.Module) -> int:
@@ -231,7 +258,7 @@ def _head_dim(config: Any, region: nn.Module) -> int:
 
 
 def _check_heads_per_subnet(heads_per_subnet: int, heads: int) -> None:
-    if not isinstance(heads_per_subnet, int) or heads_per_subnet < 1 or heads % heads_per_subnet:
+    if not is_integer(heads_per_subnet) or heads_per_subnet < 1 or heads % heads_per_subnet:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(
             f"heads_per_subnet={heads_per_subnet!r} does not divide the {heads} heads (key/value heads) of a block; "
@@ -261,20 +288,6 @@ def _check_region_parameters(block: nn.Module, region: nn.Module, prefix: str, s
                 f"{prefix}.{spec.region} cannot be cut into heads: its list {name!r} may hold a module for each head; "
                 "name it in `per_head` of d2ft_peft.register_architecture."
             )
-
-
-def _boundary(module: nn.Module, prefix: str, projections: set[str]) -> list[str]:
-    """Largest modules with parameters and without projections, and those with parameters of their own beside them."""
-    if prefix in projections or next(module.parameters(), None) is None:
-        return []
-    is_list = isinstance(module, nn.ModuleList | nn.ModuleDict)  # is looked into by its owner, and never called
-    if prefix and not is_list and not any(name.startswith(prefix + ".") for name in projections):
-        return [prefix]
-    own = [prefix] if next(module.parameters(recurse=False), None) is not None else []
-    children = module.named_children()
-    return own + [
-        path for name, child in children for path in _boundary(child, f"{prefix}.{name}".lstrip("."), projections)
-    ]
 
 
 def base_model(model: nn.Module) -> nn.Module:

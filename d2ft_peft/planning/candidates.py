@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..processes import gather, rank, world_size
+from ..value_checks import check, check_integer, integers
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +31,22 @@ class Candidates:
     batches: tuple[tuple[float, Any], ...] | None = None
 
     @classmethod
-    def of_loader(cls, indices: np.ndarray, size: int, lengths: np.ndarray | None = None) -> Candidates:
-        """What a data loader gave out, in its order: ``size`` successive samples were to be a batch."""
-        batches = None
+    def of_loader(cls, indices: ArrayLike, size: int, lengths: ArrayLike | None = None) -> Candidates:
+        """What a data loader gave out, in its order: ``size`` successive samples were to be a batch.
+
+        Raises:
+            ValueError: If indices or lengths are no integers, or not equally many, or the size is none.
+        """
+        check_integer("size", size, 1)
+        indices, batches = integers("indices", indices), None
+        if lengths is not None:
+            lengths = integers("lengths", lengths, axes=2)
+            fits = lengths.shape[:1] == indices.shape and (lengths > 0).all()
+            check(fits, "lengths", lengths.tolist(), f"must be the tokens of each of the {len(indices)} samples")
         if lengths is not None:
             parts = [lengths[first : first + size] for first in range(0, len(lengths), size)]
             batches = tuple((float(len(part)), part.max(axis=0).tolist()) for part in parts)
-        return cls(np.asarray(indices), size, lengths, batches)
+        return cls(indices, size, lengths, batches)
 
     @property
     def max_tokens(self) -> int:

@@ -34,7 +34,8 @@ def separated(passes: Sequence[Pass | RowCounts], facts: BatchFacts | None, mode
     passes = [one.per_sample() if isinstance(one, RowCounts) else one for one in passes]
     if facts is not None:  # of rows that lie in one without an axis of samples
         passes = [one if one[0] is not None else (facts.size, round(one[1] / facts.size)) for one in passes]
-    kernel = base_model(model).config._attn_implementation or ""
+    config = getattr(base_model(model), "config", None)
+    kernel = getattr(config, "_attn_implementation", None) or ""
     if facts is None or facts.lengths is None or not kernel.startswith("flash"):
         return list(passes)
     return [(1, int(length)) for length in facts.lengths] * len(passes)

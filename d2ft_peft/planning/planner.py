@@ -24,14 +24,14 @@ Where the policy schedules samples (``rows="samples"``), it composes the micro-b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from ..processes import all_reduce, world_size
-from ..schedule import Schedule, compose, policy_facts
+from ..processes import all_reduce, gather, is_sharded, world_size
+from ..schedule import Composition, Schedule, compose, policy_facts
 from ..unequal import Shares
 from .account import Account
 from .candidates import Candidates
@@ -85,8 +85,9 @@ class D2FTPlanner(PlanRunner):
         Raises:
             ValueError: If there is no batch, the policy schedules samples, or processes made different schedules.
         """
-        if not batches or isinstance(batches, Mapping):
-            raise ValueError(f"batches={type(batches).__name__} of {len(batches)}: give a list of the micro-batches.")
+        if not isinstance(batches, Sequence) or not len(batches):
+            size = f" of {len(batches)}" if isinstance(batches, Sized) else ""
+            raise ValueError(f"batches={type(batches).__name__}{size}: give a list of the micro-batches.")
         self._refuse_samples()
         facts = [take_facts(batch, self.shifts_labels) for batch in batches]
         self.prepare(batches[0])
@@ -158,8 +159,7 @@ class D2FTPlanner(PlanRunner):
         if not self.schedules_samples:
             raise ValueError(f"policy={self.config.policy!r} schedules micro-batches; call plan(batches), not compose.")
         if not isinstance(indices, Candidates):
-            lengths = None if lengths is None else np.asarray(lengths)
-            indices = Candidates.of_loader(np.asarray(indices), size, lengths)
+            indices = Candidates.of_loader(indices, size, lengths)
         if not len(indices.indices):
             raise ValueError("indices is empty; give the candidates of one optimizer step.")
         if self.shares is not None:
@@ -178,6 +178,8 @@ class D2FTPlanner(PlanRunner):
         samples = self._make(choice.candidates.indices, np.asarray, budget, weights)
         samples = dataclasses.replace(samples, weights=np.ones(count), capacities=None)
         composition = compose(samples, choice.candidates.size, choice.cut)
+        if world_size() > 1 and is_sharded(self.model):
+            composition = _as_many_everywhere(composition)
         ran = sum(map(len, composition.micro_batches))
         if self.shares is not None:
             ran = self.shares.total(ran)
@@ -263,3 +265,21 @@ class D2FTPlanner(PlanRunner):
             if self.open_step is not None:
                 self._planned.reopen(self.open_step)
                 self.open_step = None
+
+
+def _as_many_everywhere(composition: Composition) -> Composition:
+    """The composition of this process in as many micro-batches as the process with most of them has: where parameters
+    are shared out, a process that ran one more would wait in it for the others.
+
+    Raises:
+        ValueError: A process runs fewer samples than that; on every process.
+    """
+    parts = composition.micro_batches
+    counts, samples = gather(np.array([len(parts), sum(map(len, parts))], dtype=float)).astype(int).T
+    if counts.max() > samples.min():
+        raise ValueError(
+            f"process {samples.argmin()} runs {samples.min()} samples of a step, and process {counts.argmax()} has "
+            f"{counts.max()} micro-batches; under FSDP all run equally many: raise compute_budget or "
+            "per_device_train_batch_size, set padding='keep', or use DistributedDataParallel."
+        )
+    return composition.cut_into(int(counts.max()))

@@ -17,6 +17,7 @@ from ..engine import Runtime
 from ..engine.read_rows import IGNORED, RULES, Counted, Reading, Rule
 from ..engine.unread_rows import UnreadRows
 from ..partition import Partition, base_model
+from ..processes import is_sharded
 
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,9 @@ class UnreadRule:
         self.searched = True
         if self.runtime.shortcut == "mean":
             logger.info("all rows of the last block run: shortcut='mean' looks at them.")
+            return
+        if is_sharded(self.model):
+            logger.info("all rows of the last block run: what FSDP spreads over processes is not tried out in parts.")
             return
         try:
             with self._undisturbed():
@@ -141,8 +145,9 @@ class UnreadRule:
             drawn = drawn.index_copy(0, rows.index, rows.take(hidden)[0]).view(hidden.shape)
             return (drawn, *others) if isinstance(output, tuple) else drawn
 
-        attention = [branch.row.name for branch in self.partition.branches if branch.block == last][0]
-        modules = [base.get_submodule(name) for name in (attention, self.partition.blocks[last])]
+        rows = [branch.row for branch in self.partition.branches if branch.block == last and branch.row is not None]
+        attention = [row.name for row in rows[:1]]
+        modules = [base.get_submodule(name) for name in (*attention, self.partition.blocks[last])]
         handles = [module.register_forward_hook(replace) for module in modules]
         try:
             with torch.no_grad():

@@ -5,7 +5,7 @@ A `Problem` holds scores, costs, sizes and the `Budget` of one step; a policy tu
 
 from .balance import balance, balanced_total
 from .budget import Budget
-from .compose import compose
+from .compose import Composition, compose
 from .cost import Chain, CostModel
 from .operations import COMMUNICATION, Operation
 from .policies import bilevel_gap, get_policy, objective, policy_facts, policy_names, register_policy
@@ -17,6 +17,7 @@ __all__ = [
     "COMMUNICATION",
     "Budget",
     "Chain",
+    "Composition",
     "CostModel",
     "Operation",
     "Problem",

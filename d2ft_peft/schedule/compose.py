@@ -21,6 +21,23 @@ class Composition:
     micro_batches: tuple[np.ndarray, ...]
     schedule: Schedule
 
+    def cut_into(self, count: int) -> "Composition":
+        """The same samples in more micro-batches, where processes have to run equally many.
+
+        Args:
+            count: Number of micro-batches, at least as many as there are and at most the samples that run.
+        """
+        micro_batches, rows = list(self.micro_batches), list(range(len(self.micro_batches)))
+        while len(micro_batches) < count:
+            largest = max(range(len(micro_batches)), key=lambda i: len(micro_batches[i]))
+            micro_batches[largest : largest + 1] = np.array_split(micro_batches[largest], 2)
+            rows.insert(largest, rows[largest])
+        here, ran = self.schedule, len(self.micro_batches)
+        shares = [len(part) / len(self.micro_batches[row]) for part, row in zip(micro_batches, rows, strict=True)]
+        weights = np.concatenate([here.weights[rows] * shares, here.weights[ran:]])
+        operations = np.concatenate([here.operations[rows], here.operations[ran:]])
+        return Composition(tuple(micro_batches), replace(here, operations=operations, weights=weights, capacities=None))
+
     def among_processes(self, ran: int, candidates: int) -> tuple[Schedule, np.ndarray]:
         """The step as all processes make it, of which this composition is one's part.
 

@@ -17,17 +17,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from ..costs.probe import inference
+from ..costs import inference
 from ..engine.subset_linear import HeadAxis
 from ..partition import Partition, Projection, base_model, parts_elsewhere, unwrap
 from ..tuners import D2FTLayer
+from ..tuners.adapter_checks import is_dense
+from .block_scores import gradient_scores_of_blocks, magnitude_of_blocks
 
 
 # Elements of per-sample weight gradients that are held at a time (256 MiB in float32).
@@ -52,6 +57,8 @@ def weight_magnitude(model: nn.Module, partition: Partition) -> np.ndarray:
             sum(size for b, size in sizes.items() if b.block == s.block) * len(s.heads) for s in partition.subnets
         ]
         return np.array(blocks)
+    if not partition.cuts_heads:
+        return magnitude_of_blocks(model, partition)
     base = base_model(model)
     heads = _HeadSums(partition)
     for index, branch in enumerate(partition.branches):
@@ -59,9 +66,10 @@ def weight_magnitude(model: nn.Module, partition: Partition) -> np.ndarray:
             module = base.get_submodule(projection.name)
             layer = module.active_layer() if isinstance(module, D2FTLayer) else unwrap(module)
             axis = HeadAxis(projection.kind, projection.layout, projection.transposed)
-            heads.add(index, _by_head(layer.weight.abs()[None], axis))
+            weight = _whole(layer.weight) if is_dense(layer.weight) else dequantize_module_weight(layer)
+            heads.add(index, _by_head(weight.abs()[None], axis))
             if projection.kind == "column" and layer.bias is not None:
-                heads.add(index, _by_head(layer.bias.abs()[None], HeadAxis("column", projection.layout)))
+                heads.add(index, _by_head(_whole(layer.bias).abs()[None], HeadAxis("column", projection.layout)))
     return heads.by_subnet()[0]
 
 
@@ -88,6 +96,9 @@ def gradient_scores(
     """
     if score not in GRADIENT_SCORES:
         raise ValueError(f"score={score!r} is not a gradient score; choose one of {', '.join(GRADIENT_SCORES)}.")
+    if not partition.cuts_heads:
+        with inference(model), torch.enable_grad():
+            return gradient_scores_of_blocks(model, partition, batch, partial(_measure, score=score), per_sample)
     base = base_model(model)
     carriers = [
         (index, *c) for index, b in enumerate(partition.branches) for p in b.projections for c in _carriers(base, p)
@@ -160,6 +171,11 @@ def _measure(gradient: Tensor, parameter: Tensor, score: str) -> Tensor:
     if score == "fisher":
         return gradient.square()
     return (gradient if score == "gradient_magnitude" else gradient * parameter.detach()).abs()
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight of which each process holds a part (FSDP), gathered: every process takes its magnitude alike."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -109,6 +109,12 @@ class HeadParallelEngine(LocalEngine):
 
     def _check(self) -> None:
         args = self.trainer.args
+        kind = self.trainer.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+            raise ValueError(
+                f"head_parallel=True does not run under {kind.value}: both share the weights out, by heads and by "
+                "parameters; launch with plain torchrun, or set head_parallel=False."
+            )
         if args.world_size == 1:
             raise ValueError(
                 "head_parallel=True shares the heads out over several processes, and this is the only one; start with "

@@ -13,7 +13,7 @@ from transformers import Trainer
 from ..head_start import HeadFeatures, HeadStart, HeadStartRefused, LinearHead, find_head, fit_features, looks_new
 from ..head_start.fit import agree, capacity, collect
 from ..partition import base_model
-from ..processes import world_size
+from ..processes import is_sharded, world_size
 from ..scores import preserved_rng
 from .data import TrainingData
 
@@ -80,6 +80,8 @@ def _head(trainer: Trainer, data: TrainingData, batch: dict[str, Any]) -> Linear
             "dispatch_batches=True lets the first process load for all, which then would not know their samples; leave "
             "it out, or set head_start=False."
         )
+    if is_sharded(planner.model):
+        raise HeadStartRefused("FSDP spreads the head over the processes; fit it with fit_head before.")
     head = find_head(planner.model, batch)
     if planner.config.head_start == "auto" and planner.config.is_lora:
         raise HeadStartRefused("a head start costs accuracy under LoRA; head_start=True fits the head all the same.")

@@ -1,4 +1,4 @@
-"""Micro-batches that run where the Trainer runs them: on one process, or under DistributedDataParallel."""
+"""Micro-batches that run where the Trainer runs them: on one process, under DistributedDataParallel or FSDP2."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ..planning import D2FTPlanner
 from ..planning.schedule_maker import active_adapter
 from ..scores import IGNORED
 from ..tuners import check_intercepted, check_trains
+from .parallelism import check_parallelism, check_shardable
 from .step_loss import StepLoss, computes_stock_loss
 
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 class LocalEngine:
     """How a session's micro-batches run, and how the model is clipped, saved and loaded.
 
-    What stands here is a Trainer on one process or under DistributedDataParallel, to whose own methods (`default`)
-    almost everything is left; `HeadParallelEngine` overrides it.
+    What stands here is a Trainer on one process, under DistributedDataParallel or FSDP2, to whose own methods
+    (`default`) almost everything is left; `HeadParallelEngine` overrides it.
 
     Args:
         trainer: The Trainer.
@@ -50,16 +51,14 @@ class LocalEngine:
         trainer = self.trainer
         check_trains(session.model)
         check_intercepted(session.model)
-        if trainer.args.n_gpu > 1:
-            raise ValueError("D2FT does not run under torch.nn.DataParallel; launch one process per GPU.")
-        kind = trainer.accelerator.distributed_type
-        if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-            raise ValueError(f"D2FT does not run under {kind.value}; use DistributedDataParallel.")
+        check_parallelism(trainer, session.model)
         progress = not trainer.args.disable_tqdm and trainer.is_world_process_zero()
         usual = session.accumulation
         if usual == 1:
             usual = session.model.peft_config[active_adapter(session.model)].num_micro_batches
-        return D2FTPlanner(session.model, usual, progress)
+        planner = D2FTPlanner(session.model, usual, progress)
+        check_shardable(trainer, planner)
+        return planner
 
     def begin(self, session: TrainingSession) -> None:
         """Prepare the Trainer, before it wraps the model.
@@ -77,6 +76,8 @@ class LocalEngine:
         if handler is not None and trainer.args.ddp_find_unused_parameters is None:
             # Every parameter receives a gradient, if only zero: there is nothing to look for.
             handler.find_unused_parameters = False
+        if trainer.accelerator.distributed_type == DistributedType.FSDP:
+            session.planner.runtime.touch_gradients = False  # it exchanges what gradients there are, on all ranks alike
         if session.planner.shares is not None:
             self._prepare_shares()
         unread = session.planner.unread

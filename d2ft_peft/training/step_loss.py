@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.utils._pytree import tree_leaves
 from transformers import Trainer
 
-from ..engine.touch_loss import touch
+from ..engine.touch_loss import nothing, touch
 from ..partition import base_model
 from ..planning import D2FTPlanner, MicroBatch
 from ..planning.facts import BatchFacts
+from ..processes import is_sharded
 from .normalization import WatchedItems
 
 
@@ -40,7 +42,6 @@ class StepLoss:
 
     def __init__(self, trainer: Trainer, planner: D2FTPlanner, processes: int):
         self.trainer, self.planner, self.processes = trainer, planner, processes
-        self._parameters = [p for p in planner.model.parameters() if p.requires_grad]
         self._is_compiled: bool | None = None
         self._used: list[str] | None = None
         self._warned = False
@@ -76,18 +77,40 @@ class StepLoss:
     ) -> Any:
         given = args[1] if len(args) > 1 else kwargs.get("num_items_in_batch")
         items = None if given is None else WatchedItems.watch(given, self.trainer.args.device)
-        with self._observing(inputs, facts), self._unscaled_by_processes(), self._watching(model, items) as shown:
+        with (
+            self._observing(inputs, facts),
+            self._unscaled_by_processes(),
+            self._noting_outputs(facts) as seen,
+            self._watching(model, items) as shown,
+        ):
             if len(args) > 1:  # handed on as they came: a loss of one's own may not know all of the Trainer's names
                 args = (args[0], shown, *args[2:])
             elif items is not None:
                 kwargs["num_items_in_batch"] = shown
             result = original(model, inputs, *args, **kwargs)
         loss, *outputs = result if isinstance(result, tuple) else (result,)
-        loss = self._weight(loss, items, micro_batch, facts)
+        loss = nothing(loss, seen) if seen else self._weight(loss, items, micro_batch, facts)
         runtime = self.planner.runtime
         if runtime.touch_gradients or runtime.after_backward is not None or not loss.requires_grad:
-            loss = touch(loss, self._parameters, runtime.after_backward)
+            loss = touch(loss, self.planner.model.parameters(), runtime.after_backward)
         return (loss, *outputs) if outputs else loss
+
+    @contextmanager
+    def _noting_outputs(self, facts: BatchFacts) -> Iterator[list[Tensor]]:
+        """What the model returns for a batch without a label, where the other processes meet this one in backward."""
+        model, outputs = self.planner.model, []
+        if facts.items or not is_sharded(model):
+            yield outputs
+            return
+
+        def note(module: nn.Module, args: tuple, output: Any) -> None:
+            outputs.extend(value for value in tree_leaves(output) if isinstance(value, Tensor) and value.requires_grad)
+
+        handle = model.register_forward_hook(note)
+        try:
+            yield outputs
+        finally:
+            handle.remove()
 
     @contextmanager
     def _watching(self, model: nn.Module, items: WatchedItems | None) -> Iterator[Tensor | None]:

@@ -60,6 +60,7 @@ def check_own_fields(config: D2FTConfig) -> None:
         cost is None or (is_number(cost) and 0 < cost < 1),
         "forward_only_cost", cost, "must be a number in (0, 1), or None",
     )  # fmt: skip
+    check(config.subnets in (None, "heads", "blocks"), "subnets", config.subnets, "must be 'heads', 'blocks' or None")
     given = config.policy is None or isinstance(config.policy, str)
     check(given, "policy", config.policy, "must be the name of a policy, or None")
     config.policy = _default_policy(config) if config.policy is None else config.policy
@@ -104,6 +105,25 @@ def check_own_fields(config: D2FTConfig) -> None:
     if config.head_parallel:
         _check_head_parallel(config)
     _check_tokens(config)
+    if config.subnets == "blocks":
+        check_whole_blocks(config, "subnets='blocks'")
+
+
+def check_whole_blocks(config: D2FTConfig, why: str) -> None:
+    """Refuse what needs heads where subnets are whole blocks.
+
+    Args:
+        config: The configuration.
+        why: What makes them whole blocks.
+    """
+    for name, allowed, needs in (
+        ("heads_per_subnet", (1,), "groups heads; leave it out"),
+        ("stacks", (None,), "names what is cut into heads; leave it out"),
+        ("shortcut", ("zero",), "stands in for heads that are skipped; use 'zero'"),
+        ("head_parallel", (False,), "shares out heads; leave it out"),
+        ("rows", (None, "samples", "micro_batches"), "runs heads on some tokens; choose a policy over samples"),
+    ):
+        check(getattr(config, name) in allowed, name, getattr(config, name), f"{needs} ({why})")
 
 
 def _check_stacks(config: D2FTConfig) -> None:

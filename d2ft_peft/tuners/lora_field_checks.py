@@ -21,14 +21,13 @@ def check_placement(config: D2FTConfig) -> None:
     Raises:
         ValueError: If one is of another type than PEFT reads.
     """
-    layers, pattern, excluded = config.layers_to_transform, config.layers_pattern, config.exclude_modules
+    layers, pattern = config.layers_to_transform, config.layers_pattern
     several = layers if isinstance(layers, (list, tuple, set)) else [layers]
     check(
         layers is None or all(is_integer(layer) and layer >= 0 for layer in several),
         "layers_to_transform", layers, "must be the number of a block, from 0 on, or a list of them, or None",
     )  # fmt: skip
     check(_is_names(pattern), "layers_pattern", pattern, "must be the name of a list of blocks, several, or None")
-    check(_is_names(excluded), "exclude_modules", excluded, "must be a pattern, a list of names of modules, or None")
 
 
 def check_lora_fields(config: D2FTConfig) -> None:

@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from d2ft_peft import D2FTPlanner, D2FTTrainer
 from d2ft_peft.schedule import Budget
@@ -186,15 +186,14 @@ def test_figures_survive_a_checkpoint_of_as_many_processes(two, monkeypatch):
     assert other.counts.tolist() == [6, 6, 6]
 
 
-def test_the_trainer_refuses_fsdp(tmp_path):
+def test_the_trainer_refuses_fsdp(tmp_path, monkeypatch):
     model = adapt(device_capacities="auto", policy="fewer_samples", compute_budget=0.5)
     trainer = D2FTTrainer(model=model, args=arguments(tmp_path), train_dataset=samples())
-    trainer.accelerator.state.distributed_type = DistributedType.FSDP
-    try:
-        with pytest.raises(ValueError, match="D2FT does not run under FSDP; use DistributedDataParallel"):
-            trainer.train()
-    finally:
-        trainer.accelerator.state.distributed_type = DistributedType.NO
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="device_capacities='auto' does not run under FSDP: .*use Distributed"):
+        trainer.train()
 
 
 def test_the_trainer_does_not_let_processes_weigh_alike(tmp_path):

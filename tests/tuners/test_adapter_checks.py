@@ -3,7 +3,8 @@
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel, get_peft_model
+from accelerate import cpu_offload, dispatch_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from d2ft_peft import D2FTConfig, partition_model
@@ -31,7 +32,10 @@ def quantized(kind):
 def test_weights_that_cannot_be_cut_are_refused(kind):
     where = "the weight of model.layers.1.mlp.up_proj is a .*, which cannot be "
     with pytest.raises(ValueError, match=where + "cut into heads as policy='bilevel' does; choose policy='exact_"):
-        get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel"))
+        get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel", subnets="heads"))
+    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* because heads cannot be cut: " + where):
+        model = get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel"))
+    assert get_runtime(model).partitions["default"].num_scheduled == 3
     with pytest.raises(ValueError, match=where + "fine-tuned; set r"):
         get_peft_model(quantized(kind), D2FTConfig(policy="all_full"))
 
@@ -43,6 +47,42 @@ def test_whole_projections_of_such_weights_train_under_lora(policy):
     with runtime.use(compile_plan(runtime.partitions["default"], [2] * runtime.partitions["default"].num_scheduled)):
         model(**TINY["llama"].batch()).loss.backward()
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_weights_that_accelerate_offloads_are_not_trained_and_not_sliced():
+    """It lends them to the forward pass of their layer: a copy would be lent the original's, and learn nothing."""
+    where = r"the weight of model.layers.0.self_attn.q_proj is offloaded by accelerate"
+    with pytest.raises(ValueError, match=where + ".*cannot be fine-tuned; set r .LoRA., or load the model without"):
+        get_peft_model(cpu_offload(fresh("llama"), execution_device="cpu"), D2FTConfig())
+    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* heads cannot be cut: " + where):
+        get_peft_model(cpu_offload(fresh("llama"), execution_device="cpu"), D2FTConfig(r=4, policy="bilevel"))
+
+
+@pytest.mark.parametrize("subnets", ["heads", "blocks"])
+def test_hooks_of_accelerate_run_as_ever(subnets):
+    names = [
+        "model.embed_tokens",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+        *(f"model.layers.{i}" for i in range(3)),
+    ]
+    base = dispatch_model(fresh("llama"), dict.fromkeys(names, "cpu"), main_device="cpu", force_hooks=True)
+    entered, hook = [], base.model.layers[1]._hf_hook
+    enter, plain = hook.pre_forward, adapted("llama", "lora", subnets=subnets, init_lora_weights=False)
+    hook.pre_forward = lambda *args, **kwargs: entered.append(1) or enter(*args, **kwargs)
+    torch.manual_seed(0)
+    model = get_peft_model(base, config_for("lora", subnets=subnets, init_lora_weights=False))
+    losses = []
+    for one in (model, plain):
+        runtime = get_runtime(one.train())
+        if one is plain:
+            set_peft_model_state_dict(plain, get_peft_model_state_dict(model))
+        row = [2, *[1] * (runtime.partitions["default"].num_scheduled - 1)]
+        with runtime.use(compile_plan(runtime.partitions["default"], row)):
+            losses.append(one(**TINY["llama"].batch()).loss)
+    same(*losses)
+    assert entered == [1]
 
 
 def test_such_weights_are_no_hindrance_to_inference():
