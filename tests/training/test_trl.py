@@ -19,7 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 4, "init_lora_weights": "gaussian"}
 OFFLINE = [kind for kind in KINDS if kind not in ("grpo", "rloo")]  # whose samples lie in a data set
-slow = pytest.mark.slow
 
 
 def wrapped(kind, folder, config, checkpointing=True, **kwargs):
@@ -32,6 +31,7 @@ def wrapped(kind, folder, config, checkpointing=True, **kwargs):
     return make(kind, folder, model, callbacks=callbacks, gradient_checkpointing=checkpointing, **kwargs)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_all_full_is_bit_identical_to_the_trainer_alone(tmp_path, kind, checkpointing):
@@ -44,6 +44,7 @@ def test_all_full_is_bit_identical_to_the_trainer_alone(tmp_path, kind, checkpoi
     assert_equal(*weights)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("policy", ["bilevel", "random", "fewer_samples"])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_part_of_the_model_trains(tmp_path, kind, policy):
@@ -106,14 +107,11 @@ def moved(model) -> None:
         parameter.data.add_(0.1 * noise)
 
 
-EVERY = [
-    *((kind, "lora", "fewer_samples") for kind in OFFLINE),
-    *(pytest.param(kind, "full", "fewer_samples", marks=slow) for kind in OFFLINE),
-    *(pytest.param(kind, "lora", policy, marks=slow) for kind in OFFLINE for policy in ("bilevel", "exact_first")),
-]
+WAYS = [("lora", "bilevel"), ("lora", "fewer_samples"), ("lora", "exact_first"), ("full", "fewer_samples")]
 
 
-@pytest.mark.parametrize(("kind", "variant", "policy"), EVERY)
+@pytest.mark.quick(6)
+@pytest.mark.parametrize(("kind", "variant", "policy"), [(kind, *way) for kind in OFFLINE for way in WAYS])
 def test_a_step_is_the_trainers_own_on_the_samples_that_run(tmp_path, kind, variant, policy):
     """In float64, from an adapter that is not zero. A loss that is a mean is weighted by the samples of its part."""
     watch = Gradients()
@@ -157,12 +155,10 @@ def test_the_two_of_a_pair_run_together(tmp_path, kind):
         assert not torch.equal(chosen, rejected)
 
 
-@pytest.mark.parametrize(
-    ("kind", "variant", "checkpointing"),
-    [("dpo", "lora", None), ("dpo", "full", None), ("kto", "lora", None),
-     *(pytest.param(kind, variant, reentrant, marks=slow)
-       for kind in ("dpo", "kto") for variant in ("lora", "full") for reentrant in (True, False))],
-)  # fmt: skip
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.parametrize("variant", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["dpo", "kto"])
 def test_reference_passes_run_the_whole_base(tmp_path, kind, variant, checkpointing):
     """Under a policy that cuts every block in another way: no adapter, no plan."""
     settings = {} if checkpointing is None else {
@@ -211,6 +207,7 @@ def test_a_loss_without_logits_gives_no_scores(tmp_path):
         wrapped("sft", tmp_path, {"policy": "importance", "compute_budget": 0.5}).train()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("kind", ["dpo", "kto", "reward", "orpo"])
 def test_a_loss_of_the_trainers_own_gives_no_gradient_scores(tmp_path, kind):
     peft_config = config("lora", policy="bilevel", backward_score="gradient_magnitude")
@@ -225,6 +222,7 @@ def test_without_the_base_there_is_no_reference(tmp_path):
         run.train()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_inputs_that_are_generated_within_a_step_are_refused(tmp_path, kind, mixed):
@@ -234,6 +232,7 @@ def test_inputs_that_are_generated_within_a_step_are_refused(tmp_path, kind, mix
         run.train()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["grpo", "rloo"])
 def test_generating_trainers_train_the_whole_adapter(tmp_path, kind):
     run = make(kind, tmp_path, peft_config=config("lora"), max_steps=1)

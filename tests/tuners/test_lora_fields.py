@@ -44,6 +44,7 @@ def pair(name, fields, targets):
     return models
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize(
     ("name", "fields", "targets"),
     [*(pytest.param("vit", fields, VIT, id=f"vit, {key}") for key, fields in FIELDS.items()),

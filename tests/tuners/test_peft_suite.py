@@ -76,6 +76,7 @@ def gradients(model, name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:.*(is_gradient_checkpointing|gradient_checkpointing_enable).*:FutureWarning")
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 @each_variant
