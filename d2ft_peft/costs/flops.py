@@ -62,6 +62,7 @@ def cost_model(
             if name not in without:
                 _add_whole(base.get_submodule(name), branch, rows.own, shared)
     learns = blocks_that_learn(base, partition)
+    attends = np.isin(range(shape), [branch.block for branch in partition.branches if branch.name != "ffn"])
     heads = np.array([len(subnet.heads) for subnet in partition.subnets])
     left_out = tuple(f"{name}." for name in without)
     above = [entry for entry in probe.above if not f"{entry.name}.".startswith(left_out)]
@@ -78,8 +79,10 @@ def cost_model(
         shared_entry_gradient=shared["entry"],
         below_forward=sum(entry.flops for entry in probe.below),
         below_backward=_backward_below(probe.below),
-        inside_forward=_of_blocks(probe, shape, lambda entry: True),
-        inside_weight_gradient=_of_blocks(probe, shape, lambda entry: entry.trains),
+        inside_forward=_of_blocks(probe, shape, lambda entry: entry.flops),
+        inside_weight_gradient=_of_blocks(probe, shape, lambda entry: entry.trains * (entry.flops - entry.products)),
+        inside_products=_of_blocks(probe, shape, lambda entry: entry.products),
+        inside_entry_gradient=_of_blocks(probe, shape, lambda entry: entry.flops + entry.products) * ~attends,
         above_forward=sum(entry.flops for entry in above),
         above_weight_gradient=sum(entry.flops for entry in above if entry.trains),
         above_input_gradient=sum(entry.flops for entry in above),
@@ -117,18 +120,15 @@ def _without_backward_below(
     partition: Partition, probe: Probe, learns: np.ndarray, per_head: dict, shared: dict
 ) -> None:
     """Take the backward pass out of the blocks below the lowest in which anything trains: none ever runs there."""
-    inside = _of_blocks(probe, len(partition.blocks), lambda entry: entry.trains) > 0
+    inside = _of_blocks(probe, len(partition.blocks), lambda entry: entry.trains * entry.flops) > 0
     below = np.cumsum(learns | inside) == 0
     for costs in (per_head, shared):
         costs["backward"][below] = costs["entry"][below] = 0.0
 
 
-def _of_blocks(probe: Probe, num_blocks: int, counts: Callable[[Entry], bool]) -> np.ndarray:
-    """FLOPs, by block, of the entries that count, [B]."""
-    return np.array(
-        [sum(entry.flops for entry in probe.inside.get(block, ()) if counts(entry)) for block in range(num_blocks)],
-        dtype=float,
-    )
+def _of_blocks(probe: Probe, num_blocks: int, flops: Callable[[Entry], float]) -> np.ndarray:
+    """Sum over the entries of each block, [B]."""
+    return np.array([sum(map(flops, probe.inside.get(block, ()))) for block in range(num_blocks)], dtype=float)
 
 
 def _add_projection(

@@ -128,6 +128,7 @@ class _Meter(TorchDispatchMode):
             for p, g in enumerate(partition.gauges)
         }
         named = {module: name for name, module in base.named_modules()}
+        self.weights = {_storage(parameter) for parameter in base.parameters()} - {None}
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         for module in {**dict.fromkeys(self.roots, ""), **named}:
             name = named.get(module, "")
@@ -175,8 +176,12 @@ class _Meter(TorchDispatchMode):
         if count is not None and self.stack:
             flops = count(*args, **kwargs, out_val=out)
             self.stack[-1].flops += flops
-            self.stack[-1].products += flops * (func._overloadpacket not in _WITH_WEIGHTS)
+            self.stack[-1].products += flops * (func._overloadpacket not in _WITH_WEIGHTS and not self._reads(args))
         return out
+
+    def _reads(self, args: tuple) -> bool:
+        """Whether a weight is among the factors, as where all experts are multiplied in one batch."""
+        return any(isinstance(value, Tensor) and _storage(value) in self.weights for value in args)
 
     def _finish(self) -> None:
         if self.rows.empty:
@@ -215,6 +220,14 @@ class _Meter(TorchDispatchMode):
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _storage(value: Tensor) -> int | None:
+    """What tells whether tensors share memory; None where there is none to look at (meta, quantized ones)."""
+    try:
+        return None if value.is_meta else value.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _of_unknown_kernel(module: nn.Module, args: tuple, output: Any) -> float:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..value_checks import check, is_integer
 from .architecture import BranchSpec
 from .gauges import Stack
-from .head_layouts import head_layouts, latent_layouts
+from .head_layouts import head_layouts, wide_layouts
 from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
 from .stacks import FoundStack, find_stacks, has_module
 from .whole_blocks import ASKED, boundary, partition_into_blocks
@@ -135,13 +135,16 @@ def _attention_branch(
     widths = {path: _linear_shape(block, prefix, path)[1] for path in spec.columns}
     columns = [widths[path] for path in spec.columns if path not in spec.apart]
     row = _linear_shape(block, prefix, spec.row)[0]
-    if spec.shared_input:
-        layouts = head_layouts(where, spec, head_dim, columns, row)
+    value_dim = getattr(region, "v_head_dim", None) or head_dim
+    if not spec.shared_input:
+        layouts = wide_layouts(where, part.config.num_attention_heads, columns, row)
+    elif value_dim != head_dim and len(columns) == 3:  # queries, keys and narrower values
+        layouts = wide_layouts(where, columns[1] // head_dim, columns, row)
     else:
-        layouts = latent_layouts(where, part.config.num_attention_heads, columns, row)
+        layouts = head_layouts(where, spec, head_dim, columns, row)
     layout_of = dict(zip((path for path in spec.columns if path not in spec.apart), layouts.columns, strict=True))
     layout_of |= {path: FeatureLayout(layouts.heads, widths[path] // layouts.heads) for path in spec.apart}
-    query_heads = max(1, row // layouts.heads // head_dim)
+    query_heads = max(1, row // layouts.heads // value_dim)
     per_head = tuple(
         entry
         for name, axis in spec.per_head
@@ -182,7 +185,7 @@ def _per_head(region: nn.Module, where: str, name: str, axis: int, heads: int, q
         kind, size = "parameter", value.shape[axis]
     elif isinstance(value, nn.Module):
         kind, size = "module", next(unwrap(value).parameters()).shape[-1]
-    elif parent:
+    elif parent or leaf in owner.__dict__ or leaf in owner._parameters:  # known, and None in this block
         return None
     else:
         raise ValueError(

@@ -21,8 +21,9 @@ def find_architecture(model: nn.Module) -> Described:
     if known is not None:
         return known
     plan = getattr(config, "base_model_tp_plan", None)
-    if plan:
-        return architecture_of_plan(model, model_type, plan)
+    planned = architecture_of_plan(model, model_type, plan) if plan else None
+    if planned is not None:
+        return planned
     from .structure import read_structure  # tries blocks cut into branches, which `discovery` makes of architectures
 
     return read_structure(model)

@@ -47,6 +47,10 @@ class CostModel:
         inside_forward: What each block runs whole besides its subnets (experts, router), [B]; None for nothing.
         inside_weight_gradient: Gradient of its weights, [B]; 0 where they do not train. That of its input costs as much
             as `inside_forward`, where anything below trains.
+        inside_products: The part of `inside_forward` that multiplies activations with each other, whose gradient costs
+            as much once more, [B]; None for nothing.
+        inside_entry_gradient: What of the gradients inside a block lies before its subnets (linear attention before an
+            FFN), [B]: not computed in the lowest block that trains; None for nothing.
         above_forward: Task head.
         above_weight_gradient: Gradient of its weights; 0 where it does not train.
         above_input_gradient: Gradient of its input.
@@ -72,6 +76,8 @@ class CostModel:
     below_backward: float = 0.0
     inside_forward: np.ndarray | None = None
     inside_weight_gradient: np.ndarray | None = None
+    inside_products: np.ndarray | None = None
+    inside_entry_gradient: np.ndarray | None = None
     above_forward: float = 0.0
     above_weight_gradient: float = 0.0
     above_input_gradient: float = 0.0
@@ -103,6 +109,7 @@ class CostModel:
             changed[name] = np.where(of_block[self.blocks], getattr(other, name), getattr(self, name))
         for name in (
             "shared_forward", "shared_backward", "shared_entry_gradient", "inside_forward", "inside_weight_gradient",
+            "inside_products", "inside_entry_gradient",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 changed[name] = np.where(of_block, getattr(other, name), getattr(self, name))
@@ -156,14 +163,14 @@ class CostModel:
         num_blocks = len(self.shared_forward)
         in_block = (self.blocks[:, None] == np.arange(num_blocks)).astype(float)
         has_full, has_forward_only = full @ in_block > 0, (active & ~full) @ in_block > 0
-        inside, weight_gradients = (
+        inside, weight_gradients, products = (
             np.zeros(num_blocks) if given is None else given
-            for given in (self.inside_forward, self.inside_weight_gradient)
+            for given in (self.inside_forward, self.inside_weight_gradient, self.inside_products)
         )
         flops = self.below_forward + self.above_forward + self.above_weight_gradient + self.below_backward
         flops = flops + active @ self.forward + inside.sum() + weight_gradients.sum()
         flops += has_full @ self.shared_forward + has_forward_only @ self.shared_forward
-        back = self._goes_back(full, in_block, inside, weight_gradients)
+        back = self._goes_back(full, in_block, inside + products, weight_gradients)
         flops += (full & back.blocks[:, self.blocks]) @ self.backward + back.blocks @ self.shared_backward
         flops += back.inside + self.above_input_gradient * back.any - back.spared
         return np.where(active.any(axis=1), flops, 0.0)
@@ -200,6 +207,9 @@ class CostModel:
             entry = full & (self.blocks == lowest_full[:, None])
             shared = np.append(self.shared_entry_gradient, 0.0)[lowest_full]
             back.spared += (entry @ self.entry_gradient + shared) * spared
+            if self.inside_entry_gradient is not None:
+                before_subnets = np.append(self.inside_entry_gradient, 0.0)[lowest_full]
+                back.spared += before_subnets * (spared & (lowest_full < lowest_inside))
             if chain.reads == "states" and self.states_gradient is not None:
                 cells = full & np.isin(self.blocks, of_chain) & back.blocks[:, self.blocks]
                 states = cells @ self.states_gradient + runs @ self.shared_states_gradient[of_chain]

@@ -112,9 +112,10 @@ def gradient_scores(
         seen = [record for record in records if record is not None]
         output_gradients = iter(torch.autograd.grad(loss, [output for _, output in seen]))
     heads = _HeadSums(partition)
+    samples = next((len(x) for x, _ in seen if x.ndim > 2), 1)
     for (index, module, axis), record in zip(carriers, records, strict=True):
         if record is not None:
-            x, gradient = record[0], next(output_gradients)
+            x, gradient = (_by_sample(values, samples) for values in (record[0], next(output_gradients)))
             if not per_sample:
                 x, gradient = x.flatten(0, 1)[None], gradient.flatten(0, 1)[None]
             # The loss is a mean: a sample's own gradient is as many times larger as there are samples.
@@ -159,6 +160,11 @@ class _HeadSums:
                 if self.partition.branches[index].block == subnet.block:
                     scores[:, subnet.index] += values[:, list(subnet.heads)].sum(1)
         return scores
+
+
+def _by_sample(values: Tensor, samples: int) -> Tensor:
+    """Rows as [samples, rows of each, features]: some blocks hand them on in one axis (OPT), or in more (latents)."""
+    return values if values.ndim == 3 else values.reshape(samples, -1, values.shape[-1])
 
 
 def _measure(gradient: Tensor, parameter: Tensor, score: str) -> Tensor:

@@ -216,6 +216,32 @@ def is_dense(weight: torch.Tensor | None) -> bool:
     return plain and weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.layout == torch.strided
 
 
+def copied_boundary(model: nn.Module, partition: Partition, boundary: list[str]) -> list[str]:
+    """The boundary modules that ``train_boundary`` copies; says where parameters per head (sinks) are left out.
+
+    Raises:
+        ValueError: If a module with parameters of its own holds projections of subnets.
+    """
+    holding = [n for n in boundary if not n or any(owned.startswith(f"{n}.") for owned in partition.owned)]
+    left = set()
+    for name in holding:
+        own = {parameter for parameter, _ in model.get_submodule(name).named_parameters(recurse=False)}
+        known = {e.name for branch in partition.branches if branch.region == name for e in branch.per_head}
+        if not own <= known:
+            raise ValueError(
+                f"train_boundary=True cannot copy {name or 'the model itself'!r}: it has parameters of its own and "
+                "holds projections of subnets; name what else is to be trained in modules_to_save instead."
+            )
+        left |= own
+    if holding:
+        warnings.warn(
+            f"train_boundary=True leaves {', '.join(sorted(left))} of {holding[0]} and others alone: they lie beside "
+            "projections of subnets, in a module that cannot be copied.",
+            stacklevel=2,
+        )
+    return [name for name in boundary if name not in holding]
+
+
 def check_loads_in_peft(model: nn.Module, linears: Iterable[str], config: D2FTConfig) -> None:
     """Refuse LoRA on projections that PEFT, when it loads the adapter, would take for others.
 

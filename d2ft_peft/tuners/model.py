@@ -26,6 +26,7 @@ from .adapter_checks import (
     check_loads_in_peft,
     check_names,
     check_stacks,
+    copied_boundary,
     leave_out_what_peft_renames,
 )
 from .config import D2FTConfig
@@ -194,13 +195,7 @@ class D2FTModel(FullAdapters, SubnetTuner):
         blocks = transformed_blocks(peft_config, partition)
         frozen = tuple(f"{name}." for index, name in enumerate(partition.blocks) if index not in blocks)
         boundary = [name for name in partition.boundary if not name.startswith(frozen)]
-        for name in boundary:
-            if not name or any(owned.startswith(f"{name}.") for owned in partition.owned):
-                raise ValueError(
-                    f"train_boundary=True cannot copy {name or 'the model itself'!r}: it has parameters of its own and "
-                    "holds projections of subnets; name what else is to be trained in modules_to_save instead."
-                )
-        return boundary
+        return copied_boundary(self.model, partition, boundary)
 
     def _check_target_module_exists(self, peft_config: D2FTConfig, key: str) -> Any:
         found = check_target_module_exists(peft_config, key)

@@ -7,7 +7,7 @@ from accelerate import cpu_offload, dispatch_model
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from d2ft_peft import D2FTConfig
+from d2ft_peft import D2FTConfig, partition_model
 from d2ft_peft.engine import compile_plan, get_runtime
 from d2ft_peft.tuners.adapter_checks import is_dense
 from tests.models import TINY
@@ -131,3 +131,27 @@ def test_targets_that_peft_takes_for_experts_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     same(logits(PeftModel.from_pretrained(glm4_moe(), tmp_path), "llama"), logits(model, "llama"))
     get_peft_model(glm4_moe(), D2FTConfig())
+
+
+@pytest.mark.parametrize("family", ["Ernie4_5_Moe", "ExaoneMoe", "DeepseekV3"])
+def test_dense_first_layers_of_other_families_load_in_stock_peft_too(family, tmp_path):
+    """PEFT would take their gate, up and down projections for experts'."""
+    config = getattr(tf, f"{family}Config")(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=4, intermediate_size=48,
+        moe_intermediate_size=16, num_hidden_layers=2, vocab_size=64, num_experts_per_tok=2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, q_lora_rank=12, kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=6,
+        v_head_dim=8, n_group=1, topk_group=1, first_k_dense_replace=1, moe_layer_start_index=1,
+        **{name: 4 for name in ("n_routed_experts", "moe_num_experts", "num_experts")},
+    )  # fmt: skip
+    model_class = getattr(tf, f"{family}ForCausalLM")
+
+    def build():
+        torch.manual_seed(0)
+        return model_class(config)
+
+    assert any(branch.name == "ffn" for branch in partition_model(build()).branches)
+    with pytest.warns(UserWarning, match="LoRA leaves .*gate_proj.* alone"):
+        model = get_peft_model(build(), D2FTConfig(r=4))
+    train_briefly(model, "llama")
+    model.save_pretrained(tmp_path)
+    same(logits(PeftModel.from_pretrained(build(), tmp_path), "llama"), logits(model, "llama"))
