@@ -113,7 +113,7 @@ class TestRefusals:
     )
     def test_what_knows_one_stack_only(self, config, reason):
         with pytest.raises(ValueError, match=reason):
-            get_peft_model(ZOO["t5"].build(), D2FTConfig(**config))
+            get_peft_model(ZOO["bart"].build(), D2FTConfig(**config))
 
     def test_a_cache_of_frozen_blocks(self, tmp_path):
         model = get_peft_model(ZOO["t5"].build(), D2FTConfig(target_modules=["wo"]))
