@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -83,10 +82,16 @@ def _usual_task(config: tf.PretrainedConfig) -> str:
 
 def model_on_meta(config: tf.PretrainedConfig, task: str) -> nn.Module:
     """The model with names and shapes, and no weights."""
-    config = copy.deepcopy(config)
-    config.pad_token_id = None  # else some models look for it among the ids
     with torch.device("meta"):
-        return TASKS[task].from_config(config)
+        model = TASKS[task].from_config(config)
+    for module in model.modules():
+        if isinstance(module, tf.PreTrainedModel):
+            module.warn_if_padding_and_no_attention_mask = _look_at_no_ids
+    return model
+
+
+def _look_at_no_ids(*args: Any) -> None:
+    """Ids on the meta device have no values that one of them could be padding by."""
 
 
 def batch_on_meta(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import DistilBertConfig
 
 from d2ft_peft import D2FTPlanner
 from d2ft_peft.cli.architecture_choice import TASKS, batch_on_meta, choose_task, model_on_meta, read_config
@@ -78,6 +79,12 @@ def test_the_answer_for_people_has_the_figures_and_the_picture(d2ft, config_fold
 def test_a_model_type_is_enough(d2ft):
     found = d2ft("plan gpt2 --r 4 --sequence-length 16 --heads-per-subnet 12 --json")
     assert (found["model_type"], found["task"], found["subnets"]) == ("gpt2", "causal-lm", 14)
+
+
+def test_a_model_whose_heads_are_found_by_trying_is_planned_too(d2ft, tmp_path):
+    DistilBertConfig(vocab_size=64, dim=32, n_heads=4, n_layers=2, hidden_dim=48).save_pretrained(tmp_path)
+    found = d2ft(f"plan {tmp_path} --sequence-length 7 --json")
+    assert (found["blocks"], found["subnets"]) == (2, 10) and found["budgets"][0]["flops_ratio"] == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(
