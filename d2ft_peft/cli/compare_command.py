@@ -126,9 +126,14 @@ def compared(runs: dict[str, list[Measured]], setting: Setting, tolerance: float
     beside = Interval.of(
         [(one.loss - few.loss) / abs(few.loss) for one, few in zip(runs[D2FT], runs[FEWER], strict=True)]
     )
-    verdict = judge(times[D2FT], losses[D2FT], beside, tolerance)
+    accuracy = None
+    if "accuracy" in plain[0].metrics:
+        pairs = zip(runs[D2FT], plain, strict=True)
+        accuracy = Interval.of([one.metrics["accuracy"] - base.metrics["accuracy"] for one, base in pairs])
+    verdict = judge(times[D2FT], losses[D2FT], beside, tolerance, accuracy)
     return {
         "rows": rows,
+        "accuracy_difference": None if accuracy is None else accuracy.as_json(),
         "beside_fewer_samples": beside.as_json(),
         "verdict": {**verdict.as_json(), "text": str(verdict)},
     }

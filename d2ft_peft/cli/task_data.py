@@ -115,6 +115,10 @@ def load_task(
     splits = read_data(data, held_out_share, cache_dir)
     columns = find_columns(splits["train"].features, given)
     name = choose_task(config, task or columns.task)
+    if name == "seq2seq-lm":
+        raise ValueError(
+            "task='seq2seq-lm' can be planned only; train it with Seq2SeqTrainer and d2ft_peft.D2FTTrainerMixin."
+        )
     if (name == "image-classification") != (columns.image is not None):
         raise ValueError(f"task={name!r} does not go with the columns {columns}; name other ones, or another task.")
     for split, count in zip(("train", "held_out"), most, strict=True):

@@ -64,14 +64,22 @@ class Verdict:
         return asdict(self)
 
 
-def judge(time: Interval, loss: Interval, beside_fewer: Interval | None, tolerance: float) -> Verdict:
+def judge(
+    time: Interval,
+    loss: Interval,
+    beside_fewer: Interval | None,
+    tolerance: float,
+    accuracy: Interval | None = None,
+) -> Verdict:
     """Judge D2FT beside plain training.
 
     Args:
         time: Seconds of a step, relative to plain training's.
         loss: Difference of the loss at the end, relative to plain training's loss; positive is worse.
         beside_fewer: The same difference to plain training on fewer samples, which saves as much without D2FT.
-        tolerance: How much higher a loss may be, relative to plain training's, and still count as equal.
+        tolerance: How much higher a loss may be, relative to plain training's, and still count as equal; likewise how
+            much lower an accuracy, as a share of the samples.
+        accuracy: Difference of the accuracy to plain training's, positive is better; None where there is none.
     """
     seconds = f"a step takes {_range(time)} of plain training's time"
     higher = f"the loss ends {_percent(loss)} of plain training's"
@@ -79,6 +87,10 @@ def judge(time: Interval, loss: Interval, beside_fewer: Interval | None, toleran
         return Verdict("not worth it", f"no time is saved: {seconds}.")
     if loss.low > 0:
         return Verdict("not worth it", f"{higher} higher, though {seconds}.")
+    if accuracy is not None and accuracy.high < 0:
+        return Verdict(
+            "not worth it", f"the accuracy ends {_points(accuracy)} points below plain training's, though {seconds}."
+        )
     if beside_fewer is not None and beside_fewer.low > 0:
         return Verdict(
             "not worth it",
@@ -92,6 +104,12 @@ def judge(time: Interval, loss: Interval, beside_fewer: Interval | None, toleran
             "not decided",
             f"{seconds}, but the loss may end as much as {_bound(loss.high)} higher, and {tolerance:.1%} count as "
             "equal; run more seeds or more steps.",
+        )
+    if accuracy is not None and accuracy.low < -tolerance:
+        return Verdict(
+            "not decided",
+            f"{seconds}, but the accuracy may end as many as {_bound(-accuracy.low)} points lower, and "
+            f"{tolerance:.1%} count as equal; run more seeds, or hold out more samples.",
         )
     return Verdict(
         "worth it", f"{seconds}, and the loss ends no more than {_bound(loss.high)} higher. {_than(beside_fewer)}"
@@ -117,6 +135,10 @@ def _percent(one: Interval) -> str:
     if not np.isfinite(one.high):
         return f"{one.mean:.1%} (one run)"
     return f"{one.mean:.1%} ({one.low:.1%} to {one.high:.1%})"
+
+
+def _points(below: Interval) -> str:
+    return _percent(Interval(-below.mean, -below.high, -below.low))
 
 
 def _bound(value: float) -> str:

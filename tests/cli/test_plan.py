@@ -113,3 +113,13 @@ def test_help_has_an_example(d2ft):
     assert "Example: d2ft plan" in " ".join(d2ft("plan --help").split())
     assert "plan" in d2ft("--help")
     assert d2ft("--version").strip()
+
+
+def test_an_encoder_decoder_is_planned_whole():
+    config = read_config("t5")
+    task = choose_task(config, None)
+    assert task == "seq2seq-lm"
+    outputs = model_on_meta(config, task)(**batch_on_meta(config, task, length=9))
+    assert outputs.logits.shape == (1, 9, config.vocab_size)
+    with pytest.raises(ValueError, match="decoder without an encoder to attend to"):
+        choose_task(read_config("whisper"), "causal-lm")

@@ -12,6 +12,20 @@ WIDE, UNKNOWN = Interval(0.0, -0.2, 0.2), Interval(0.0, -np.inf, np.inf)
 
 
 @pytest.mark.parametrize(
+    ("accuracy", "answer"),
+    [
+        (None, "worth it"),
+        (Interval(0.0, -0.01, 0.01), "worth it"),
+        (Interval(-0.05, -0.08, -0.02), "not worth it"),
+        (Interval(-0.05, -0.3, 0.2), "not decided"),
+    ],
+)
+def test_an_accuracy_must_be_no_worse_either(accuracy, answer):
+    verdict = judge(FASTER, EQUAL, EQUAL, 0.02, accuracy)
+    assert verdict.answer == answer and ("accuracy" in verdict.because) == (answer != "worth it")
+
+
+@pytest.mark.parametrize(
     ("time", "loss", "beside_fewer", "answer"),
     [
         (FASTER, EQUAL, EQUAL, "worth it"),
