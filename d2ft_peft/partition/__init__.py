@@ -2,7 +2,8 @@
 
 from . import decoders, encoder_decoders, encoders, towers  # noqa: F401  they register their architectures
 from .architecture import Architecture, BranchSpec, register_architecture
-from .discovery import base_model, is_plain_linear, partition_model, parts_elsewhere, unwrap
+from .branches import is_plain_linear, unwrap
+from .discovery import base_model, partition_model, parts_elsewhere
 from .gauges import Gauge, Stack
 from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
 from .whole_blocks import boundary_below, modules_with_weights, partition_into_blocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .architecture import Described, known_architecture
+from .structure import read_structure
 from .tp_plan import architecture_of_plan
 
 
@@ -24,6 +25,4 @@ def find_architecture(model: nn.Module) -> Described:
     planned = architecture_of_plan(model, model_type, plan) if plan else None
     if planned is not None:
         return planned
-    from .structure import read_structure  # tries blocks cut into branches, which `discovery` makes of architectures
-
     return read_structure(model)

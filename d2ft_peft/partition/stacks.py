@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture import Architecture
+from .branches import has_module
 from .find_architecture import find_architecture
 
 
@@ -122,15 +123,6 @@ def _lists_of_blocks(model: nn.Module, architecture: Architecture) -> list[tuple
         and (name == architecture.blocks or name.endswith("." + architecture.blocks))
         and any(has_module(block, architecture.attention.row) for block in module)
     ]
-
-
-def has_module(block: nn.Module, path: str) -> bool:
-    """Whether there is a module at a path."""
-    try:
-        block.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _related(model: nn.Module, found: list[FoundStack]) -> list[FoundStack]:
