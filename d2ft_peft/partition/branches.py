@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -11,10 +11,6 @@ from transformers.pytorch_utils import Conv1D
 from .architecture import BranchSpec
 from .head_layouts import head_layouts, wide_layouts
 from .partition import Branch, FeatureLayout, PerHead, Projection
-
-
-if TYPE_CHECKING:
-    pass
 
 
 # Linear layers under other names, which compute what nn.Linear does.
