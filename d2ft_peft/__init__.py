@@ -5,7 +5,7 @@ from .head_start import HeadStart, fit_head
 from .partition import Architecture, BranchSpec, partition_model, register_architecture
 from .planning import D2FTPlanner
 from .schedule import Operation, Schedule, register_policy
-from .training import AveragedWeightsCallback, D2FTCallback, D2FTTrainer, D2FTTrainerMixin
+from .training import AveragedWeightsCallback, D2FTCallback, D2FTTrainer, D2FTTrainerMixin, ReportCallback
 from .tuners import D2FTConfig, D2FTLoraModel, D2FTModel
 from .tuners.peft_type import D2FTType, register
 from .version import __version__ as __version__
@@ -26,6 +26,7 @@ __all__ = [
     "HeadStart",
     "KillReviveCallback",
     "Operation",
+    "ReportCallback",
     "Schedule",
     "fit_head",
     "partition_model",

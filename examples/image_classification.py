@@ -16,7 +16,7 @@ simplest ways to spend 60 % of the compute: fewer steps, ``--baseline_fewer_samp
 
 from __future__ import annotations
 
-import random
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,17 @@ import torch
 from common import MethodArguments, adapt, fine_tune, load_splits, parse
 from datasets import ClassLabel, Dataset, Image
 from PIL import ImageOps
-from transformers import AutoImageProcessor, AutoModelForImageClassification, EvalPrediction, Trainer, TrainingArguments
+from PIL.Image import Image as Picture
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from d2ft_peft import D2FTTrainer
 
@@ -73,11 +83,31 @@ def column_of(dataset: Dataset, kind: type) -> str:
     raise ValueError(f"the data set has no {kind.__name__} column, only {dataset.features}; cast one to it.")
 
 
-def transform(rows: dict[str, list], image: str, label: str, process: Callable, flip: bool) -> dict[str, Any]:
+class Flips(TrainerCallback):
+    """Which images are mirrored, drawn anew for every image in every epoch.
+
+    Not by a generator that everybody shares: loaders are ahead of the state that a checkpoint holds, so a resumed run
+    would draw others.
+    """
+
+    def __init__(self, seed: int):
+        self.seed, self.epoch = seed, torch.zeros((), dtype=torch.int64).share_memory_()  # workers of a loader see it
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.epoch.fill_(int(state.epoch))
+
+    def __call__(self, picture: Picture) -> bool:
+        rng = np.random.default_rng([self.seed, int(self.epoch), zlib.crc32(picture.tobytes())])
+        return bool(rng.random() < 0.5)
+
+
+def transform(
+    rows: dict[str, list], image: str, label: str, process: Callable, flips: Callable[[Picture], bool] | None
+) -> dict[str, Any]:
     """What a few rows become as they are fetched; nothing is decoded ahead of time."""
     images = [picture.convert("RGB") for picture in rows[image]]
-    if flip:
-        images = [ImageOps.mirror(picture) if random.random() < 0.5 else picture for picture in images]
+    if flips is not None:
+        images = [ImageOps.mirror(picture) if flips(picture) else picture for picture in images]
     return {"pixel_values": process(images, return_tensors="pt")["pixel_values"], "labels": rows[label]}
 
 
@@ -107,14 +137,15 @@ def make_trainer(data: DataArguments, args: MethodArguments, training: TrainingA
     if data.image_size is not None:
         size = {"height": data.image_size, "width": data.image_size}
         process, collator = partial(processor, size=size), partial(collate, interpolate_pos_encoding=True)
+    flips = Flips(training.seed)
     prepare = partial(transform, image=image, label=label, process=process)
     # The transform needs the columns that a Trainer would drop.
     training.remove_unused_columns = False
     return (D2FTTrainer if args.method == "d2ft" else Trainer)(
         model=adapt(model, args, training.seed), args=training, data_collator=collator,
-        train_dataset=train.with_transform(partial(prepare, flip=True)),
-        eval_dataset=validation.with_transform(partial(prepare, flip=False)),
-        processing_class=processor, compute_metrics=accuracy,
+        train_dataset=train.with_transform(partial(prepare, flips=flips)),
+        eval_dataset=validation.with_transform(partial(prepare, flips=None)),
+        processing_class=processor, compute_metrics=accuracy, callbacks=[flips],
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )  # fmt: skip
 

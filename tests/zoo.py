@@ -52,7 +52,12 @@ class Animal(Tiny):
         inputs = {
             "tokens": lambda: {
                 "input_ids": torch.randint(3, 60, (n, 7), generator=generator),
-                "attention_mask": torch.ones(n, 7, dtype=torch.long),
+                "attention_mask": (torch.arange(7) < torch.tensor([7] * (n - 1) + [5])[:, None]).long(),
+            },
+            "both": lambda: {
+                "input_ids": torch.randint(3, 60, (n, 7), generator=generator),
+                "pixel_values": values(3, 16, 16),
+                "pixel_mask": torch.ones(n, 16, 16, dtype=torch.long),
             },
             "image": lambda: {"pixel_values": values(3, 16, 16)},
             "video": lambda: {"pixel_values": values(4, 3, 16, 16)},
@@ -60,6 +65,10 @@ class Animal(Tiny):
                 "pixel_values": values(4, 192),
                 "pixel_attention_mask": torch.ones(n, 4, dtype=torch.long),
                 "spatial_shapes": torch.tensor([[2, 2]] * n),
+            },
+            "packed": lambda: {
+                "pixel_values": values(16, 96).flatten(0, 1),
+                "grid_thw": torch.tensor([[1, 4, 4]] * n),
             },
             "wave": lambda: {"input_values": values(60)},
             "spectrogram": lambda: {"input_values": values(16, 8)},
@@ -129,6 +138,14 @@ ZOO: dict[str, Animal] = {
         tf.ModernBertConfig, tf.ModernBertForSequenceClassification, "ModernBERT", quick=True, cls_token_id=1,
         sep_token_id=2,
     ),
+    "modernbert-decoder": _text(
+        tf.ModernBertDecoderConfig, tf.ModernBertDecoderForSequenceClassification, "ModernBERT, decoder",
+        cls_token_id=1, sep_token_id=2,
+    ),
+    "gte": _text(tf.GteConfig, tf.GteForSequenceClassification, "GTE"),
+    "luke": _text(tf.LukeConfig, tf.LukeForSequenceClassification, "LUKE", entity_vocab_size=8, entity_emb_size=8),
+    "markuplm": _text(tf.MarkupLMConfig, tf.MarkupLMForSequenceClassification, "MarkupLM"),
+    "bert-generation": _text(tf.BertGenerationConfig, tf.BertGenerationEncoder, "BERT, generation"),
     "esm": _text(tf.EsmConfig, tf.EsmForSequenceClassification, "ESM", position_embedding_type="rotary"),
     "nomic_bert": _text(
         tf.NomicBertConfig, tf.NomicBertForSequenceClassification, "NomicBERT", head_dim=8
@@ -187,7 +204,21 @@ ZOO: dict[str, Animal] = {
     "videomae": _image(
         tf.VideoMAEConfig, tf.VideoMAEForVideoClassification, "VideoMAE", "video", num_frames=4, tubelet_size=2
     ),
+    "dpt": _image(
+        tf.DPTConfig, tf.DPTModel, "DPT", is_hybrid=False, backbone_out_indices=[0, 1], neck_hidden_sizes=[8, 8],
+    ),
+    "vilt": Animal(
+        tf.ViltConfig, tf.ViltModel, {**_TEXT, **_IMAGE, "type_vocab_size": 2}, "both", "vision", "ViLT",
+    ),
     "yolos": _image(tf.YolosConfig, tf.YolosModel, "YOLOS", image_size=[16, 16], num_detection_tokens=2),
+    "llama4_vision_model": _image(
+        tf.Llama4VisionConfig, tf.Llama4VisionModel, "Llama 4, vision tower", quick=True, intermediate_size=128,
+        projector_input_dim=32, projector_output_dim=32, vision_output_dim=32, patch_size=4,
+    ),
+    "muse_glimmer_vision": _image(
+        tf.MuseGlimmerVisionConfig, tf.MuseGlimmerVisionModel, "Muse Glimmer, vision tower", "packed", patch_size=4,
+        pos_emb_height=4, pos_emb_width=4,
+    ),
     "swin": Animal(
         tf.SwinConfig, tf.SwinForImageClassification,
         {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2},
@@ -203,6 +234,9 @@ ZOO: dict[str, Animal] = {
     ),
     "wav2vec2": _speech(tf.Wav2Vec2Config, tf.Wav2Vec2ForSequenceClassification, "Wav2Vec2", quick=True),
     "hubert": _speech(tf.HubertConfig, tf.HubertForSequenceClassification, "HuBERT"),
+    "sew": _speech(
+        tf.SEWConfig, tf.SEWForSequenceClassification, "SEW", squeeze_factor=2, num_conv_pos_embeddings=4,
+    ),
     "unispeech": _speech(tf.UniSpeechConfig, tf.UniSpeechForSequenceClassification, "UniSpeech"),
     "unispeech-sat": _speech(tf.UniSpeechSatConfig, tf.UniSpeechSatForSequenceClassification, "UniSpeech-SAT"),
     "data2vec-audio": _speech(tf.Data2VecAudioConfig, tf.Data2VecAudioForSequenceClassification, "Data2Vec, audio"),

@@ -66,9 +66,25 @@ DECODERS = {
     "olmo3": _lm("Olmo3", _GROUPS, sliding_window=4),
     "olmoe": _lm("Olmoe", _GROUPS, num_experts=4, num_experts_per_tok=2, clip_qkv=1.0),
     "gpt_oss": _lm("GptOss", _GROUPS, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
+    "mixtral": _lm("Mixtral", _GROUPS, num_local_experts=4, num_experts_per_tok=2),
+    "llama4": _tiny("Llama4Text", "Llama4ForCausalLM", **_GROUPS, head_dim=8, intermediate_size_mlp=64,
+                    num_local_experts=4, interleave_moe_layer_step=2, attention_dropout=0.0),
     "deepseek_v2": _lm("DeepseekV2", _LATENT),
     "deepseek_v3": _lm("DeepseekV3", _LATENT),
     "deepseek_v3, queries without latents": _lm("DeepseekV3", _LATENT, q_lora_rank=None),
+    "minicpm3": _lm("MiniCPM3", _LATENT),
+    "mimo_v2_flash": _lm(
+        "MiMoV2Flash", _GROUPS, head_dim=12, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, moe_intermediate_size=16,
+    ),
+    "qwen3_5": _tiny(
+        "Qwen3_5Text", "Qwen3_5ForCausalLM", **{**_GROUPS, "num_hidden_layers": 4}, head_dim=8,
+        linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+    ),
+    "jamba": _lm(
+        "Jamba", _GROUPS, num_experts=2, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1,
+        expert_layer_period=2, use_mamba_kernels=False, mamba_d_state=4,
+    ),
     "qwen3_next": _lm(
         "Qwen3Next", _GROUPS, head_dim=8, num_hidden_layers=4, num_experts=4, num_experts_per_tok=2,
         moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=4,

@@ -1,4 +1,4 @@
-"""The command line: ``d2ft plan``, ``compare``, ``train``, ``report``, ``simulate``, ``cloud`` and ``edge``."""
+"""The command line: ``d2ft plan``, ``compare``, ``train``, ``report``, ``simulate`` and ``cloud``."""
 
 from .app import app, main
 

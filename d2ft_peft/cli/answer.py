@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import datasets
 import numpy as np
 import transformers
 import typer
@@ -53,6 +54,8 @@ def _quiet():
     transformers.logging.set_verbosity_error()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
+    of_data = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
@@ -60,6 +63,8 @@ def _quiet():
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)
+        if not of_data:
+            datasets.enable_progress_bars()
         if bars:
             transformers.logging.enable_progress_bar()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from ..version import __version__
-from . import plan_command
+from . import cloud_command, compare_command, plan_command, report_command, simulate_command, train_command
 
 
 app = typer.Typer(
@@ -32,7 +32,8 @@ def _options(
     pass
 
 
-plan_command.add_to(app)
+for command in (plan_command, compare_command, train_command, report_command, simulate_command, cloud_command):
+    command.add_to(app)
 
 
 def main() -> None:

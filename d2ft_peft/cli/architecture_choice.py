@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
@@ -14,17 +13,19 @@ from transformers.models.auto import modeling_auto
 
 TASKS = {
     "causal-lm": tf.AutoModelForCausalLM,
+    "seq2seq-lm": tf.AutoModelForSeq2SeqLM,
     "sequence-classification": tf.AutoModelForSequenceClassification,
     "image-classification": tf.AutoModelForImageClassification,
 }
-"""What the command line trains, and the class that stands for it."""
+"""What the command line knows, and the class that stands for it; ``seq2seq-lm`` is planned only."""
 
 _NAMES_OF = {
     "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "seq2seq-lm": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
-_USUAL_TOKENS = {"causal-lm": 512, "sequence-classification": 128}
+_USUAL_TOKENS = {"causal-lm": 512, "seq2seq-lm": 512, "sequence-classification": 128}
 
 
 def read_config(model: str) -> tf.PretrainedConfig:
@@ -65,6 +66,11 @@ def choose_task(config: tf.PretrainedConfig, task: str | None) -> str:
             f"task={task!r} is nothing that transformers has a {config.model_type} model for; "
             f"choose {' or '.join(fitting) or 'another model'}."
         )
+    if config.is_encoder_decoder and task == "causal-lm":
+        raise ValueError(
+            f"task='causal-lm' of a {config.model_type} model is its decoder without an encoder to attend to; choose "
+            "another task, or another model."
+        )
     return task
 
 
@@ -75,6 +81,8 @@ def _usual_task(config: tf.PretrainedConfig) -> str:
             return task
     if config.model_type in _NAMES_OF["image-classification"]:
         return "image-classification"
+    if config.is_encoder_decoder and config.model_type in _NAMES_OF["seq2seq-lm"]:
+        return "seq2seq-lm"
     decodes = config.model_type in _NAMES_OF["causal-lm"]
     if decodes and config.model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "causal-lm"
@@ -83,10 +91,20 @@ def _usual_task(config: tf.PretrainedConfig) -> str:
 
 def model_on_meta(config: tf.PretrainedConfig, task: str) -> nn.Module:
     """The model with names and shapes, and no weights."""
-    config = copy.deepcopy(config)
-    config.pad_token_id = None  # else some models look for it among the ids
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = (
+            config.pad_token_id or 0
+        )  # a type's own configuration may leave it to a checkpoint
     with torch.device("meta"):
-        return TASKS[task].from_config(config)
+        model = TASKS[task].from_config(config)
+    for module in model.modules():
+        if isinstance(module, tf.PreTrainedModel):
+            module.warn_if_padding_and_no_attention_mask = _look_at_no_ids
+    return model
+
+
+def _look_at_no_ids(*args: Any) -> None:
+    """Ids on the meta device have no values that one of them could be padding by."""
 
 
 def batch_on_meta(
@@ -118,6 +136,6 @@ def batch_on_meta(
     shape = 1, length or min(_USUAL_TOKENS[task], positions)
     with torch.device("meta"):
         ids = torch.ones(shape, dtype=torch.long)
-        if task == "causal-lm":
+        if task in ("causal-lm", "seq2seq-lm"):
             return {"input_ids": ids, "labels": ids}
         return {"input_ids": ids, "labels": torch.zeros(1, dtype=torch.long)}

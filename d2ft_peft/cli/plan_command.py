@@ -26,7 +26,7 @@ def plan(
     policy: Annotated[str | None, typer.Option(help="Scheduling policy, as D2FTConfig has it.")] = None,
     r: Annotated[int | None, typer.Option("--r", help="Rank of LoRA; full fine-tuning without it.")] = None,
     task: Annotated[
-        str | None, typer.Option(help="causal-lm, sequence-classification or image-classification.")
+        str | None, typer.Option(help="causal-lm, seq2seq-lm, sequence-classification or image-classification.")
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sample.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,

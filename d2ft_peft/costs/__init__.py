@@ -2,7 +2,9 @@
 
 from .counter import flop_counter
 from .flops import cost_model
-from .probe import Entry, Probe, ProjectionsBypassed, inference, probe_model, watch
+from .inference import inference
+from .probe import ProjectionsBypassed, probe_model, watch
+from .seen import Entry, Probe
 
 
 __all__ = ["Entry", "Probe", "ProjectionsBypassed", "cost_model", "flop_counter", "inference", "probe_model", "watch"]

@@ -8,15 +8,19 @@ import numpy as np
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..partition import Branch, Partition, Projection, base_model, unwrap
-from ..schedule import CostModel
+from ..partition import Branch, Partition, Projection, Stack, base_model, unwrap
+from ..schedule import Chain, CostModel
 from ..tuners.layer import D2FTLayer
-from .probe import Entry, Probe
+from .measured_blocks import blocks_that_learn, cost_of_whole_blocks
+from .seen import Entry, Probe
 
 
 # Backward FLOPs of the attention products per forward FLOP: fused kernels compute the scores a second time.
 _ATTENTION_BACKWARD = {"eager": 2.0}
 _FUSED_ATTENTION_BACKWARD = 2.5
+
+# What is known of a block: forward and backward, and of the latter what its input and what cross attention reads take.
+_PARTS = ("forward", "backward", "entry", "states")
 
 
 def cost_model(
@@ -39,83 +43,108 @@ def cost_model(
         without: Projections, attention modules and modules of the head that count for nothing: what a row costs that
             they leave out.
     """
-    base, tokens = base_model(model), probe.sequence_length
-    blocks, shape = partition.subnet_blocks, len(partition.blocks)
+    if not partition.cuts_heads:
+        return cost_of_whole_blocks(model, partition, probe, forward_only_cost, without)
+    base, shape = base_model(model), len(partition.blocks)
+    blocks = partition.subnet_blocks
     attention_backward = _ATTENTION_BACKWARD.get(model.config._attn_implementation, _FUSED_ATTENTION_BACKWARD)
-    per_head = {name: np.zeros(shape) for name in ("forward", "backward", "entry")}
-    shared = {name: np.zeros(shape) for name in ("forward", "backward", "entry")}
+    per_head = {name: np.zeros(shape) for name in _PARTS}
+    shared = {name: np.zeros(shape) for name in _PARTS}
     for branch in partition.branches:
-        products = 4.0 * tokens * branch.query_width * (branch.region not in without)
+        rows = probe.rows_of(partition, branch)
+        products = 4.0 * rows.own * rows.attended * branch.query_width * (branch.region not in without)
         per_head["forward"][branch.block] += products
         per_head["backward"][branch.block] += products * attention_backward
         for projection in (p for p in branch.projections if p.name not in without):
-            _add_projection(base, branch, projection, per_head, shared)
+            count = rows.other if projection.name in branch.other_input else rows.own
+            _add_projection(base, branch, projection, count, per_head, shared)
         for name in branch.whole:
             if name not in without:
-                _add_whole(base.get_submodule(name), branch, shared)
-    learns = np.array([_learns(base, partition, block) for block in range(shape)])
+                _add_whole(base.get_submodule(name), branch, rows.own, shared)
+    learns = blocks_that_learn(base, partition)
+    attends = np.isin(range(shape), [branch.block for branch in partition.branches if branch.name != "ffn"])
     heads = np.array([len(subnet.heads) for subnet in partition.subnets])
     left_out = tuple(f"{name}." for name in without)
     above = [entry for entry in probe.above if not f"{entry.name}.".startswith(left_out)]
-    below_trains = any(p.requires_grad for name in _below(partition) for p in base.get_submodule(name).parameters())
-    if not below_trains:
+    chains = _chains(base, partition)
+    if not any(chain.below_trains for chain in chains):
         _without_backward_below(partition, probe, learns, per_head, shared)
     return CostModel(
         blocks=blocks,
-        forward=tokens * per_head["forward"][blocks] * heads,
-        backward=tokens * per_head["backward"][blocks] * heads,
-        entry_gradient=tokens * per_head["entry"][blocks] * heads,
-        shared_forward=tokens * shared["forward"],
-        shared_backward=tokens * shared["backward"],
-        shared_entry_gradient=tokens * shared["entry"],
+        forward=per_head["forward"][blocks] * heads,
+        backward=per_head["backward"][blocks] * heads,
+        entry_gradient=per_head["entry"][blocks] * heads,
+        shared_forward=shared["forward"],
+        shared_backward=shared["backward"],
+        shared_entry_gradient=shared["entry"],
         below_forward=sum(entry.flops for entry in probe.below),
-        below_backward=sum(entry.flops for entry in probe.below if entry.trains),
-        inside_forward=_of_blocks(probe, shape, lambda entry: True),
-        inside_weight_gradient=_of_blocks(probe, shape, lambda entry: entry.trains),
+        below_backward=_backward_below(probe.below),
+        inside_forward=_of_blocks(probe, shape, lambda entry: entry.flops),
+        inside_weight_gradient=_of_blocks(probe, shape, lambda entry: entry.trains * (entry.flops - entry.products)),
+        inside_products=_of_blocks(probe, shape, lambda entry: entry.products),
+        inside_entry_gradient=_of_blocks(probe, shape, lambda entry: entry.flops + entry.products) * ~attends,
         above_forward=sum(entry.flops for entry in above),
         above_weight_gradient=sum(entry.flops for entry in above if entry.trains),
         above_input_gradient=sum(entry.flops for entry in above),
-        below_trains=below_trains,
+        below_trains=chains[0].below_trains,
         learns=learns,
         forward_only_cost=forward_only_cost,
+        chains=chains,
+        states_gradient=per_head["states"][blocks] * heads,
+        shared_states_gradient=shared["states"],
     )
 
 
-def _learns(base: nn.Module, partition: Partition, block: int) -> bool:
-    """Whether a projection of the block has weights that train."""
-    branches = [branch for branch in partition.branches if branch.block == block]
-    modules = [base.get_submodule(projection.name) for branch in branches for projection in branch.projections]
-    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+def _chains(base: nn.Module, partition: Partition) -> tuple[Chain, ...]:
+    """The stacks, and whether anything trains on the way into each."""
+
+    def trains(names: list[str]) -> bool:
+        # The model itself may stand there for parameters of its own.
+        return any(p.requires_grad for name in names for p in base.get_submodule(name).parameters(recurse=bool(name)))
+
+    return tuple(
+        Chain(stack.first, stack.size, trains(_below(partition, stack)), stack.reads) for stack in partition.stacks
+    )
+
+
+def _backward_below(below: list[Entry]) -> float:
+    """Backward FLOPs before the blocks: of weights that train, and of inputs above the first of them."""
+    total, gradient = 0.0, False
+    for entry in below:
+        total += entry.flops * (entry.trains + gradient)
+        gradient |= entry.trains
+    return total
 
 
 def _without_backward_below(
     partition: Partition, probe: Probe, learns: np.ndarray, per_head: dict, shared: dict
 ) -> None:
     """Take the backward pass out of the blocks below the lowest in which anything trains: none ever runs there."""
-    inside = _of_blocks(probe, len(partition.blocks), lambda entry: entry.trains) > 0
+    inside = _of_blocks(probe, len(partition.blocks), lambda entry: entry.trains * entry.flops) > 0
     below = np.cumsum(learns | inside) == 0
     for costs in (per_head, shared):
         costs["backward"][below] = costs["entry"][below] = 0.0
 
 
-def _of_blocks(probe: Probe, num_blocks: int, counts: Callable[[Entry], bool]) -> np.ndarray:
-    """FLOPs, by block, of the entries that count, [B]."""
-    return np.array(
-        [sum(entry.flops for entry in probe.inside.get(block, ()) if counts(entry)) for block in range(num_blocks)],
-        dtype=float,
-    )
+def _of_blocks(probe: Probe, num_blocks: int, flops: Callable[[Entry], float]) -> np.ndarray:
+    """Sum over the entries of each block, [B]."""
+    return np.array([sum(map(flops, probe.inside.get(block, ()))) for block in range(num_blocks)], dtype=float)
 
 
-def _add_projection(base: nn.Module, branch: Branch, projection: Projection, per_head: dict, shared: dict) -> None:
-    """Add one projection's FLOPs per token: what one head owns, and what its block computes once per pass."""
+def _add_projection(
+    base: nn.Module, branch: Branch, projection: Projection, rows: float, per_head: dict, shared: dict
+) -> None:
+    """Add one projection's FLOPs on some rows: what one head owns, and what its block computes once per pass."""
     module, block = base.get_submodule(projection.name), branch.block
-    dense = 2.0 * projection.in_features * projection.out_features / branch.heads
+    dense = 2.0 * rows * projection.in_features * projection.out_features / branch.heads
     is_entry = branch.name == "attention" and projection.kind == "column"
+    reads_states = projection.name in branch.other_input
     trains = isinstance(module, D2FTLayer) and any(p.requires_grad for p in module.parameters())
-    trains = trains or (not isinstance(module, D2FTLayer | LoraLayer) and module.weight.requires_grad)
+    trains = trains or (not isinstance(module, D2FTLayer | LoraLayer) and _trains(module))
     per_head["forward"][block] += dense
     per_head["backward"][block] += dense * (1 + trains)
     per_head["entry"][block] += dense * is_entry
+    per_head["states"][block] += dense * reads_states
     if not isinstance(module, LoraLayer):
         return
     for adapter in module.active_adapters:
@@ -123,34 +152,46 @@ def _add_projection(base: nn.Module, branch: Branch, projection: Projection, per
             continue
         rank, column = module.r[adapter], projection.kind == "column"
         owned, common = (
-            2.0 * rank * size for size in (projection.out_features, projection.in_features)[:: 1 if column else -1]
+            2.0 * rows * rank * size
+            for size in (projection.out_features, projection.in_features)[:: 1 if column else -1]
         )
         per_head["forward"][block] += owned / branch.heads
         per_head["backward"][block] += 2 * owned / branch.heads
         shared["forward"][block] += common
         shared["backward"][block] += 2 * common
         shared["entry"][block] += common * is_entry
+        shared["states"][block] += common * reads_states
 
 
-def _add_whole(module: nn.Module, branch: Branch, shared: dict) -> None:
-    """Add the FLOPs per token of a projection that every pass of its region computes whole."""
-    dense, trains = 2.0 * unwrap(module).weight.numel(), unwrap(module).weight.requires_grad
+def _trains(module: nn.Module) -> bool:
+    return getattr(module, "weight", None) is not None and module.weight.requires_grad
+
+
+def _add_whole(module: nn.Module, branch: Branch, rows: float, shared: dict) -> None:
+    """Add the FLOPs on some rows of a projection that every pass of its region computes whole."""
+    dense, trains = 2.0 * rows * unwrap(module).weight.numel(), unwrap(module).weight.requires_grad
     if isinstance(module, D2FTLayer):
         trains = any(p.requires_grad for p in module.parameters())
     forward, backward = dense, dense * (1 + trains)
     if isinstance(module, LoraLayer):
         names = [name for name in module.active_adapters if name in module.lora_A]
         factors = [part[name].weight for part in (module.lora_A, module.lora_B) for name in names]
-        low_rank = 2.0 * sum(factor.numel() for factor in factors)
+        low_rank = 2.0 * rows * sum(factor.numel() for factor in factors)
         forward, backward = forward + low_rank, backward + 2 * low_rank
     shared["forward"][branch.block] += forward
     shared["backward"][branch.block] += backward
     shared["entry"][branch.block] += dense
 
 
-def _below(partition: Partition) -> list[str]:
-    """Boundary modules before the blocks: those that the first block's boundary follows in the model's own order."""
-    first_block = f"{partition.blocks[0]}."  # itself one, where nothing in it is cut
-    inside = (i for i, name in enumerate(partition.boundary) if f"{name}.".startswith(first_block))
-    first = next(inside, 0)
-    return list(partition.boundary[:first])
+def _below(partition: Partition, stack: Stack) -> list[str]:
+    """Boundary modules on the way into a stack: in the model's own order those before its blocks, back to the blocks of
+    another stack."""
+    of_blocks = {
+        place: block
+        for place, name in enumerate(partition.boundary)
+        for block, path in enumerate(partition.blocks)
+        if f"{name}.".startswith(f"{path}.")  # a block itself, where nothing in it is cut
+    }
+    first = min((place for place, block in of_blocks.items() if block == stack.first), default=0)
+    last = max((place for place in of_blocks if place < first), default=-1)
+    return list(partition.boundary[last + 1 : first])

@@ -6,17 +6,28 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..engine.block_region import hidden_states
+from ..engine.row_counts import Lengths, RowCounts, rows_at
 from ..partition import Partition, base_model, parts_elsewhere
+from ..partition.body import reads_token_ids
+from .block_order import BlockOrder
 from .counter import flop_counter
+from .inference import inference
+from .seen import Entry, Probe
 
 
+# Operations whose second factor is a weight; others multiply activations with one another.
+_WITH_WEIGHTS = {
+    torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution, torch.ops.aten._convolution,
+    torch.ops.aten.cudnn_convolution, torch.ops.aten._grouped_mm, torch.ops.aten._scaled_mm,
+}  # fmt: skip
 # Facts about packed sequences that transformers hands down to attention without naming them in the forward.
 _PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
@@ -25,75 +36,23 @@ class ProjectionsBypassed(ValueError):
     """A forward pass computes what projections do without calling them, so that no head can be left out."""
 
 
-class Entry(NamedTuple):
-    """What one module outside of the subnets computes for one sample.
-
-    Attributes:
-        flops: FLOPs of its forward pass.
-        trains: Whether a weight of its own trains.
-        scales: Whether it works on every position, so that its FLOPs follow the length of the sequence.
-        name: Path of the module.
-    """
-
-    flops: float
-    trains: bool
-    scales: bool = True
-    name: str = ""
-
-
-@dataclass
-class Probe:
-    """What one sample shows of a model.
-
-    Attributes:
-        sequence_length: Tokens that reach the blocks.
-        below: What runs before the blocks (embeddings).
-        inside: What runs in each block outside of its subnets (experts, routers), by the index of the block.
-        above: What runs after the blocks (task head).
-        unreached: Projections of subnets that the forward pass did not call.
-    """
-
-    sequence_length: int = 0
-    below: list[Entry] = field(default_factory=list)
-    inside: dict[int, list[Entry]] = field(default_factory=dict)
-    above: list[Entry] = field(default_factory=list)
-    unreached: tuple[str, ...] = ()
-
-    def at(self, tokens: int) -> Probe:
-        """The probe of a sample of another (padded) length."""
-        factor = tokens / self.sequence_length
-
-        def scaled(entries: list[Entry]) -> list[Entry]:
-            return [entry._replace(flops=entry.flops * factor) if entry.scales else entry for entry in entries]
-
-        inside = {block: scaled(entries) for block, entries in self.inside.items()}
-        return replace(self, sequence_length=tokens, below=scaled(self.below), inside=inside, above=scaled(self.above))
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds; JSON-friendly."""
-        inside = [[block, entries] for block, entries in self.inside.items()]
-        return {"sequence_length": self.sequence_length, "below": self.below, "inside": inside, "above": self.above}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Probe:
-        """Read `state` back."""
-
-        def entries(values: list) -> list[Entry]:
-            return [Entry(*value) for value in values]
-
-        inside = {block: entries(values) for block, values in state["inside"]}
-        return cls(state["sequence_length"], entries(state["below"]), inside, entries(state["above"]))
-
-
-def probe_model(model: nn.Module, partition: Partition, batch: dict[str, Any]) -> Probe:
+def probe_model(model: nn.Module, partition: Partition, batch: dict[str, Any], whole: bool = False) -> Probe:
     """Run the model on the first sample of `batch`, without labels, and note lengths and FLOPs outside of the subnets.
 
     The model is left as it was: weights, training flags, hooks and random state.
 
+    Args:
+        model: The model.
+        partition: Its subnets.
+        batch: A batch that the model takes.
+        whole: Whether to run all of it: patches of several images may lie in one row, and no sample can be taken out.
+
     Raises:
         ProjectionsBypassed: If the forward pass goes past projections of the subnets.
     """
-    sample = _one_sample(base_model(model), batch)
+    sample = _known(base_model(model), batch)
+    if not whole:
+        sample = _one_sample(sample)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices), torch.no_grad(), inference(model), watch(model, partition) as probe:
         model(**sample)
@@ -130,6 +89,7 @@ class _Frame:
         name: Its path.
         of_subnet: Whether it is part of a projection or of attention, which the cost model knows by their shapes.
         flops: FLOPs that it computed itself, outside of its children.
+        products: Those of them that multiply activations with one another.
     """
 
     module: nn.Module
@@ -137,28 +97,38 @@ class _Frame:
     positions: int
     of_subnet: bool
     flops: float = 0.0
+    products: float = 0.0
 
 
 class _Meter(TorchDispatchMode):
-    """Counts FLOPs by the innermost module that runs outside of the subnets."""
+    """Counts FLOPs by the innermost module that runs outside of the subnets. What runs between two stacks is taken to
+    follow the last block before it."""
 
     def __init__(self, model: nn.Module, partition: Partition):
         super().__init__()
         elsewhere = parts_elsewhere(model)
         here = [name for name in partition.projections if not name.startswith(elsewhere)]
         self.probe = Probe(unreached=tuple(here))  # of blocks elsewhere the costs are known from their shapes
+        self.order = None if partition.cuts_heads else BlockOrder(partition.blocks)
         self.counts: dict[Any, Callable] = flop_counter().flop_registry
         self.stack: list[_Frame] = []
         self.entries: dict[str | int, list[_Frame]] = {"below": [], "above": []}
         self.place: str | int = "below"
+        self.partition, self.is_over = partition, False
         self.samples = 0
-        self.is_over = False
-        base = base_model(model)
+        self.rows = RowCounts(partition.gauges)
+        base = self.base = base_model(model)
         # PEFT calls the model that it wraps, or only its forward: the pass begins with the outermost of the three.
         self.roots = {model, getattr(model, "base_model", base), base}
         blocks = {name: index for index, name in enumerate(partition.blocks)}
-        subnets = {*partition.projections, *(b.region for b in partition.branches if b.name == "attention")}
+        self.ends = {stack.blocks[-1] for stack in partition.stacks[:-1]}
+        subnets = {*partition.projections, *(b.region for b in partition.branches if b.name not in ("ffn", "block"))}
+        self.gauges = {
+            partition.branches[g.branch].region if g.other else partition.blocks[partition.branches[g.branch].block]: p
+            for p, g in enumerate(partition.gauges)
+        }
         named = {module: name for name, module in base.named_modules()}
+        self.weights = {_storage(parameter) for parameter in base.parameters()} - {None}
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         for module in {**dict.fromkeys(self.roots, ""), **named}:
             name = named.get(module, "")
@@ -172,7 +142,11 @@ class _Meter(TorchDispatchMode):
                 self.probe.unreached = tuple(other for other in self.probe.unreached if other != name)
             if block is not None:
                 self.place = block
-                self.samples, self.probe.sequence_length = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+                if self.order is not None:
+                    self.order.enter(block, hidden_states(args, kwargs))
+            if name in self.gauges:
+                place = self.gauges[name]
+                self.rows.add(place, *rows_at(args, kwargs, self.partition.gauges[place].other))
             of_outer = bool(self.stack) and self.stack[-1].of_subnet
             self.stack.append(_Frame(module, name, _positions((*args, *kwargs.values())), of_subnet or of_outer))
 
@@ -181,9 +155,13 @@ class _Meter(TorchDispatchMode):
                 return
             frame = self.stack.pop()
             frame.positions = max(frame.positions, _positions((output,)))
+            if not frame.flops and not frame.of_subnet:
+                frame.flops = _of_unknown_kernel(module, args, output)
             if frame.flops and not frame.of_subnet:
                 self.entries.setdefault(self.place, []).append(frame)
-            if block is not None:
+            if block is not None and self.order is not None:
+                self.order.leave(output)
+            if block is not None and block not in self.ends:
                 self.place = "above"
             if not self.stack and output is not None:
                 self._finish()
@@ -196,32 +174,69 @@ class _Meter(TorchDispatchMode):
         out = func(*args, **kwargs)
         count = self.counts.get(func._overloadpacket)
         if count is not None and self.stack:
-            self.stack[-1].flops += count(*args, **kwargs, out_val=out)
+            flops = count(*args, **kwargs, out_val=out)
+            self.stack[-1].flops += flops
+            self.stack[-1].products += flops * (func._overloadpacket not in _WITH_WEIGHTS and not self._reads(args))
         return out
 
+    def _reads(self, args: tuple) -> bool:
+        """Whether a weight is among the factors, as where all experts are multiplied in one batch."""
+        return any(isinstance(value, Tensor) and _storage(value) in self.weights for value in args)
+
     def _finish(self) -> None:
-        if not self.samples:
+        if self.rows.empty:
             return
         self.is_over = True
-        rows = self.samples * self.probe.sequence_length
-        entries = {
-            place: [
-                Entry(
-                    frame.flops / self.samples,
-                    any(p.requires_grad for p in frame.module.parameters(recurse=False)),
-                    frame.positions >= rows,
-                    frame.name,
-                )
-                for frame in frames
-            ]
-            for place, frames in self.entries.items()
-        }
+        if self.order is not None:
+            self.probe.disorder = self.order.disorder()
+        self.samples, lengths = self.rows.per_sample()
+        several = self.partition.several
+        follows = tuple(reads_token_ids(self.base, self.partition, gauge) for gauge in self.partition.gauges)
+        ids = next((place for place, follow in enumerate(follows) if follow), 0)
+        self.probe.sequence_length = round(lengths[ids][1])
+        if several:
+            self.probe.lengths, self.probe.follows = lengths, follows
+        entries = {place: self._entries(place, frames, lengths) for place, frames in self.entries.items()}
         self.probe.below, self.probe.above = entries.pop("below"), entries.pop("above")
         self.probe.inside = entries
+
+    def _entries(self, place: str | int, frames: list[_Frame], lengths: Lengths) -> list[Entry]:
+        block = {"below": 0, "above": len(self.partition.blocks) - 1}.get(place, place)
+        stack = self.partition.stack_of(block)
+        gauge = next((i for i, g in enumerate(self.partition.gauges) if g.stack == stack and not g.other), 0)
+        sequences, tokens = lengths[gauge]
+        return [
+            Entry(
+                frame.flops / self.samples,
+                any(p.requires_grad for p in frame.module.parameters(recurse=False)),
+                frame.positions >= self.samples * sequences * tokens,
+                frame.name,
+                gauge,
+                frame.products / self.samples,
+            )
+            for frame in frames
+        ]
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _storage(value: Tensor) -> int | None:
+    """What tells whether tensors share memory; None where there is none to look at (meta, quantized ones)."""
+    try:
+        return None if value.is_meta else value.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _of_unknown_kernel(module: nn.Module, args: tuple, output: Any) -> float:
+    """FLOPs of a linear layer whose kernel no counter knows, as those of quantized weights; 0 of anything else."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    is_linear = all(isinstance(size, int) for size in sizes) and not hasattr(module, "base_layer")
+    if not is_linear or next(module.children(), None) is not None or not isinstance(output, Tensor):
+        return 0.0
+    return 2.0 * sizes[0] * output.numel()
 
 
 def _positions(values: tuple) -> int:
@@ -229,24 +244,21 @@ def _positions(values: tuple) -> int:
     return max((math.prod(value.shape[:-1]) for value in values if isinstance(value, Tensor)), default=0)
 
 
-def _one_sample(base: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """The first sample of a batch, as far as the model's forward names what it takes, and without labels."""
+def _known(base: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model's forward names of a batch, without labels, unless a decoder makes its rows of them."""
     takes = inspect.signature(type(base).forward).parameters
-    known = {name: value for name, value in batch.items() if (name in takes or name in _PACKING) and name != "labels"}
-    n = next((len(value) for value in known.values() if isinstance(value, Tensor) and value.ndim > 1), None)
+    decodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    decodes = decodes and isinstance(batch.get("labels"), Tensor)
+    left_out = () if decodes else ("labels",)
     return {
-        name: value[:1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
-        for name, value in known.items()
+        name: value for name, value in batch.items() if (name in takes or name in _PACKING) and name not in left_out
     }
 
 
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Run a model as at inference, then give every module its training flag back."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
+def _one_sample(batch: dict[str, Any]) -> dict[str, Any]:
+    """The first sample of a batch."""
+    n = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1), None)
+    return {
+        name: value[:1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
+        for name, value in batch.items()
+    }

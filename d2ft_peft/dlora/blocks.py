@@ -22,6 +22,8 @@ def find_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth and next(module.parameters(), None) is not None
     ]
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} has an encoder and a decoder; DLoRA cuts models with one stack.")
     if len(found) != 1:
         raise ValueError(
             f"{type(model).__name__} has {len(found)} stacks of {depth} blocks "

@@ -54,7 +54,7 @@ def get_runtime(model: nn.Module) -> Runtime:
     Raises:
         ValueError: If there is none.
     """
-    runtime = find_runtime(model)
+    runtime = find_runtime(model) if isinstance(model, nn.Module) else None
     if runtime is None:
         raise ValueError(
             f"{type(model).__name__} is not a D2FT model; wrap it with get_peft_model(model, D2FTConfig(...))."

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..hidden_states import bytes_of
-from ..partition import base_model, parts_elsewhere
+from ..partition import base_model, boundary_below, parts_elsewhere
 from ..partition.body import find_body
 from .frozen_cache import FrozenCache
 from .intercept import get_runtime
@@ -47,11 +47,22 @@ def open_cache(
         raise ValueError("cache_frozen needs the model's blocks here; DLoRA's connect has a cache_dir of its own.")
     cut = next((entry.index for entry in runtime.entries if entry.learns(None)), len(runtime.entries))
     partition = next(iter(runtime.partitions.values()))
+    if not partition.cuts_heads:
+        raise ValueError(
+            "cache_frozen keeps what blocks return of each sample wherever its padding is, and what whole blocks do "
+            f"with padding is not known (they are not cut into heads: {partition.why_whole}); leave cache_frozen out."
+        )
+    if partition.several:
+        raise ValueError(
+            "cache_frozen keeps what the lower blocks of one stack return, and "
+            f"model_type={partition.model_type!r} has several, or cross attention; leave cache_frozen out, or name a "
+            "single stack in `stacks`."
+        )
     body = find_body(base, partition.blocks[0].rpartition(".")[0])
     blocks = [base.get_submodule(name) for name in partition.blocks]
     above = {id(part) for block in blocks[cut:] for part in block.modules()}
     frozen = [part for block in blocks[:cut] for part in block.modules()]
-    _check(base, cut, body, above, partition.boundary, blocks)
+    _check(base, cut, body, above, boundary_below(base, partition), blocks)
 
     def open_store(width: int, of_model: torch.dtype) -> RowStore:
         about = _about(body, frozen, cut)
@@ -72,7 +83,7 @@ def frozen_cache(model: nn.Module, directory: str, **options: Any) -> Iterator[F
 
 
 def _check(
-    base: nn.Module, cut: int, body: nn.Module, above: set[int], boundary: tuple[str, ...], blocks: list[nn.Module]
+    base: nn.Module, cut: int, body: nn.Module, above: set[int], below: tuple[str, ...], blocks: list[nn.Module]
 ) -> None:
     if cut == 0:
         raise ValueError(
@@ -83,8 +94,7 @@ def _check(
         raise ValueError(
             "cache_frozen feeds the lowest block that learns, and no block does; train the head on kept features."
         )
-    first = next(i for i, name in enumerate(boundary) if _is_in(base, name, blocks))
-    for name in boundary[:first]:
+    for name in below:
         if any(parameter.requires_grad for parameter in base.get_submodule(name).parameters()):
             raise ValueError(
                 f"cache_frozen: {name} learns, so that what frozen blocks return changes; leave one of the two out."
@@ -97,11 +107,6 @@ def _check(
                 "epochs are alike there; set the model's dropout to 0 (hidden_dropout_prob, "
                 "attention_probs_dropout_prob, attention_dropout, ... in from_pretrained), or leave cache_frozen out."
             )
-
-
-def _is_in(base: nn.Module, name: str, blocks: list[nn.Module]) -> bool:
-    part = base.get_submodule(name)
-    return any(part is inner for block in blocks for inner in block.modules())
 
 
 def _random(part: nn.Module) -> str | None:

@@ -106,7 +106,7 @@ class ProjectionForward(Intercept):
 
     def _column(self, x: Tensor, run: Run) -> Tensor:
         """Column-parallel projections share their input: the first that is asked for computes all of them."""
-        if run.x is None:
+        if run.x is None or (run.x is not x and not run.outputs):
             run.x, run.outputs = x, dict(zip(self.siblings, _subset(self.siblings, x, run), strict=True))
         if run.x is x and self in run.outputs:
             return run.outputs.pop(self)

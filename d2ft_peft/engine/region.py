@@ -14,6 +14,7 @@ from .intercept import Intercept
 from .plan import Cell, Heads
 from .projection import ProjectionForward
 from .region_view import RegionView
+from .row_counts import rows_at
 from .runtime import Follow, Run, Runtime
 
 
@@ -32,6 +33,7 @@ class RegionForward(Intercept):
         self.row: ProjectionForward | None = None
         self.view = RegionView(module, branch)
         self._followed_plan = False
+        self._returned: int | None = None
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,15 +77,17 @@ class RegionForward(Intercept):
         cell = runtime.plan.cells[self.index] if self.module.training else None
         if not in_backward():
             runtime.executed[self.index] = cell
-            if self.index == 0:
-                samples, tokens = _first_tensor(args, kwargs).shape[:2]
-                runtime.begin_pass(samples, tokens)
-                runtime.readings.append(runtime.reading)
+            for place, gauge in enumerate(runtime.gauges):
+                if gauge.branch == self.index:
+                    runtime.count_rows(place, *rows_at(args, kwargs, gauge.other))
         return cell
 
     def _run(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
         residual, args, kwargs = self.view.take_residual(args, kwargs)
+        handed_on, kwargs = self.view.hand_on(args, kwargs)
         out = self._branch(cell, args, kwargs)
+        if self.branch.hands_on:
+            out = (out[0], handed_on, *(out[2:] or (None,)))
         if residual is None:
             return out
         return (residual + out[0], *out[1:]) if isinstance(out, tuple) else residual + out
@@ -119,9 +123,11 @@ class RegionForward(Intercept):
         with self.view.of(run.heads):
             self.runtime.run = run
             try:
-                return self.original(*args, **kwargs)
+                out = self.original(*args, **kwargs)
             finally:
                 self.runtime.run = None
+        self._returned = len(out) if isinstance(out, tuple) else 0
+        return out
 
     def _leave_to_row(self, cell: Cell, forward_only: Any, out: Any) -> None:
         if self.branch.joined:
@@ -142,8 +148,22 @@ class RegionForward(Intercept):
             out = self.row.constant(x, self._run_of(cell, Heads()))
         else:
             out = x.new_zeros(*x.shape[:-1], 0)
-        returned = self.branch.num_returned
+        returned = self._num_returned(x, args, kwargs)
         return (out, *[None] * (returned - 1)) if returned else out
+
+    def _num_returned(self, x: Tensor, args: tuple, kwargs: dict) -> int:
+        """Number of values in the tuple that the region returns, 0 if it returns a tensor."""
+        if self.branch.returns is not None:
+            return self.branch.returns
+        if self._returned is None:  # no head ran here yet: one of them, without a trace, shows it
+            runtime, devices = self.runtime, [x.device] if x.is_cuda else []
+            means, runtime.means = runtime.means, {}
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=devices):
+                    self._pass(Run(Heads((0,))), args, kwargs)
+            finally:
+                runtime.means = means
+        return self._returned
 
     def _without_cache(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Training forwards fill a key/value cache that nobody reads; with some of the heads it would break.

@@ -83,6 +83,19 @@ class RegionView:
         args = tuple(taken(name, value) for name, value in zip(self._names, args, strict=False))
         return args, {name: taken(name, value) for name, value in kwargs.items()}
 
+    def hand_on(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+        """What the region hands on to the next block, of all heads; and the arguments with it.
+
+        The first block makes it, whatever its own heads do: those of the blocks above read it.
+        """
+        name = self.branch.hands_on
+        given = kwargs.get(name) if name else None
+        if not name or given is not None or not getattr(self.region, "has_relative_attention_bias", False):
+            return given, kwargs
+        hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        made = self.region.compute_bias(hidden.shape[1], hidden.shape[1], device=hidden.device)
+        return made, {**kwargs, name: made}
+
     def take_residual(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor | None, tuple, dict[str, Any]]:
         """What the region adds to its output, and the arguments with a zero in its place."""
         name = self.branch.residual

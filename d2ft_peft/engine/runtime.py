@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..partition import Partition
+from ..partition import Gauge, Partition
 from .checkpointing import bind_checkpointing
 from .feature_mean import FeatureMean
 from .plan import Cell, Heads, Plan
 from .read_rows import Reading
+from .row_counts import RowCounts
 from .token_choice import TokenChoice, TokenPass
 
 
@@ -83,7 +84,8 @@ class Runtime:
             FULL.
         passes: Samples and tokens per sample at the first region, one entry for each planned forward pass of the
             micro-batch, and the tokens that passed the middle blocks where they were chosen; recomputation is no pass
-            of its own.
+            of its own. Of a model with several stacks, what each of them saw (`RowCounts`).
+        gauges: Places at which rows are counted.
         readings: Which rows their loss reads, by forward pass; None where all are taken to be read.
         reading: The same of the forward pass that is running.
         unread: Leaves out the rows that no loss reads, or None.
@@ -112,7 +114,8 @@ class Runtime:
         self.readings: list[Reading | None] = []
         self.reading: Reading | None = None
         self.unread: UnreadRows | None = None
-        self.passes: list[tuple[int, ...]] = []
+        self.passes: list[Any] = []
+        self.gauges: tuple[Gauge, ...] = (Gauge(0, 0),)
         self.tokens: TokenChoice | None = None
         self.token_pass: TokenPass | None = None
         self.model: nn.Module | None = None
@@ -158,10 +161,15 @@ class Runtime:
             self.follow.clear()
             self.embedded.clear()
 
-    def begin_pass(self, samples: int, tokens: int) -> None:
-        """A planned forward pass reached the first region with so many samples, and tokens of each."""
-        self.passes.append((samples, tokens))
-        self.token_pass = None if self.tokens is None else self.tokens.new_pass()
+    def count_rows(self, place: int, sequences: int | None, tokens: int) -> None:
+        """A planned forward pass comes by a gauge with so many sequences, and tokens of each; see `RowCounts.add`."""
+        several = len(self.gauges) > 1
+        if not several or not self.passes or self.passes[-1].is_over_before(place):
+            self.passes.append(RowCounts(self.gauges) if several else (sequences, tokens))
+            self.readings.append(self.reading)
+            self.token_pass = None if self.tokens is None else self.tokens.new_pass()
+        if several:
+            self.passes[-1].add(place, sequences, tokens)
 
     def note_kept(self, kept: int) -> None:
         """So many tokens of a sample pass a middle block."""

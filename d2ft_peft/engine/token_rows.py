@@ -113,6 +113,16 @@ def check_takes_tokens(model: nn.Module, partition: Partition, margins: tuple[in
             len({branch.block for branch in partition.branches if branch.name == "ffn"}) < len(blocks)
         ),
         f"its blocks mix neighbouring tokens ({', '.join(mixing)})": bool(mixing),
+        "its attention takes tensors per head, such as position biases, with axes of tokens": any(
+            entry.kind == "argument" for branch in partition.branches for entry in branch.per_head
+        ),
+        "some of its blocks mix tokens otherwise than by attention": any(
+            block not in {branch.block for branch in partition.branches if branch.name == "attention"}
+            for block in range(len(blocks))
+        ),
+        "its blocks do not see the same tokens: it has several stacks, or cross attention; choose another policy": (
+            partition.several
+        ),
         "its blocks do not name their hidden_states": (
             "hidden_states" not in inspect.signature(type(first).forward).parameters
         ),

@@ -82,15 +82,21 @@ class UnreadRows:
         self.runtime.unread = self.runtime.reading = None
 
     def _intercept(self, branch: Branch, index: int) -> None:
+        if branch.row is None:  # nobody knows which of a whole block's rows read others
+            return
         region = self.base.get_submodule(branch.region)
 
         def rows(name: str, **kwargs: Any) -> RowsForward:
             return RowsForward(self.base.get_submodule(name), self.runtime, name, index, region, **kwargs)
 
-        if branch.name == "attention":
-            if branch.columns[0].layout.parts == 1:  # the query comes first; a model in which it does not is found out
+        if branch.name != "ffn":
+            # The query comes first; a model in which it does not is found out.
+            if len(branch.columns) > 1 and branch.columns[0].layout.parts == 1:
                 self._interceptions.append(rows(branch.columns[0].name))
             self._interceptions += [rows(branch.row.name), AttentionOfRows(region, self.runtime, branch.region, index)]
+        elif branch.row_inside and branch.residual:  # the region is given more than what its projections read
+            columns = [rows(column.name, puts=False) for column in branch.columns]
+            self._interceptions += [*columns, rows(branch.row.name, takes=False)]
         elif branch.row_inside:
             self._interceptions.append(rows(branch.region, covers=branch.projections))
         else:

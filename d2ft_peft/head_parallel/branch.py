@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from ..engine.plan import Heads
+from ..engine.region_view import RegionView
 from ..partition import Branch
 from ..tuners import D2FTLayer
 from .exchange.ranks import Ranks
@@ -39,6 +41,7 @@ class BranchForward:
         self.branch, self.ranks, self.num_heads = branch, ranks, num_heads
         self.region = base.get_submodule(branch.region)
         self.row = base.get_submodule(branch.row.name)
+        self._view = RegionView(self.region, branch)
         self.place = f"block {branch.block} ({branch.name})"
         self.rows = Rows(ranks, self.place)
         self.step: Step | None = None
@@ -121,14 +124,13 @@ class BranchForward:
         Returns:
             [S, T, D]
         """
-        dense = {name: getattr(self.region, name) for name in self.branch.scaled_attributes}
-        for name, value in dense.items():
-            setattr(self.region, name, value // self.branch.heads * len(heads))
         for convolution, width in self._convolutions:
             convolution.nf = width * len(heads)
         self._running = True
         try:
-            out = functional_call(self.region, self._tensors(self.region, heads), (x, *args), kwargs, tie_weights=False)
+            with self._view.of(Heads(heads)):
+                tensors = self._tensors(self.region, heads)
+                out = functional_call(self.region, tensors, (x, *args), kwargs, tie_weights=False)
             out = out[0] if isinstance(out, tuple) else out
             if not self.branch.row_inside:
                 out = functional_call(self.row, self._tensors(self.row, heads), (out,), tie_weights=False)
@@ -136,8 +138,6 @@ class BranchForward:
             return out.to(x.dtype)
         finally:
             self._running = False
-            for name, value in dense.items():
-                setattr(self.region, name, value)
 
     def _tensors(self, module: nn.Module, heads: tuple[int, ...]) -> dict[str, Tensor]:
         """What stands in for parameters of a module: nothing for the row-parallel bias, slices for some heads."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..planning.execution_counts import ExecutionCounts
 from ..schedule import Schedule
+from ..value_checks import is_number, numbers
 from .execution import HeadParallel
 
 
@@ -69,10 +70,10 @@ def balanced_capacities(seconds: Sequence[float], loads: Sequence[float], comput
         loads: Work of each device, in any unit, [R].
         compute_budget: Share of all work that is to be done, in (0, 1].
     """
-    alone, load = np.asarray(seconds, dtype=float), np.asarray(loads, dtype=float)
+    alone, load = numbers("seconds", seconds), numbers("loads", loads)
     if alone.shape != load.shape or not (alone > 0).all() or not (load > 0).all():
         raise ValueError(f"seconds={list(seconds)} and loads={list(loads)} must be positive, one each per device.")
-    if not 0 < compute_budget <= 1:
+    if not is_number(compute_budget) or not 0 < compute_budget <= 1:
         raise ValueError(f"compute_budget={compute_budget} must be in (0, 1]; give the share of all-FULL work.")
     capped = np.zeros(len(alone), dtype=bool)
     while True:

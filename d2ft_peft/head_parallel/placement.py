@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..partition import Partition
+from ..value_checks import check_integer
 
 
 def place_subnets(partition: Partition, num_ranks: int) -> np.ndarray:
@@ -17,6 +18,7 @@ def place_subnets(partition: Partition, num_ranks: int) -> np.ndarray:
     Raises:
         ValueError: If a rank would own nothing.
     """
+    check_integer("num_ranks", num_ranks, 1)
     per_block = np.bincount(partition.subnet_blocks)
     if num_ranks > per_block.min():
         raise ValueError(

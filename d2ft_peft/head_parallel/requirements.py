@@ -36,6 +36,12 @@ def check_model(model: nn.Module, size: int) -> None:
 
 def check_branches(partition: Partition) -> None:
     """Refuse a model of whose heads more is needed than rows and projections."""
+    attending = {branch.block for branch in partition.branches if branch.name == "attention"}
+    if len(attending) < len(partition.blocks):
+        raise ValueError(
+            f"head_parallel=True cannot share out the heads of model_type={partition.model_type!r}: some of its blocks "
+            "have no attention that is cut; use data parallelism."
+        )
     for branch in partition.branches:
         names = ", ".join(entry.name for entry in branch.per_head)
         reasons = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ..costs import flop_counter, inference
 from ..processes import all_reduce, rank
 from ..scores import preserved_rng
+from ..value_checks import check, is_number
 from .head_features import HeadFeatures
 from .linear_fit import L2, fit_linear
 from .linear_head import HeadStartRefused, find_head
@@ -76,11 +77,16 @@ def fit_head(model: nn.Module, batches: Iterable[dict[str, Any]], l2: float = L2
     Raises:
         ValueError: If no trained linear layer makes the logits, or there is nothing to fit it to.
     """
+    check(isinstance(model, nn.Module), "model", model, "must be a model")
+    check(isinstance(batches, Iterable) and not isinstance(batches, Mapping | str | bytes), "batches", batches,
+          "must be a data loader, or a list of batches")  # fmt: skip
+    check(is_number(l2) and 0 <= l2 < float("inf"), "l2", l2, "must be a finite number, not negative")
     started, iterator = time.perf_counter(), iter(batches)
     with preserved_rng():
         first = next(iterator, None)
         if first is None:
             raise ValueError("batches is empty: give at least one batch with labels.")
+        check(isinstance(first, Mapping), "batches", batches, "must give dictionaries of tensors")
         head = find_head(model, first)
         features = HeadFeatures(model, head, capacity(head.layer))
         flops = collect(model, features, itertools.chain([first], iterator), progress and rank() == 0)

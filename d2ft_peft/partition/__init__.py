@@ -1,9 +1,12 @@
 """What a subnet is: discovery of blocks, heads and projections in a transformers model."""
 
-from . import decoders, encoders  # noqa: F401  they register their architectures
+from . import decoders, encoder_decoders, encoders, towers  # noqa: F401  they register their architectures
 from .architecture import Architecture, BranchSpec, register_architecture
-from .discovery import base_model, partition_model, parts_elsewhere, unwrap
+from .branches import is_plain_linear, unwrap
+from .discovery import base_model, partition_model, parts_elsewhere
+from .gauges import Gauge, Stack
 from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
+from .whole_blocks import boundary_below, modules_with_weights, partition_into_blocks
 
 
 __all__ = [
@@ -11,11 +14,17 @@ __all__ = [
     "Branch",
     "BranchSpec",
     "FeatureLayout",
+    "Gauge",
     "Partition",
     "PerHead",
     "Projection",
+    "Stack",
     "Subnet",
     "base_model",
+    "boundary_below",
+    "is_plain_linear",
+    "modules_with_weights",
+    "partition_into_blocks",
     "partition_model",
     "parts_elsewhere",
     "register_architecture",

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..value_checks import check
+
 
 # Reasons why a model cannot be cut, by model type. Anything else that cannot is found by looking at its modules.
 _REFUSED = {
-    "t5": "its attention adds a position bias per head",
-    "mt5": "its attention adds a position bias per head",
     **dict.fromkeys(
         ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"),
         "it has no attention in which heads could be left out, but a recurrence over channels",
@@ -63,6 +63,9 @@ class BranchSpec:
             side by side.
         returns: Number of values in the tuple that the region returns, 0 if it returns a tensor; by default a tuple of
             two for attention, and a tensor for the FFN.
+        other_input: Those of `columns` that read other rows than the first (keys and values of cross attention).
+        hands_on: Argument of the region with an axis of heads, [1, heads, queries, keys], that it also returns, as its
+            second output, to the next block; where it is missing, the region's ``compute_bias`` makes it (T5).
     """
 
     region: str
@@ -79,6 +82,14 @@ class BranchSpec:
     apart: tuple[str, ...] = ()
     joined: bool = False
     returns: int | None = None
+    other_input: tuple[str, ...] = ()
+    hands_on: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("columns", "scaled_attributes"):
+            value = getattr(self, name)
+            names = isinstance(value, (tuple, list)) and all(isinstance(path, str) for path in value)
+            check(names, name, value, "must be a tuple of names; a single one takes a comma, ('qkv',)")
 
 
 @dataclass(frozen=True)
@@ -89,11 +100,14 @@ class Architecture:
         blocks: Name of the ``nn.ModuleList`` that holds the blocks, e.g. ``"layers"`` or ``"encoder.layer"``.
         attention: The attention branch.
         ffn: The feed-forward branch, or None where it cannot be cut (mixture of experts): it then always runs.
+        cross_attention: Attention to the rows of another stack (decoders), between the two; a head of it belongs to the
+            subnet of the same head of `attention`.
     """
 
     blocks: str
     attention: BranchSpec
     ffn: BranchSpec | None
+    cross_attention: BranchSpec | None = None
 
 
 _VIT = Architecture(
@@ -120,26 +134,35 @@ _GPT2 = Architecture(
     ffn=BranchSpec("mlp", ("mlp.c_fc",), "mlp.c_proj"),
 )
 
-_ARCHITECTURES: dict[str, Architecture | Callable[[Any], Architecture]] = {"vit": _VIT, "bert": _BERT, "gpt2": _GPT2}
+Described = Architecture | tuple[Architecture, ...]
+"""One for each of several stacks, in the order in which they run."""
+
+_ARCHITECTURES: dict[str, Described | Callable[[Any], Described]] = {"vit": _VIT, "bert": _BERT, "gpt2": _GPT2}
 
 
-def register_architecture(model_type: str, architecture: Architecture | Callable[[Any], Architecture]) -> None:
+def register_architecture(model_type: str, architecture: Described | Callable[[Any], Described]) -> None:
     """Teach D2FT a model that has no tensor-parallel plan.
 
     Args:
         model_type: ``config.model_type`` of the model.
-        architecture: Where its blocks, heads and projections are; or a function that says so of a config.
+        architecture: Where its blocks, heads and projections are, one for each of several stacks in the order in which
+            they run; or a function that says so of a config.
 
     Raises:
-        ValueError: If the model type is already registered with something else.
+        ValueError: If the model type is already registered with something else, or the architecture is none.
     """
+    check(isinstance(model_type, str) and model_type != "", "model_type", model_type, "must be a name")
+    stacks = architecture if isinstance(architecture, tuple) else (architecture,)
+    described = stacks and all(isinstance(stack, Architecture) for stack in stacks)
+    constraint = "must be an Architecture, a tuple of such, or a function that makes one of a config"
+    check(described or callable(architecture), "architecture", architecture, constraint)
     known = _ARCHITECTURES.get(model_type)
     if known is not None and known != architecture:
         raise ValueError(f"model_type={model_type!r} is already registered as {known}; choose another name.")
     _ARCHITECTURES[model_type] = architecture
 
 
-def known_architecture(model_type: str | None, config: Any) -> Architecture | None:
+def known_architecture(model_type: str | None, config: Any) -> Described | None:
     """The architecture that the table has of a model type, or None.
 
     Raises:

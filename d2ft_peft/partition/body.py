@@ -9,15 +9,44 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .gauges import Gauge
+from .partition import Partition
+
 
 def find_body(model: nn.Module, stack: str) -> PreTrainedModel:
     """The innermost model around a stack that embeds its inputs itself: of mask and positions it makes what blocks get.
 
     Models with a head do not always call `base_model`, but one that is within it.
+
+    Raises:
+        ValueError: If there is none.
     """
     parts = stack.split(".")
     around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts) - 1, -1, -1))
-    return next(module for module in around if isinstance(module, PreTrainedModel) and _embeds(module))
+    body = next((module for module in around if isinstance(module, PreTrainedModel) and _embeds(module)), None)
+    if body is None:
+        raise ValueError(
+            f"{type(model).__name__} has no transformers model around {stack!r} that embeds its inputs itself, so that "
+            "what its blocks are called with is not known; leave cache_frozen out."
+        )
+    return body
+
+
+def reads_token_ids(model: nn.Module, partition: Partition, gauge: Gauge) -> bool:
+    """Whether the rows at a gauge are as many as token ids, rather than patches or frames.
+
+    Rows that cross attention reads are those of the stack before, or of whatever the model begins with.
+    """
+    earlier = partition.stacks[gauge.stack - 1] if gauge.other and gauge.stack else None
+    if gauge.other and earlier is None:
+        return _takes_token_ids(model)
+    parts = (earlier or partition.stacks[gauge.stack]).name.split(".")
+    around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts) - 1, -1, -1))
+    return _takes_token_ids(next((part for part in around if isinstance(part, PreTrainedModel)), model))
+
+
+def _takes_token_ids(module: nn.Module) -> bool:
+    return "input_ids" in inspect.signature(type(module).forward).parameters
 
 
 def _embeds(module: nn.Module) -> bool:

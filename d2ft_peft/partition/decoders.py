@@ -93,6 +93,15 @@ _BIOGPT = Architecture("layers", _separate("self_attn", "out_proj"), _BLOCK_FFN)
 _GPT_OSS = Architecture("layers", _separate("self_attn", "o_proj", per_head=(("sinks", 0),)), None)
 
 
+# Mixtures of experts and hybrids whose plan says nothing of attention; blocks without it run whole.
+_ATTENTION = Architecture("layers", _separate("self_attn", "o_proj"), None)
+_HYBRID = Architecture(
+    "layers",
+    _separate("self_attn", "o_proj"),
+    BranchSpec("feed_forward", ("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward.down_proj"),
+)
+
+
 def _latent(config: Any) -> Architecture:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): heads own rows of the up-projections.
 
@@ -110,10 +119,25 @@ def _latent(config: Any) -> Architecture:
     return Architecture("layers", attention, _LLAMA_FFN)
 
 
-for _model_type, _architecture in {
-    "biogpt": _BIOGPT, "bloom": _BLOOM, "codegen": _CODEGEN, "deepseek_v2": _latent, "deepseek_v3": _latent,
-    "falcon": _FALCON, "glm4_moe_lite": _latent, "gpt_bigcode": _GPT_BIGCODE, "gpt_neo": _GPT_NEO,
-    "gpt_neox": _GPT_NEOX, "gpt_oss": _GPT_OSS, "gptj": _GPTJ, "mpt": _MPT, "opt": _OPT, "persimmon": _PERSIMMON,
-    "phi3": _PHI3, "stablelm": _STABLELM, "xglm": _XGLM, "youtu": _latent,
-}.items():  # fmt: skip
+_DECODERS = {
+    **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu"), _latent),
+    **dict.fromkeys(("granitemoe", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "phimoe"), _ATTENTION),
+    **dict.fromkeys(("bamba", "jamba"), _HYBRID),
+    "biogpt": _BIOGPT,
+    "bloom": _BLOOM,
+    "codegen": _CODEGEN,
+    "falcon": _FALCON,
+    "gpt_bigcode": _GPT_BIGCODE,
+    "gpt_neo": _GPT_NEO,
+    "gpt_neox": _GPT_NEOX,
+    "gpt_oss": _GPT_OSS,
+    "gptj": _GPTJ,
+    "mpt": _MPT,
+    "opt": _OPT,
+    "persimmon": _PERSIMMON,
+    "phi3": _PHI3,
+    "stablelm": _STABLELM,
+    "xglm": _XGLM,
+}
+for _model_type, _architecture in _DECODERS.items():
     register_architecture(_model_type, _architecture)

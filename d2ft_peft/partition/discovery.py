@@ -2,262 +2,111 @@
 
 from __future__ import annotations
 
-import inspect
+import itertools
+from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from .architecture import Architecture, BranchSpec
-from .find_architecture import find_architecture
-from .head_layouts import head_layouts, latent_layouts
-from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
-
-
-# Linear layers under other names, which compute what nn.Linear does.
-_LINEAR = ("FalconLinear",)
+from ..value_checks import check, is_integer
+from .branches import attention_branch, ffn_branch, has_module
+from .gauges import Stack
+from .partition import Branch, Partition, Subnet
+from .stacks import FoundStack, find_stacks
+from .whole_blocks import ASKED, boundary, partition_into_blocks
 
 
-def partition_model(model: nn.Module, heads_per_subnet: int = 1) -> Partition:
-    """Cut a transformers model into subnets (arXiv 2504.12471, section 3).
+def partition_model(
+    model: nn.Module,
+    heads_per_subnet: int = 1,
+    stacks: str | Sequence[str] | None = None,
+    subnets: Literal["heads", "blocks"] | None = "heads",
+) -> Partition:
+    """Cut a model into subnets (arXiv 2504.12471, section 3).
 
     Args:
         model: The model, with or without PEFT layers in it.
         heads_per_subnet: Heads (key/value heads under grouped-query attention) that one subnet groups.
+        stacks: Which stacks of blocks are cut, where there are several; see `D2FTConfig`.
+        subnets: ``"heads"``, whole ``"blocks"``, or None: blocks where the model cannot be cut into heads.
 
     Raises:
         ValueError: If the model cannot be cut; the message says what stands in the way.
     """
-    architecture = find_architecture(model)
-    stack, blocks = _find_blocks(model, architecture)
-    attentions = [
-        _attention_branch(model, block, f"{stack}.{index}", index, architecture.attention)
-        for index, block in enumerate(blocks)
-    ]
-    branches, subnets = [], []
-    for index, (block, attention) in enumerate(zip(blocks, attentions, strict=True)):
-        # A block that mixes tokens otherwise (linear attention) runs whole, and its FFN is cut as in the others.
-        heads = next(branch for branch in (attention, *attentions) if branch is not None).heads
-        _check_heads_per_subnet(heads_per_subnet, heads)
-        of_block = [] if attention is None else [attention]
-        if architecture.ffn is not None and _has_module(block, architecture.ffn.row):
-            of_block.append(_ffn_branch(block, f"{stack}.{index}", index, architecture.ffn, heads))
-        branches += of_block
-        for first in range(0, heads if of_block else 0, heads_per_subnet):
-            subnets.append(Subnet(len(subnets), index, tuple(range(first, first + heads_per_subnet))))
+    check(isinstance(model, nn.Module), "model", model, "must be a model, a torch.nn.Module")
+    if subnets == "blocks":
+        return partition_into_blocks(model, ASKED)
+    try:
+        return _cut_into_heads(model, heads_per_subnet, stacks)
+    except ValueError as error:
+        if subnets == "heads" or heads_per_subnet != 1 or stacks is not None:
+            raise
+        return partition_into_blocks(model, str(error).rstrip("."))
+
+
+def _cut_into_heads(model: nn.Module, heads_per_subnet: int, stacks: str | Sequence[str] | None) -> Partition:
+    branches: list[Branch] = []
+    subnets: list[Subnet] = []
+    blocks: list[str] = []
+    cut: list[Stack] = []
+    for found in find_stacks(model, stacks):
+        reads = found.reads if blocks or found.reads == "states" else "inputs"  # nothing is scheduled before it
+        cut.append(Stack(found.name, len(blocks), len(found.blocks), reads))
+        for index, (heads, of_block) in enumerate(_branches(found, len(blocks)), start=len(blocks)):
+            _check_heads_per_subnet(heads_per_subnet, heads)
+            branches += of_block
+            for first in range(0, heads if of_block else 0, heads_per_subnet):
+                subnets.append(Subnet(len(subnets), index, tuple(range(first, first + heads_per_subnet))))
+        blocks += [f"{found.name}.{number}" for number in range(len(found.blocks))]
     projections = {p.name for branch in branches for p in branch.projections}
     return Partition(
         model_type=model.config.model_type,
         branches=tuple(branches),
         subnets=tuple(subnets),
-        blocks=tuple(f"{stack}.{index}" for index in range(len(blocks))),
-        boundary=tuple(_boundary(model, "", projections)),
+        blocks=tuple(blocks),
+        boundary=tuple(boundary(model, "", projections)),
         heads_per_subnet=heads_per_subnet,
+        stacks=tuple(cut),
     )
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The layer under PEFT's wrappers."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
+def _branches(found: FoundStack, start: int) -> list[tuple[int, list[Branch]]]:
+    """Heads and branches of each block of a stack, in the order in which they run.
 
+    A block that mixes tokens otherwise (linear attention) runs whole, and its FFN is cut as in the others.
 
-def _find_blocks(model: nn.Module, architecture: Architecture) -> tuple[str, nn.ModuleList]:
-    """The one ModuleList of the model whose children hold the architecture's projections."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and (name == architecture.blocks or name.endswith("." + architecture.blocks))
-        and any(_has_module(block, architecture.attention.row) for block in module)
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            f"expected one stack of blocks named {architecture.blocks!r} in {type(model).__name__}, found "
-            f"{len(found)} ({', '.join(name for name, _ in found) or 'none'}); D2FT partitions models with one stack."
-        )
-    return found[0]
-
-
-def _has_module(block: nn.Module, path: str) -> bool:
-    try:
-        block.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _submodule(block: nn.Module, prefix: str, path: str) -> nn.Module:
-    try:
-        return block.get_submodule(path)
-    except AttributeError as error:
-        raise ValueError(
-            f"{prefix} has no module {path!r}: it differs from what the model type promises, or learns a parameter "
-            "that is tied to heads; such a model cannot be cut into heads."
-        ) from error
-
-
-def _attention_branch(model: nn.Module, block: nn.Module, prefix: str, index: int, spec: BranchSpec) -> Branch | None:
-    """The attention of a block, or None if the block has none."""
-    if not _has_module(block, spec.row):
-        return None
-    region, where = _submodule(block, prefix, spec.region), f"{prefix}.{spec.region}"
-    head_dim = _head_dim(model, region)
-    widths = {path: _linear_shape(block, prefix, path)[1] for path in spec.columns}
-    columns = [widths[path] for path in spec.columns if path not in spec.apart]
-    row = _linear_shape(block, prefix, spec.row)[0]
-    if spec.shared_input:
-        layouts = head_layouts(where, spec, head_dim, columns, row)
-    else:
-        layouts = latent_layouts(where, model.config.num_attention_heads, columns, row)
-    layout_of = dict(zip((path for path in spec.columns if path not in spec.apart), layouts.columns, strict=True))
-    layout_of |= {path: FeatureLayout(layouts.heads, widths[path] // layouts.heads) for path in spec.apart}
-    query_heads = max(1, row // layouts.heads // head_dim)
-    per_head = tuple(
-        entry
-        for name, axis in spec.per_head
-        if (entry := _per_head(region, where, name, axis, layouts.heads, query_heads)) is not None
-    )
-    _check_region_parameters(block, region, prefix, spec, head_dim)
-    return Branch(
-        name="attention",
-        block=index,
-        region=where,
-        columns=tuple(_projection(block, prefix, path, "column", layout_of[path]) for path in spec.columns),
-        row=_projection(block, prefix, spec.row, "row", layouts.row),
-        scaled_attributes=spec.scaled_attributes,
-        query_width=layouts.query_width,
-        per_head=per_head,
-        whole=tuple(f"{prefix}.{path}" for path in spec.whole),
-        residual=spec.residual,
-        shared_input=spec.shared_input,
-        apart=tuple(f"{prefix}.{path}" for path in spec.apart),
-        joined=spec.joined,
-        returns=spec.returns,
-    )
-
-
-def _per_head(region: nn.Module, where: str, name: str, axis: int, heads: int, query_heads: int) -> PerHead | None:
-    """What `BranchSpec.per_head` names, or None if this model does not have it."""
-    arguments = inspect.signature(type(region).forward).parameters
-    if name in arguments:
-        return PerHead(name, "argument", axis, query_heads)
-    parent, _, leaf = name.rpartition(".")
-    owner = unwrap(region.get_submodule(parent)) if _has_module(region, parent) else None
-    value = getattr(owner, leaf, None)
-    if isinstance(value, nn.ModuleList):
-        kind, size = "modules", len(value)
-    elif isinstance(value, nn.Parameter):
-        kind, size = "parameter", value.shape[axis]
-    elif isinstance(value, nn.Module):
-        kind, size = "module", next(unwrap(value).parameters()).numel()
-    elif parent:
-        return None
-    else:
-        raise ValueError(
-            f"per_head names {name!r}, which is no argument of {where}'s forward ({', '.join(arguments)}) and nothing "
-            "that it holds; name what has an axis of heads."
-        )
-    if size % heads:
-        raise ValueError(f"{where}.{name} has {size} entries on axis {axis}, which do not divide by its {heads} heads.")
-    return PerHead(name, kind, axis, size // heads)
-
-
-def _ffn_branch(block: nn.Module, prefix: str, index: int, spec: BranchSpec, heads: int) -> Branch:
-    def shared(path: str, kind: str) -> Projection:
-        in_features, out_features, _, _ = _linear_shape(block, prefix, path)
-        size, parts = (out_features, spec.parts) if kind == "column" else (in_features, 1)
-        width, rest = divmod(size, heads * parts)
-        if rest:
+    Args:
+        found: The stack.
+        start: Index of its first block in the model.
+    """
+    prefixes = [f"{found.name}.{number}" for number in range(len(found.blocks))]
+    blocks, spec = list(zip(found.blocks, prefixes, itertools.count(start))), found.architecture  # noqa: B905
+    attentions = [attention_branch(found, *one, spec.attention) for one in blocks]
+    branches = []
+    for (block, prefix, index), attention in zip(blocks, attentions, strict=True):
+        heads = next(branch for branch in (attention, *attentions) if branch is not None).heads
+        cross = spec.cross_attention
+        if cross is not None:
+            cross = attention_branch(found, block, prefix, index, cross, "cross_attention")
+        if cross is not None and cross.heads != heads:
             raise ValueError(
-                f"{prefix}.{path} cannot be shared among heads: its {size} features do not divide by "
-                f"{heads} heads{f' x {parts} parts' if parts > 1 else ''}."
+                f"{prefix} cannot be cut into heads: its attention has {heads} (key/value) heads and its cross "
+                f"attention {cross.heads}."
             )
-        return _projection(block, prefix, path, kind, FeatureLayout(heads, width, parts))
-
-    return Branch(
-        name="ffn",
-        block=index,
-        region=f"{prefix}.{spec.region}",
-        columns=tuple(shared(path, "column") for path in spec.columns),
-        row=shared(spec.row, "row"),
-        scaled_attributes=spec.scaled_attributes,
-        residual=spec.residual,
-        joined=spec.joined,
-        returns=spec.returns,
-    )
-
-
-def _projection(block: nn.Module, prefix: str, path: str, kind: str, layout: FeatureLayout) -> Projection:
-    in_features, out_features, has_bias, transposed = _linear_shape(block, prefix, path)
-    return Projection(f"{prefix}.{path}", kind, layout, in_features, out_features, has_bias, transposed)
-
-
-def _linear_shape(block: nn.Module, prefix: str, path: str) -> tuple[int, int, bool, bool]:
-    """(in_features, out_features, has bias, is transposed) of a projection."""
-    module = unwrap(_submodule(block, prefix, path))
-    if type(module) is nn.Linear or type(module).__name__ in _LINEAR:
-        return module.in_features, module.out_features, module.bias is not None, False
-    if type(module) is Conv1D:
-        return module.nx, module.nf, module.bias is not None, True
-    raise ValueError(
-        f"{prefix}.{path} is a {type(module).__name__}; D2FT slices the weights of torch.nn.Linear and "
-        "transformers Conv1D only (load the model without quantization)."
-    )
-
-
-def _head_dim(model: nn.Module, region: nn.Module) -> int:
-    for source, name in (
-        (region, "head_dim"), (region, "head_size"), (region, "attention_head_size"), (model.config, "head_dim"),
-    ):  # fmt: skip
-        if isinstance(getattr(source, name, None), int):
-            return getattr(source, name)
-    return model.config.hidden_size // model.config.num_attention_heads
+        ffn = None
+        if spec.ffn is not None and has_module(block, spec.ffn.row):
+            ffn = ffn_branch(block, prefix, index, spec.ffn, heads)
+        branches.append((heads, [branch for branch in (attention, cross, ffn) if branch is not None]))
+    return branches
 
 
 def _check_heads_per_subnet(heads_per_subnet: int, heads: int) -> None:
-    if not isinstance(heads_per_subnet, int) or heads_per_subnet < 1 or heads % heads_per_subnet:
+    if not is_integer(heads_per_subnet) or heads_per_subnet < 1 or heads % heads_per_subnet:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(
             f"heads_per_subnet={heads_per_subnet!r} does not divide the {heads} heads (key/value heads) of a block; "
             f"choose one of {fitting}."
         )
-
-
-def _check_region_parameters(block: nn.Module, region: nn.Module, prefix: str, spec: BranchSpec, head_dim: int) -> None:
-    """Whatever else the attention learns must not be tied to certain heads (sinks, position biases, joint norms)."""
-    inside = [path.removeprefix(spec.region + ".") for path in (*spec.columns, *spec.whole, spec.row)]
-    inside += [name for name, _ in spec.per_head]
-    shared = {(head_dim,)}
-    if not spec.shared_input:  # norms of the latents
-        shared |= {(_linear_shape(block, prefix, path)[0],) for path in spec.columns}
-    for name, parameter in region.named_parameters():
-        belongs = any(name == path or name.startswith(path + ".") for path in inside)
-        if not belongs and tuple(parameter.shape) not in shared:
-            raise ValueError(
-                f"{prefix}.{spec.region} cannot be cut into heads: its parameter {name!r} of shape "
-                f"{list(parameter.shape)} is not shared by all heads (only norms over head_dim={head_dim} are); say "
-                "which axis belongs to heads in `per_head` of d2ft_peft.register_architecture."
-            )
-    for name, module in region.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name == path for path in inside):
-            raise ValueError(
-                f"{prefix}.{spec.region} cannot be cut into heads: its list {name!r} may hold a module for each head; "
-                "name it in `per_head` of d2ft_peft.register_architecture."
-            )
-
-
-def _boundary(module: nn.Module, prefix: str, projections: set[str]) -> list[str]:
-    """Largest modules with parameters and without projections, and those with parameters of their own beside them."""
-    if prefix in projections or next(module.parameters(), None) is None:
-        return []
-    if prefix and not any(name.startswith(prefix + ".") for name in projections):
-        return [prefix]
-    own = [prefix] if next(module.parameters(recurse=False), None) is not None else []
-    children = module.named_children()
-    return own + [
-        path for name, child in children for path in _boundary(child, f"{prefix}.{name}".lstrip("."), projections)
-    ]
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -8,10 +8,10 @@ from .architecture import Architecture, BranchSpec, register_architecture
 
 
 _BERT_FFN = BranchSpec("intermediate", ("intermediate.dense",), "output.dense")
-_MODERNBERT = Architecture(
-    "layers",
-    BranchSpec("attn", ("attn.Wqkv",), "attn.Wo", parts=3),
-    BranchSpec("mlp", ("mlp.Wi",), "mlp.Wo", parts=2),
+_MODERNBERT_FFN = BranchSpec("mlp", ("mlp.Wi",), "mlp.Wo", parts=2)
+_MODERNBERT = Architecture("layers", BranchSpec("attn", ("attn.Wqkv",), "attn.Wo", parts=3), _MODERNBERT_FFN)
+_MODERNBERT_DECODER = Architecture(
+    "layers", BranchSpec("attn", ("attn.q_proj", "attn.k_proj", "attn.v_proj"), "attn.Wo"), _MODERNBERT_FFN
 )
 
 
@@ -33,6 +33,8 @@ def _deberta(config: Any) -> Architecture:
 
 
 for _model_type, _architecture in {
-    "modernbert": _MODERNBERT, "deberta": _deberta,
-}.items():  # fmt: skip
+    "modernbert": _MODERNBERT,
+    "modernbert-decoder": _MODERNBERT_DECODER,
+    "deberta": _deberta,
+}.items():
     register_architecture(_model_type, _architecture)

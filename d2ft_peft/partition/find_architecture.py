@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from .architecture import Architecture, known_architecture
+from .architecture import Described, known_architecture
+from .structure import read_structure
 from .tp_plan import architecture_of_plan
 
 
-def find_architecture(model: nn.Module) -> Architecture:
-    """Return the architecture of a transformers model, from the table, its tensor-parallel plan, or its modules.
+def find_architecture(model: nn.Module) -> Described:
+    """Return the architecture of a transformers model, from the table, its tensor-parallel plan, or its modules; one
+    for each of several stacks.
 
     Raises:
         ValueError: If the model cannot be cut into heads; the message says why.
@@ -20,8 +22,7 @@ def find_architecture(model: nn.Module) -> Architecture:
     if known is not None:
         return known
     plan = getattr(config, "base_model_tp_plan", None)
-    if plan:
-        return architecture_of_plan(model, model_type, plan)
-    from .structure import read_structure  # tries blocks cut into branches, which `discovery` makes of architectures
-
+    planned = architecture_of_plan(model, model_type, plan) if plan else None
+    if planned is not None:
+        return planned
     return read_structure(model)

@@ -48,9 +48,23 @@ def head_layouts(where: str, spec: BranchSpec, head_dim: int, columns: Sequence[
             f"{where} cannot be cut into heads: `parts` and `interleaved` describe one fused projection, and it has "
             f"{len(columns)}."
         )
-    narrowest = (columns[0] - row) // 2 if packed else min(columns)
+    # A third projection tells queries with a gate beside them, head by head, from several things in one projection.
+    if not (packed or spec.whole) and max(columns) != row and (len(columns) < 3 or max(columns) % row):
+        raise ValueError(
+            f"{where} cannot be cut into heads: {spec.row} takes {row} features, but the queries "
+            f"have {max(columns)}; of a fused projection say how its parts lie (`parts`, `interleaved` in "
+            "d2ft_peft.register_architecture)."
+        )
+    # A gate may have one feature for each query head.
+    gates = {row // head_dim} if len(columns) > 3 else set()
+    narrowest = (columns[0] - row) // 2 if packed else min(set(columns) - gates or columns)
     heads, rest = divmod(narrowest, head_dim * spec.repeats)
-    if rest or heads < 1 or row % (heads * head_dim) or any(width % (heads * head_dim) for width in columns):
+    if (
+        rest
+        or heads < 1
+        or row % (heads * head_dim)
+        or any(width % (heads * head_dim) for width in columns if width not in gates)
+    ):
         raise ValueError(
             f"{where} cannot be cut into heads: its projections return {list(columns)} features, which "
             f"must be multiples of head_dim={head_dim} and of the key/value heads."
@@ -59,13 +73,6 @@ def head_layouts(where: str, spec: BranchSpec, head_dim: int, columns: Sequence[
         layout = _packed(heads, head_dim, row, columns[0], spec)
         row_layout = FeatureLayout(heads, row // heads // spec.repeats, spec.repeats)
         return HeadLayouts(heads, row // heads, (layout,), row_layout)
-    # A third projection tells queries with a gate beside them, head by head, from several things in one projection.
-    if not spec.whole and max(columns) != row and (len(columns) < 3 or max(columns) % row):
-        raise ValueError(
-            f"{where} cannot be cut into heads: {spec.row} takes {row} features, but the queries "
-            f"have {max(columns)}; of a fused projection say how its parts lie (`parts`, `interleaved` in "
-            "d2ft_peft.register_architecture)."
-        )
     layouts = tuple(FeatureLayout(heads, width // heads) for width in columns)
     return HeadLayouts(heads, row // heads, layouts, FeatureLayout(heads, row // heads))
 
@@ -78,18 +85,20 @@ def _packed(heads: int, head_dim: int, row: int, size: int, spec: BranchSpec) ->
     return FeatureLayout(heads, head_dim, parts)
 
 
-def latent_layouts(where: str, heads: int, columns: Sequence[int], row: int) -> HeadLayouts:
-    """Share out up-projections from latents (multi-head latent attention, arXiv 2405.04434), head by head.
+def wide_layouts(where: str, heads: int, columns: Sequence[int], row: int) -> HeadLayouts:
+    """Share out projections whose values are not as wide as queries and keys, by the number of heads.
+
+    So are up-projections from latents (multi-head latent attention, arXiv 2405.04434).
 
     Args:
         where: Path of the attention module, for messages.
-        heads: Its heads.
-        columns: Output features of the up-projections: queries, and keys with values.
+        heads: Its heads (key/value heads).
+        columns: Output features of its column-parallel projections, the queries first.
         row: Input features of its row-parallel projection, as wide as the values.
     """
-    if any(width % heads for width in (*columns, row)):
+    if heads < 1 or any(width % heads for width in (*columns, row)):
         raise ValueError(
-            f"{where} cannot be cut into heads: its up-projections return {list(columns)} features and {row} leave it, "
+            f"{where} cannot be cut into heads: its projections return {list(columns)} features and {row} leave it, "
             f"which must be multiples of its {heads} heads."
         )
     layouts = tuple(FeatureLayout(heads, width // heads) for width in columns)

@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from .gauges import Gauge, Stack
+
 
 @dataclass(frozen=True)
 class FeatureLayout:
@@ -92,14 +94,14 @@ class PerHead:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch (attention or FFN) of one block.
+    """One residual branch (attention, cross attention or FFN) of one block, or a whole block.
 
     Attributes:
-        name: ``"attention"`` or ``"ffn"``.
+        name: ``"attention"``, ``"cross_attention"``, ``"ffn"``, or ``"block"`` for a block that is one subnet.
         block: Index of the block.
         region: Path of the module that D2FT runs once per operation.
-        columns: Its column-parallel projections.
-        row: Its row-parallel projection.
+        columns: Its column-parallel projections; none in a whole block.
+        row: Its row-parallel projection; None in a whole block.
         scaled_attributes: See `BranchSpec`.
         query_width: Width of one head's queries (attention), or 0: width that enters the attention products.
         per_head: What else of the region has an axis of heads.
@@ -109,13 +111,16 @@ class Branch:
         apart: Paths of the column-parallel projections that do not take the region's input.
         joined: See `BranchSpec`.
         returns: See `BranchSpec`.
+        other_input: Those of `columns`, by name, that read other rows than the first: keys and values of cross
+            attention, which come from the encoder.
+        hands_on: See `BranchSpec`.
     """
 
-    name: Literal["attention", "ffn"]
+    name: Literal["attention", "cross_attention", "ffn", "block"]
     block: int
     region: str
-    columns: tuple[Projection, ...]
-    row: Projection
+    columns: tuple[Projection, ...] = ()
+    row: Projection | None = None
     scaled_attributes: tuple[str, ...] = ()
     query_width: int = 0
     per_head: tuple[PerHead, ...] = ()
@@ -125,39 +130,51 @@ class Branch:
     apart: tuple[str, ...] = ()
     joined: bool = False
     returns: int | None = None
+    other_input: tuple[str, ...] = ()
+    hands_on: str = ""
 
     @property
     def heads(self) -> int:
-        """Number of heads that the branch is cut into."""
-        return self.row.layout.heads
+        """Number of heads that the branch is cut into; a whole block counts as one."""
+        return 1 if self.row is None else self.row.layout.heads
 
     @property
     def row_inside(self) -> bool:
         """Whether the row-parallel projection is part of the region."""
-        return self.row.name.startswith(self.region + ".")
+        return self.row is not None and self.row.name.startswith(self.region + ".")
 
     @property
     def num_returned(self) -> int:
         """Number of values in the tuple that the region returns, 0 if it returns a tensor."""
-        usual = 2 if self.name == "attention" else 0
+        usual = 0 if self.name == "ffn" else 2
         return usual if self.returns is None else self.returns
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """All projections, column-parallel ones first."""
-        return (*self.columns, self.row)
+        """All projections, column-parallel ones first; none in a whole block."""
+        return () if self.row is None else (*self.columns, self.row)
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """Paths of the modules whose weights are the branch's: its projections, or the whole block."""
+        return tuple(projection.name for projection in self.projections) or (self.region,)
 
     def siblings(self, column: Projection) -> tuple[Projection, ...]:
         """The column-parallel projections that share the input of one of them, itself included."""
         if column.name in self.apart or not self.shared_input:
             return (column,)
         others = (other for other in self.columns if other.name not in self.apart)
-        return tuple(other for other in others if other.in_features == column.in_features)
+        elsewhere = column.name in self.other_input
+        return tuple(
+            other
+            for other in others
+            if other.in_features == column.in_features and (other.name in self.other_input) == elsewhere
+        )
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Paths of the linear layers that train unless something else is asked for."""
-        return (*(projection.name for projection in self.projections), *self.whole)
+        """Paths of the layers (or of the whole block) that train unless something else is asked for."""
+        return (*self.owned, *self.whole)
 
 
 @dataclass(frozen=True)
@@ -180,6 +197,8 @@ class Partition:
         blocks: Paths of the blocks.
         boundary: Paths of the modules outside the subnets (embeddings, norms, task head): they always run FULL.
         heads_per_subnet: Heads (key/value heads) that one subnet groups.
+        stacks: The stacks of blocks, in the order in which they run.
+        why_whole: Why its blocks are subnets as a whole; empty where they are cut into heads.
     """
 
     model_type: str
@@ -188,6 +207,38 @@ class Partition:
     blocks: tuple[str, ...]
     boundary: tuple[str, ...]
     heads_per_subnet: int
+    stacks: tuple[Stack, ...] = ()
+    why_whole: str = ""
+
+    @property
+    def cuts_heads(self) -> bool:
+        """Whether blocks are cut into heads; else each block is one subnet."""
+        return not self.why_whole
+
+    @cached_property
+    def owned(self) -> tuple[str, ...]:
+        """Paths of the modules whose weights are the subnets': projections, or whole blocks."""
+        return tuple(name for branch in self.branches for name in branch.owned)
+
+    @property
+    def several(self) -> bool:
+        """Whether blocks differ in the rows that they see: several stacks, or cross attention."""
+        return len(self.gauges) > 1
+
+    @cached_property
+    def gauges(self) -> tuple[Gauge, ...]:
+        """Where rows are counted: at the first attention of every stack, and at its first cross attention."""
+        found = []
+        for number, stack in enumerate(self.stacks):
+            for name in ("attention", "cross_attention"):
+                at = (i for i, b in enumerate(self.branches) if b.name == name and b.block in stack.blocks)
+                found += [Gauge(branch, number, name == "cross_attention") for branch in (next(at, None),)
+                          if branch is not None]  # fmt: skip
+        return tuple(found) or (Gauge(0, 0),)
+
+    def stack_of(self, block: int) -> int:
+        """Index of the stack of a block."""
+        return next((number for number, stack in enumerate(self.stacks) if block in stack.blocks), 0)
 
     @property
     def num_scheduled(self) -> int:
@@ -215,14 +266,13 @@ class Partition:
         Args:
             sequence_length: Tokens that each token attends to; the attention products grow with it.
         """
+        if not self.cuts_heads:
+            return f"{self.num_scheduled} whole blocks are scheduled ({self.why_whole}); the rest always runs FULL"
         rows = [("block", "subnets", "heads each", "attention", "ffn", "parameters", "FLOPs/token")]
         for block in range(len(self.blocks)):
             subnets = [subnet for subnet in self.subnets if subnet.block == block]
-            if not subnets:
-                rows.append((str(block), "0", "-", "-", "-", "0", "0"))
-                continue
             branches = {branch.name: branch for branch in self.branches if branch.block == block}
-            share = len(subnets[0].heads)
+            share = len(subnets[0].heads) if subnets else 0
             parameters = sum(subnet_parameters(branch, share) for branch in branches.values())
             flops = 2 * sum(subnet_weights(branch, share) for branch in branches.values())
             flops += 4 * share * sum(branch.query_width for branch in branches.values()) * sequence_length
@@ -230,13 +280,11 @@ class Partition:
                 str(share * branches[name].row.layout.head_size) if name in branches else "-"
                 for name in ("attention", "ffn")
             ]
-            rows.append((str(block), str(len(subnets)), str(share), *features, f"{parameters:,}", f"{flops:,}"))
+            rows.append((str(block), str(len(subnets)), str(share or "-"), *features, f"{parameters:,}", f"{flops:,}"))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        lines.append(
-            f"{self.num_subnets} subnets: {self.num_scheduled} scheduled; embedding and head, which always run FULL"
-        )
-        return "\n".join(lines)
+        sizes = f"{self.num_subnets} subnets: {self.num_scheduled} scheduled"
+        return "\n".join([*lines, f"{sizes}; embedding and head, which always run FULL"])
 
 
 def subnet_weights(branch: Branch, heads: int) -> int:

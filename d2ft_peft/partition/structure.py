@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .architecture import Architecture, BranchSpec
-from .discovery import _attention_branch, _ffn_branch, _linear_shape, unwrap
+from .branches import attention_branch, ffn_branch, linear_shape, unwrap
 from .trial import try_block
 
 
@@ -40,7 +40,13 @@ def read_structure(model: nn.Module) -> Architecture:
     stack, blocks = _find_stack(model, model_type)
     attention = _read_attention(blocks[0], f"{stack}.0")
     ffn = _read_ffn(blocks[0], attention)
-    attention, ffn = _tried(model, model_type, blocks[0], f"{stack}.0", attention, ffn)
+    try:
+        attention, ffn = _tried(model, model_type, blocks[0], f"{stack}.0", attention, ffn)
+    except AttributeError as error:  # its config does not say what those of transformers' encoders and decoders say
+        raise ValueError(
+            f"model_type={model_type!r} cannot be partitioned into heads: {error}; describe the model with "
+            "d2ft_peft.register_architecture."
+        ) from error
     return Architecture(stack, attention, ffn)
 
 
@@ -98,18 +104,18 @@ def _read_attention(block: nn.Module, prefix: str) -> BranchSpec:
     region = columns[0].rpartition(".")[0]
     if not region:
         raise ValueError(f"{prefix} holds query, key and value itself: there is no module of attention to run in part.")
-    width = _linear_shape(block, prefix, columns[0])[1]
+    width = linear_shape(block, prefix, columns[0])[1]
     row = _output_projection(block, region, columns, width)
     if row is None:
         raise ValueError(f"{prefix}.{region} has no output projection that takes the {width} features of its queries.")
     others = [path for path in _linears(block) if path.startswith(region + ".") and path not in (*columns, row)]
-    apart = tuple(path for path in others if _linear_shape(block, prefix, path)[1] == width)
+    apart = tuple(path for path in others if linear_shape(block, prefix, path)[1] == width)
     return BranchSpec(region, columns + apart, row, apart=apart)
 
 
 def _output_projection(block: nn.Module, region: str, columns: tuple[str, ...], width: int) -> str | None:
     """What takes what attention returns: within the region or, as in BERT, in a module around it."""
-    fitting = [p for p in _linears(block) if p not in columns and _linear_shape(block, "", p)[0] == width]
+    fitting = [p for p in _linears(block) if p not in columns and linear_shape(block, "", p)[0] == width]
     around = [".".join(region.split(".")[:count]) for count in range(region.count(".") + 1, 0, -1)]
     named = [path for path in fitting if ("." + path).endswith(tuple("." + name for name in _OUTPUT))]
     for candidates in (named, fitting):
@@ -124,9 +130,9 @@ def _read_ffn(block: nn.Module, attention: BranchSpec) -> BranchSpec | None:
     """The feed-forward network outside of attention; None if there is none, or more than one."""
     inside = (*attention.columns, attention.row)
     top = _common(inside)
-    hidden = _linear_shape(block, "", attention.row)[1]
+    hidden = linear_shape(block, "", attention.row)[1]
     paths = [path for path in _linears(block) if path not in inside and not path.startswith(top + ".")]
-    shapes = {path: _linear_shape(block, "", path)[:2] for path in paths}
+    shapes = {path: linear_shape(block, "", path)[:2] for path in paths}
     rows = [path for path in paths if shapes[path][1] == hidden]
     rows = [row for row in rows if ("." + row).endswith(tuple("." + name for name in _FFN_ROW))] or rows
     # Of several FFNs the outermost, which every block has.
@@ -159,9 +165,9 @@ def _tried(
     reasons = []
     for scaled in _scaled_attributes(model, block, region, attention, prefix):
         tried = replace(attention, scaled_attributes=scaled, per_head=_biases(block, region))
-        branches = [_attention_branch(model, block, prefix, 0, tried)]
+        branches = [attention_branch(model, block, prefix, 0, tried)]
         if ffn is not None:
-            branches.append(_ffn_branch(block, prefix, 0, ffn, branches[0].heads))
+            branches.append(ffn_branch(block, prefix, 0, ffn, branches[0].heads))
         found = try_block(block, prefix, branches, getattr(model.config, "hidden_size", None))
         if isinstance(found, str):
             reasons.append(found)
@@ -179,7 +185,7 @@ def _scaled_attributes(
     model: nn.Module, block: nn.Module, region: nn.Module, spec: BranchSpec, prefix: str
 ) -> list[tuple[str, ...]]:
     """Which integers of the region may count heads or their features: the fewest first."""
-    branch = _attention_branch(model, block, prefix, 0, spec)
+    branch = attention_branch(model, block, prefix, 0, spec)
     widths = {projection.layout.size for projection in branch.projections}
     counts = {branch.heads, branch.heads * branch.query_width // branch.columns[1].layout.width}
     names = [

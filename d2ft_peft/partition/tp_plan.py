@@ -13,8 +13,11 @@ _GATHERED, _SPLIT = "colwise_gather_output", "rowwise_split_input"
 _NORMS = {"q_norm": "q_proj", "k_norm": "k_proj"}
 
 
-def architecture_of_plan(model: nn.Module, model_type: str, plan: dict[str, str]) -> Architecture:
+def architecture_of_plan(model: nn.Module, model_type: str, plan: dict[str, str]) -> Architecture | None:
     """Read the branches off a plan such as ``{"layers.*.self_attn.q_proj": "colwise", ...}``.
+
+    Returns:
+        The architecture, or None if the plan says nothing of attention (some share out experts only).
 
     Raises:
         ValueError: If the plan names no one stack with one attention module, or ties heads together.
@@ -23,7 +26,7 @@ def architecture_of_plan(model: nn.Module, model_type: str, plan: dict[str, str]
     stacks = set()
     for path, style in plan.items():
         stack, star, inner = path.partition(".*.")
-        if not star or "experts" in inner or style.startswith("replicated"):
+        if not star or "." not in inner or "experts" in inner or style.startswith("replicated"):
             continue
         if style.startswith("mla"):
             raise ValueError(
@@ -32,13 +35,15 @@ def architecture_of_plan(model: nn.Module, model_type: str, plan: dict[str, str]
             )
         stacks.add(stack)
         by_parent.setdefault(inner.rpartition(".")[0], {})[inner] = style
+    if not any(_is_attention(parent) for parent in by_parent):
+        return None
     # What mixes tokens otherwise than by attention (linear attention) has no row-parallel projection.
-    attention = [parent for parent in by_parent if "attn" in parent or "attention" in parent]
+    attention = [parent for parent in by_parent if _is_attention(parent)]
     attention = [parent for parent in attention if {_ROW, _SPLIT} & set(by_parent[parent].values())] or attention
     others = [
         parent
         for parent in by_parent
-        if not ("attn" in parent or "attention" in parent) and not parent.rpartition(".")[2].startswith("shared_expert")
+        if not _is_attention(parent) and not parent.rpartition(".")[2].startswith("shared_expert")
     ]
     if len(stacks) != 1 or len(attention) != 1:
         raise ValueError(
@@ -53,14 +58,16 @@ def architecture_of_plan(model: nn.Module, model_type: str, plan: dict[str, str]
     return Architecture(stacks.pop(), branch, ffn)
 
 
+def _is_attention(parent: str) -> bool:
+    return "attn" in parent or "attention" in parent
+
+
 def _joint_norms(model: nn.Module, parent: str, styles: dict[str, str]) -> BranchSpec | None:
     """Attention whose queries and keys are normed over all heads: these are computed whole, and taken by head after."""
     paths = {path.rpartition(".")[2]: path for path in styles}
     if not {"q_proj", "k_proj", "v_proj", "o_proj"} <= paths.keys():
         return None
-    for name, region in model.named_modules():
-        if not f".{name}".endswith(f".{parent}"):
-            continue
+    for region in _at(model, parent):
         norms = [getattr(region, norm, None) for norm in _NORMS]
         if all(_is_joint(region, norm, column) for norm, column in zip(norms, _NORMS.values(), strict=True)):
             return BranchSpec(
@@ -73,12 +80,22 @@ def _joint_norms(model: nn.Module, parent: str, styles: dict[str, str]) -> Branc
     return None
 
 
+def _at(model: nn.Module, parent: str) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if f".{name}".endswith(f".{parent}")]
+
+
 def _is_joint(region: nn.Module, norm: nn.Module | None, column: str) -> bool:
     weight = next(norm.parameters(), None) if isinstance(norm, nn.Module) else None
     projection = getattr(region, column, None)
     head_dim = getattr(region, "head_dim", None)
     features = getattr(projection, "out_features", None)
     return weight is not None and tuple(weight.shape) == (features,) and features != head_dim
+
+
+def _is_parameter(model: nn.Module, parent: str, path: str) -> bool:
+    """Whether a path of the plan names a parameter, such as sinks, which not every block needs to have."""
+    leaf = path.rpartition(".")[2]
+    return any(isinstance(getattr(region, leaf, None), nn.Parameter) for region in _at(model, parent))
 
 
 def _ffn(model: nn.Module, model_type: str, parent: str, styles: dict[str, str]) -> BranchSpec:
@@ -90,7 +107,7 @@ def _ffn(model: nn.Module, model_type: str, parent: str, styles: dict[str, str])
 
 
 def _branch(model: nn.Module, model_type: str, parent: str, styles: dict[str, str]) -> BranchSpec:
-    per_head = {path for path, style in styles.items() if style == _COLUMN and path.endswith(".sinks")}
+    per_head = {path for path, style in styles.items() if style == _COLUMN and _is_parameter(model, parent, path)}
     columns = tuple(path for path, style in styles.items() if style == _COLUMN and path not in per_head)
     rows = [path for path, style in styles.items() if style == _ROW]
     odd = {path: style for path, style in styles.items() if style not in (_COLUMN, _ROW)}

@@ -132,7 +132,8 @@ def try_block(
         For each branch by its name what was seen of it: `joined` and `returns` of `BranchSpec`. Or, in words, why the
         block cannot be run in part.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    # Stand-ins have values, also within `torch.device("meta")`.
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
         torch.manual_seed(0)
         try:
             return _try(block, prefix, branches, hidden_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,26 +14,34 @@ from torch import Tensor, nn
 
 from ..costs import Probe, ProjectionsBypassed, cost_model, probe_model, watch
 from ..engine import FrozenCache
+from ..engine.row_counts import Lengths, RowCounts, last_place
 from ..partition import Partition, base_model
 from ..schedule import CostModel, Operation
 from .facts import BatchFacts, token_length
 
 
-Pass = tuple[float, int] | tuple[float, int, int]
+Pass = tuple[float, int] | tuple[float, int, int] | tuple[float, Lengths]
 """Samples and tokens per sample of a forward pass, and the tokens that passed the middle blocks where some were left
-out."""
+out. Of a model with several stacks, what each of them saw per sample."""
 
 Unread = tuple[frozenset[str], int]
 """The modules that left out rows which no loss reads, and on how many rows they ran, of all samples together."""
 
 
-def separated(passes: Sequence[Pass], facts: BatchFacts | None, model: nn.Module) -> list[Pass]:
+def separated(passes: Sequence[Pass | RowCounts], facts: BatchFacts | None, model: nn.Module) -> list[Pass]:
     """Forward passes as kernels compute them: one that knows where the samples of a row begin computes nothing between
     them."""
-    kernel = base_model(model).config._attn_implementation or ""
+    passes = [one.per_sample() if isinstance(one, RowCounts) else one for one in passes]
+    if facts is not None:  # of rows that lie in one without an axis of samples
+        passes = [one if one[0] is not None else (facts.size, round(one[1] / facts.size)) for one in passes]
+    config = getattr(base_model(model), "config", None)
+    kernel = getattr(config, "_attn_implementation", None) or ""
     if facts is None or facts.lengths is None or not kernel.startswith("flash"):
         return list(passes)
     return [(1, int(length)) for length in facts.lengths] * len(passes)
+
+
+_MOST_LENGTHS = 4096
 
 
 class ModelCosts:
@@ -55,7 +64,7 @@ class ModelCosts:
         self.model, self.partition, self.forward_only_cost = model, partition, forward_only_cost
         self.probe: Probe | None = None
         self._surroundings_known = True
-        self._by_length: dict[tuple[int, int | None, frozenset[str]], CostModel] = {}
+        self._by_length: dict[tuple[int | Lengths, int | None, frozenset[str]], CostModel] = {}
         self.middle = range(0)
         self._rows_per_sample = 1.0
 
@@ -70,9 +79,12 @@ class ModelCosts:
         costs = self.at(self.probe.sequence_length).costs
         return costs / costs.max()
 
-    def at(self, tokens: int, kept: int | None = None, without: frozenset[str] = frozenset()) -> CostModel:
-        """The cost model at a length, per sample; with `kept` tokens in the middle blocks, or without some modules."""
+    def at(self, tokens: int | Lengths, kept: int | None = None, without: frozenset[str] = frozenset()) -> CostModel:
+        """The cost model at a length, or at those of several stacks, per sample; with `kept` tokens in the middle
+        blocks, or without some modules."""
         key = tokens, None if kept == tokens else kept, without
+        if len(self._by_length) > _MOST_LENGTHS:  # several stacks have as many pairs of lengths
+            self._by_length.clear()
         if key not in self._by_length and key[1] is not None:
             both = self.at(tokens, None, without), self.at(kept, None, without)
             self._by_length[key] = both[0].with_blocks(self.middle, both[1])
@@ -97,7 +109,13 @@ class ModelCosts:
         device = next(self.model.parameters()).device
         sample = {name: v[:1] if isinstance(v, Tensor) and v.ndim else v for name, v in batch.items()}
         try:
-            self.probe = probe_model(self.model, self.partition, send_to_device(sample, device))
+            try:
+                self.probe = probe_model(self.model, self.partition, send_to_device(sample, device))
+            except ProjectionsBypassed:
+                raise
+            except Exception:  # no sample can be taken out of it
+                whole = send_to_device(dict(batch), device)
+                self.probe = probe_model(self.model, self.partition, whole, whole=True)
         except ProjectionsBypassed:
             raise
         except Exception as error:
@@ -138,14 +156,16 @@ class ModelCosts:
         return float(sum(self._of_pass(row, *one, unread=left_out) for one, left_out in pairs))
 
     def _of_pass(
-        self, row: np.ndarray, samples: float, tokens: int, kept: int | None = None, unread: Unread | None = None
-    ) -> float:
+        self, row: np.ndarray, samples: float, tokens: int | Lengths, kept: int | None = None,
+        unread: Unread | None = None,
+    ) -> float:  # fmt: skip
         whole = self.at(tokens, kept).step_flops(row[None], np.array([samples]))
         if unread is None:
             return whole
         without, rows = unread
         least = self.at(tokens, kept, without).step_flops(row[None], np.array([samples]))
-        return least + (whole - least) * rows / (samples * tokens)
+        of_last = tokens if isinstance(tokens, int) else math.prod(tokens[last_place(self.partition.gauges)])
+        return least + (whole - least) * rows / (samples * of_last)
 
     def flops_below(self, row: np.ndarray, passes: list[Pass], block: int) -> float:
         """Forward FLOPs of the blocks below `block` in some passes; 0 before `learn`."""
@@ -181,9 +201,19 @@ class ModelCosts:
         return ran / whole, tokens / everyone
 
     def of_samples(self, tokens: np.ndarray) -> np.ndarray:
-        """FLOPs of samples of these lengths where every subnet is FULL, [n]."""
-        lengths, places = np.unique(tokens, return_inverse=True)
-        return np.array([self.at(int(one)).full_flops(np.ones(1)) for one in lengths])[places]
+        """FLOPs of samples of these lengths [n], or of inputs and targets of these lengths [n, 2], where every subnet
+        is FULL, [n]."""
+        lengths, places = np.unique(tokens, return_inverse=True, axis=0)
+        return np.array([self.at(self._lengths(one)).full_flops(np.ones(1)) for one in lengths])[places.ravel()]
+
+    def _lengths(self, tokens: np.ndarray) -> int | Lengths:
+        """One length of a sample, or what its inputs and targets are at each gauge."""
+        if not np.ndim(tokens):
+            return int(tokens)
+        gauges, last = self.partition.gauges, len(self.partition.stacks) - 1
+        new = [(1.0, float(tokens[int(gauge.stack == last and not gauge.other)])) for gauge in gauges]
+        known = zip(new, self.probe.lengths or new, self.probe.follows or [True] * len(new), strict=True)
+        return tuple(one if follows else old for one, old, follows in known)
 
     def saw(self, passes: list[Pass], samples: float) -> None:
         """Note how many samples go through the model for one of a micro-batch: two, where they are pairs."""

@@ -14,6 +14,7 @@ from ..partition import base_model
 from ..processes import is_sharded, world_size
 from ..schedule import Schedule
 from ..unequal import Shares
+from ..value_checks import check_integer, is_integer
 from .execution_counts import ExecutionCounts
 from .micro_batch import MicroBatch
 from .model_costs import Pass, Unread, separated
@@ -38,6 +39,8 @@ class PlanRunner(ScheduleMaker):
 
     def __init__(self, model: nn.Module, num_micro_batches: int | None = None, steps: int | None = None):
         super().__init__(model, num_micro_batches)
+        if steps is not None:
+            check_integer("steps", steps, 1, ", or None")
         self.steps = steps
         self.tokens: TokenBudget | None = None
         if self.config.rows == "tokens":
@@ -45,10 +48,10 @@ class PlanRunner(ScheduleMaker):
             self.costs.middle = self.tokens.blocks
         self.counts = ExecutionCounts()
         base = base_model(model)
-        self._projections = [base.get_submodule(name) for name in self.partition.projections]
+        self._owned = [base.get_submodule(name) for name in self.partition.owned]
         self.shares: Shares | None = None
         if self.config.is_auto:
-            self.shares = Shares(self.config.budget, next(self._projections[0].parameters()).device)
+            self.shares = Shares(self.config.budget, next(self._owned[0].parameters()).device)
         self.runtime.after_backward = self.shares.pace.ready if self.shares else None
         self.runtime.touch_gradients = world_size() > 1 and not (self.is_head_parallel or is_sharded(model))
         self._planned: PlannedStep | None = None
@@ -146,15 +149,15 @@ class PlanRunner(ScheduleMaker):
     def peek(self, index: int) -> MicroBatch:
         """The micro-batch, without running it."""
         micro_batches = self._step.micro_batches
-        if not 0 <= index < len(micro_batches):
-            raise ValueError(f"index={index} is none of the {len(micro_batches)} micro-batches that are planned.")
+        if not is_integer(index) or not 0 <= index < len(micro_batches):
+            raise ValueError(f"index={index!r} is none of the {len(micro_batches)} micro-batches that are planned.")
         return micro_batches[index]
 
     def _zero_missing_gradients(self) -> None:
         """A projection that was FULL nowhere in a step has a gradient of zero, like the heads that were not FULL in one
         that was: an optimizer with momentum then treats them alike, on one process as on several."""
         # Looked up when they are needed: FSDP exchanges the parameters of a model that is wrapped.
-        for parameter in (parameter for module in self._projections for parameter in module.parameters()):
+        for parameter in (parameter for module in self._owned for parameter in module.parameters()):
             if parameter.grad is None and parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
 

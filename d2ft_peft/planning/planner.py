@@ -24,7 +24,7 @@ Where the policy schedules samples (``rows="samples"``), it composes the micro-b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -85,8 +85,9 @@ class D2FTPlanner(PlanRunner):
         Raises:
             ValueError: If there is no batch, the policy schedules samples, or processes made different schedules.
         """
-        if not batches or isinstance(batches, Mapping):
-            raise ValueError(f"batches={type(batches).__name__} of {len(batches)}: give a list of the micro-batches.")
+        if not isinstance(batches, Sequence) or not len(batches):
+            size = f" of {len(batches)}" if isinstance(batches, Sized) else ""
+            raise ValueError(f"batches={type(batches).__name__}{size}: give a list of the micro-batches.")
         self._refuse_samples()
         facts = [take_facts(batch, self.shifts_labels) for batch in batches]
         self.prepare(batches[0])
@@ -158,8 +159,7 @@ class D2FTPlanner(PlanRunner):
         if not self.schedules_samples:
             raise ValueError(f"policy={self.config.policy!r} schedules micro-batches; call plan(batches), not compose.")
         if not isinstance(indices, Candidates):
-            lengths = None if lengths is None else np.asarray(lengths)
-            indices = Candidates.of_loader(np.asarray(indices), size, lengths)
+            indices = Candidates.of_loader(indices, size, lengths)
         if not len(indices.indices):
             raise ValueError("indices is empty; give the candidates of one optimizer step.")
         if self.shares is not None:

@@ -58,13 +58,13 @@ class SampleChoice:
         if self.padding == "keep":
             return np.array_split(members, -(-len(members) // self.candidates.size))
         if self.padding == "flatten":
-            tokens = np.cumsum(self.candidates.lengths[members])
+            tokens = np.cumsum(self.candidates.tokens[members])
             parts = -(-tokens[-1] // self.candidates.max_tokens)
             ends = np.searchsorted(tokens, tokens[-1] * np.arange(1, parts) / parts)
             return [part for part in np.split(members, ends) if len(part)]
         per_token = self.flops.sum() / self.candidates.lengths.sum()
         parts = cut_by_length(
-            self.candidates.lengths[members], self.flops[members], self.candidates.max_tokens,
+            self.candidates.tokens[members], self.flops[members], self.candidates.max_tokens,
             OVERHEAD_TOKENS * per_token,
         )  # fmt: skip
         return [members[part] for part in parts]
@@ -73,6 +73,9 @@ class SampleChoice:
         """FLOPs of micro-batches, padding included."""
         if self.padding == "flatten":
             return float(sum(self.flops[part].sum() for part in micro_batches))
+        if np.ndim(self.candidates.lengths) == 2:  # the longest input and the longest target need not be one sample's
+            padded = np.array([self.candidates.lengths[part].max(axis=0) for part in micro_batches])
+            return float(self.costs.of_samples(padded) @ [len(part) for part in micro_batches])
         return float(sum(len(part) * self.flops[part].max() for part in micro_batches))
 
     def budget(self, budget: Budget, usual: int, account: Account | None) -> Budget:

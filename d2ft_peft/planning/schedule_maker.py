@@ -13,6 +13,7 @@ from ..partition import parts_elsewhere
 from ..processes import all_reduce
 from ..schedule import Budget, CostModel, Operation, Problem, Schedule, get_policy, policy_facts
 from ..scores import ScoreSource, ScoreTable, shifts_labels
+from ..value_checks import check_integer
 from .model_costs import ModelCosts
 from .unread_rule import UnreadRule
 
@@ -45,6 +46,8 @@ class ScheduleMaker:
     """Whether all processes get the same micro-batches, and share out the heads."""
 
     def __init__(self, model: nn.Module, num_micro_batches: int | None = None):
+        if num_micro_batches is not None:
+            check_integer("num_micro_batches", num_micro_batches, 1, ", or None for those of the first step")
         self.model, self.num_micro_batches = model, num_micro_batches
         self.runtime = get_runtime(model)
         self.adapter = active_adapter(model)
@@ -99,7 +102,17 @@ class ScheduleMaker:
         out which rows its loss reads, at the first batch with labels."""
         if not self.costs.known:
             self.costs.learn(batch, self._sum_over_replicas)
+            self._check_order()
         self.unread.find(batch)
+
+    def _check_order(self) -> None:
+        """Refuse to leave out whole blocks where the first look showed that they do not run one after the other."""
+        disorder, facts = self.costs.probe.disorder, policy_facts(self.config.policy)
+        if disorder and facts.rows == "micro_batches" and self.config.policy != "all_full":
+            raise ValueError(
+                f"policy={self.config.policy!r} leaves out blocks, which the model's do not allow: {disorder}; choose "
+                "a policy over samples (exact_first, fewer_samples, ...), which runs every block."
+            )
 
     @property
     def prepared(self) -> bool:

@@ -145,8 +145,9 @@ class UnreadRule:
             drawn = drawn.index_copy(0, rows.index, rows.take(hidden)[0]).view(hidden.shape)
             return (drawn, *others) if isinstance(output, tuple) else drawn
 
-        attention = [branch.row.name for branch in self.partition.branches if branch.block == last][0]
-        modules = [base.get_submodule(name) for name in (attention, self.partition.blocks[last])]
+        rows = [branch.row for branch in self.partition.branches if branch.block == last and branch.row is not None]
+        attention = [row.name for row in rows[:1]]
+        modules = [base.get_submodule(name) for name in (*attention, self.partition.blocks[last])]
         handles = [module.register_forward_hook(replace) for module in modules]
         try:
             with torch.no_grad():

@@ -1,6 +1,6 @@
 """Checks of what figures are made from; messages name the field, the value and the constraint."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 
 import numpy as np
@@ -22,8 +22,8 @@ def check_window(window) -> None:
 
 def check_curves(curves: dict[str, Sequence[tuple[float, float]]]) -> dict[str, np.ndarray]:
     """The points of every curve as a finite array [points, 2] with growing x; raises ValueError otherwise."""
-    if not curves:
-        raise ValueError(f"curves={curves!r} must not be empty; give points (x, loss) for at least one run")
+    if not isinstance(curves, Mapping) or not curves:
+        raise ValueError(f"curves={curves!r} must not be empty: a dictionary of points (x, loss) by run")
     return {name: _check_points(f"curves[{name!r}]", points) for name, points in curves.items()}
 
 

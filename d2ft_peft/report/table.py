@@ -1,6 +1,7 @@
 """Small tables as text that reads well in a terminal and renders as Markdown."""
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
 
@@ -21,6 +22,7 @@ def format_table(rows: list[dict], columns: list[str] | None = None, formats: di
     Raises:
         ValueError: no column, a column that no row has, a format of an unknown column or one that does not apply.
     """
+    _check_kinds(rows, columns, formats)
     present = list(dict.fromkeys(name for row in rows for name in row))
     columns = present if columns is None else list(columns)
     formats = {} if formats is None else formats
@@ -32,6 +34,15 @@ def format_table(rows: list[dict], columns: list[str] | None = None, formats: di
     right = [_is_numeric([row.get(name) for row in rows]) for name in columns]
     rule = [_rule(width, is_right) for width, is_right in zip(widths, right, strict=True)]
     return "\n".join(_line(line, widths, right) for line in [header, rule, *cells])
+
+
+def _check_kinds(rows, columns, formats) -> None:
+    if not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(f"rows={rows!r} must be a list of dictionaries from column names to values")
+    if columns is not None and (isinstance(columns, str) or not isinstance(columns, Iterable)):
+        raise ValueError(f"columns={columns!r} must be a list of names, or None for all")
+    if formats is not None and not isinstance(formats, Mapping):
+        raise ValueError(f"formats={formats!r} must be a dictionary from column names to specifications, or None")
 
 
 def _check(present: list[str], columns: list[str], formats: dict[str, str]) -> None:
@@ -53,7 +64,7 @@ def _cell(value, name: str, specification: str | None) -> str:
     if specification is not None:
         try:
             return format(value, specification)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f"formats[{name!r}]={specification!r} does not apply to {value!r}: {error}; "
                 'give a specification such as ".2f" or ".1%"'

@@ -6,7 +6,7 @@ A `Problem` holds scores, costs, sizes and the `Budget` of one step; a policy tu
 from .balance import balance, balanced_total
 from .budget import Budget
 from .compose import Composition, compose
-from .cost import CostModel
+from .cost import Chain, CostModel
 from .operations import COMMUNICATION, Operation
 from .policies import bilevel_gap, get_policy, objective, policy_facts, policy_names, register_policy
 from .problem import Problem
@@ -16,6 +16,7 @@ from .schedule import Schedule
 __all__ = [
     "COMMUNICATION",
     "Budget",
+    "Chain",
     "Composition",
     "CostModel",
     "Operation",

@@ -37,6 +37,7 @@ def int_array(field: str, value, shape: tuple[int, ...], low: int, high: int | N
     Raises:
         ValueError: wrong shape, not of an integer type, or out of range.
     """
+    shape_of(field, value)
     array = np.asarray(value)
     _check_shape(field, array, shape, advice)
     if array.dtype.kind not in "iu":
@@ -47,6 +48,18 @@ def int_array(field: str, value, shape: tuple[int, ...], low: int, high: int | N
     if array.size and (array.min() < low or (high is not None and array.max() > high)):
         _refuse(field, array, (array < low) | (array > (array if high is None else high)), span, advice)
     return freeze(array)
+
+
+def shape_of(field: str, value) -> tuple[int, ...]:
+    """The shape of what `np.array` takes.
+
+    Raises:
+        ValueError: its rows are not equally long.
+    """
+    try:
+        return np.shape(value)
+    except ValueError as error:
+        raise ValueError(f"{field} must have rows of one length: {error}; give an array") from error
 
 
 def is_frozen(value, dtype: type) -> bool:

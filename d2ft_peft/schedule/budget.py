@@ -1,6 +1,7 @@
 """How much work a training step may do, and what is possible at all."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -39,7 +40,9 @@ class Budget:
         given = [name for name in ("compute", "communication", "num_full") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a budget has {len(given)} limits ({', '.join(given) or 'none'}); {_HOW}")
-        if np.ndim(self.compute) > 0:
+        if isinstance(self.compute, Sequence | np.ndarray) and not isinstance(self.compute, str | bytes):
+            if len(self.compute) == 0:
+                raise ValueError(f"device_capacities={self.compute!r} must have a share for each device; {_HOW}")
             shares = tuple(_share(f"device_capacities[{device}]", share) for device, share in enumerate(self.compute))
             object.__setattr__(self, "compute", shares)
         elif self.compute is not None:

@@ -11,6 +11,24 @@ from .operations import Operation
 from .schedule import Schedule
 
 
+@dataclass(frozen=True)
+class Chain:
+    """Blocks of which each reads what the one before it returns: a stack of a model.
+
+    Attributes:
+        first: Index of its first block.
+        size: Number of its blocks.
+        below_trains: Whether anything trains on the way into its first block, other blocks left out.
+        reads: What enters it besides inputs of its own: ``"inputs"``: nothing; ``"before"``: what the chains before it
+            return, at its first block; ``"states"``: that of the chain before it, at attention in every block.
+    """
+
+    first: int
+    size: int
+    below_trains: bool = False
+    reads: str = "inputs"
+
+
 @dataclass(frozen=True, eq=False)
 class CostModel:
     """FLOPs per sample (one image, one sequence) of K subnets in B blocks and of what lies around them.
@@ -29,6 +47,10 @@ class CostModel:
         inside_forward: What each block runs whole besides its subnets (experts, router), [B]; None for nothing.
         inside_weight_gradient: Gradient of its weights, [B]; 0 where they do not train. That of its input costs as much
             as `inside_forward`, where anything below trains.
+        inside_products: The part of `inside_forward` that multiplies activations with each other, whose gradient costs
+            as much once more, [B]; None for nothing.
+        inside_entry_gradient: What of the gradients inside a block lies before its subnets (linear attention before an
+            FFN), [B]: not computed in the lowest block that trains; None for nothing.
         above_forward: Task head.
         above_weight_gradient: Gradient of its weights; 0 where it does not train.
         above_input_gradient: Gradient of its input.
@@ -37,6 +59,10 @@ class CostModel:
             lowest block that learns from a micro-batch no backward pass runs.
         forward_only_cost: Cost of FORWARD_ONLY relative to FULL that schedules are made with (the paper: 0.4), or
             None for the model's own.
+        chains: The stacks, in the order in which they run; by default all blocks are one.
+        states_gradient: The part of `backward` for what cross attention reads of another chain, [K]; not computed where
+            nothing learns there. None for nothing.
+        shared_states_gradient: The part of `shared_backward` for it, [B].
     """
 
     blocks: np.ndarray
@@ -50,12 +76,17 @@ class CostModel:
     below_backward: float = 0.0
     inside_forward: np.ndarray | None = None
     inside_weight_gradient: np.ndarray | None = None
+    inside_products: np.ndarray | None = None
+    inside_entry_gradient: np.ndarray | None = None
     above_forward: float = 0.0
     above_weight_gradient: float = 0.0
     above_input_gradient: float = 0.0
     below_trains: bool = False
     learns: np.ndarray | None = None
     forward_only_cost: float | None = None
+    chains: tuple[Chain, ...] = ()
+    states_gradient: np.ndarray | None = None
+    shared_states_gradient: np.ndarray | None = None
 
     @property
     def costs(self) -> np.ndarray:
@@ -78,6 +109,7 @@ class CostModel:
             changed[name] = np.where(of_block[self.blocks], getattr(other, name), getattr(self, name))
         for name in (
             "shared_forward", "shared_backward", "shared_entry_gradient", "inside_forward", "inside_weight_gradient",
+            "inside_products", "inside_entry_gradient",
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 changed[name] = np.where(of_block, getattr(other, name), getattr(self, name))
@@ -128,29 +160,82 @@ class CostModel:
     def _row_flops(self, operations: np.ndarray) -> np.ndarray:
         """FLOPs per sample of each row, [N]."""
         full, active = operations == Operation.FULL, operations != Operation.SHORTCUT
-        learning = full if self.learns is None else full & self.learns[self.blocks]
-        runs, trains = active.any(axis=1), learning.any(axis=1)
-        in_block = (self.blocks[:, None] == np.arange(len(self.shared_forward))).astype(float)
-        has_full, has_forward_only = full @ in_block > 0, (active & ~full) @ in_block > 0
         num_blocks = len(self.shared_forward)
-        inside, weight_gradients = (
+        in_block = (self.blocks[:, None] == np.arange(num_blocks)).astype(float)
+        has_full, has_forward_only = full @ in_block > 0, (active & ~full) @ in_block > 0
+        inside, weight_gradients, products = (
             np.zeros(num_blocks) if given is None else given
-            for given in (self.inside_forward, self.inside_weight_gradient)
+            for given in (self.inside_forward, self.inside_weight_gradient, self.inside_products)
         )
         flops = self.below_forward + self.above_forward + self.above_weight_gradient + self.below_backward
-        # Inputs need gradients from the head down to the lowest block in which, or below which, something trains.
-        lowest_full = np.where(trains, (learning @ in_block > 0).argmax(axis=1), num_blocks)
-        lowest_inside = next(iter(np.flatnonzero(weight_gradients)), num_blocks)
-        lowest = np.minimum(lowest_full, lowest_inside) * (not self.below_trains)
-        goes_back = has_full & (np.arange(num_blocks) >= lowest[:, None])
         flops = flops + active @ self.forward + inside.sum() + weight_gradients.sum()
-        flops += (full & goes_back[:, self.blocks]) @ self.backward + goes_back @ self.shared_backward
         flops += has_full @ self.shared_forward + has_forward_only @ self.shared_forward
-        inside_above = np.append(np.cumsum(inside[::-1])[::-1], 0.0)
-        flops += inside_above[lowest] + self.above_input_gradient * (lowest < num_blocks)
-        if not self.below_trains:
-            spared = trains & (lowest_full <= lowest_inside)
+        back = self._goes_back(full, in_block, inside + products, weight_gradients)
+        flops += (full & back.blocks[:, self.blocks]) @ self.backward + back.blocks @ self.shared_backward
+        flops += back.inside + self.above_input_gradient * back.any - back.spared
+        return np.where(active.any(axis=1), flops, 0.0)
+
+    def _goes_back(
+        self, full: np.ndarray, in_block: np.ndarray, inside: np.ndarray, weight_gradients: np.ndarray
+    ) -> _Backward:
+        """Where backward passes run: inputs need gradients from the head down to the lowest block of each chain in
+        which, or below which, something trains."""
+        learning = (full if self.learns is None else full & self.learns[self.blocks]) @ in_block > 0  # [N, B]
+        has_full, rows = full @ in_block > 0, len(full)
+        back = _Backward(np.zeros_like(has_full), np.zeros(rows), np.zeros(rows, dtype=bool), np.zeros(rows))
+        chains = self.chains or (Chain(0, len(inside), self.below_trains),)
+        # Whether anything learned in what ran until here; a decoder alone may have a trained encoder below it.
+        before = np.full(rows, chains[0].below_trains)
+        for chain in chains:
+            end = chain.first + chain.size
+            of_chain = np.arange(chain.first, end)
+            lowest_full = _first(learning[:, of_chain], chain.first)
+            lowest_inside = next((chain.first + i for i in np.flatnonzero(weight_gradients[of_chain])), end)
+            reads = before & (chain.reads != "inputs")
+            lowest = np.minimum(lowest_full, lowest_inside)
+            if chain.reads == "states":  # gradients enter with the first heads that do not hold them back
+                lowest = np.minimum(lowest, np.where(reads, _first(has_full[:, of_chain], chain.first), end))
+            elif chain.reads == "before":
+                lowest = np.where(reads, chain.first, lowest)
+            lowest = np.where(chain.below_trains, chain.first, lowest)
+            runs = back.blocks[:, of_chain] = has_full[:, of_chain] & (of_chain >= lowest[:, None])
+            above = np.append(np.cumsum(inside[of_chain][::-1])[::-1], 0.0)
+            back.inside += above[lowest - chain.first]
+            back.any |= lowest < end
+            own_input = reads & (chain.reads == "before") | chain.below_trains
+            spared = (lowest_full < end) & (lowest_full <= lowest_inside) & ~own_input
             entry = full & (self.blocks == lowest_full[:, None])
-            shared_entry = np.append(self.shared_entry_gradient, 0.0)[lowest_full]
-            flops -= (entry @ self.entry_gradient + shared_entry) * spared
-        return np.where(runs, flops, 0.0)
+            shared = np.append(self.shared_entry_gradient, 0.0)[lowest_full]
+            back.spared += (entry @ self.entry_gradient + shared) * spared
+            if self.inside_entry_gradient is not None:
+                before_subnets = np.append(self.inside_entry_gradient, 0.0)[lowest_full]
+                back.spared += before_subnets * (spared & (lowest_full < lowest_inside))
+            if chain.reads == "states" and self.states_gradient is not None:
+                cells = full & np.isin(self.blocks, of_chain) & back.blocks[:, self.blocks]
+                states = cells @ self.states_gradient + runs @ self.shared_states_gradient[of_chain]
+                back.spared += states * ~before
+            before = before | (lowest < end)
+        return back
+
+
+def _first(marks: np.ndarray, offset: int) -> np.ndarray:
+    """Index of the first mark in each row of bool [N, B], counted from `offset`; where there is none, one past the last
+    block."""
+    return offset + np.where(marks.any(axis=1), marks.argmax(axis=1), marks.shape[1])
+
+
+@dataclass
+class _Backward:
+    """What backward passes do in each of N rows of operations.
+
+    Attributes:
+        blocks: Blocks that they reach, bool [N, B].
+        inside: FLOPs for inputs of what blocks run whole, [N].
+        any: Whether there is one at all, bool [N].
+        spared: FLOPs for inputs in which nobody is interested, [N].
+    """
+
+    blocks: np.ndarray
+    inside: np.ndarray
+    any: np.ndarray
+    spared: np.ndarray

@@ -5,8 +5,10 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from ._arrays import freeze, real_array
+from ..value_checks import check_integer
+from ._arrays import freeze, real_array, shape_of
 from .budget import Budget
 from .knapsack import integer_values
 from .operations import COMMUNICATION
@@ -50,7 +52,7 @@ class Problem:
     interval: int = 1
 
     def __post_init__(self):
-        shape = np.shape(self.forward_scores)
+        shape = shape_of("forward_scores", self.forward_scores)
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"forward_scores has shape {shape}, it must be [micro-batches, subnets], both at least 1")
         advice = "give the contribution of every (micro-batch, subnet)"
@@ -60,14 +62,13 @@ class Problem:
         object.__setattr__(self, "devices", check_devices(self.devices, shape[1]))
         object.__setattr__(self, "costs", check_costs(self.costs, shape[1]))
         object.__setattr__(self, "blocks", check_blocks(self.blocks, shape[1]))
-        if self.tie_break not in TIE_BREAKS:
+        if not isinstance(self.tie_break, str) or self.tie_break not in TIE_BREAKS:
             raise ValueError(f"tie_break={self.tie_break!r} must be one of {TIE_BREAKS}")
         if self.rng is not None and not isinstance(self.rng, np.random.Generator):
             raise ValueError(f"rng={self.rng!r} must be a numpy Generator or None; use numpy.random.default_rng(seed)")
         for name, minimum in (("seed", 0), ("step", 0), ("interval", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < minimum:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {minimum}")
+            check_integer(name, value, minimum)
         if not isinstance(self.budget, Budget):
             raise ValueError(f"budget={self.budget!r} must be a Budget")
         self.budget.check(self.costs, self.weights, self.devices)
@@ -125,7 +126,7 @@ class Problem:
         """`preference` as device (for counts: subnet) `index` uses it, rotated if tie_break is "spread"; int [N]."""
         return self.preference if self.tie_break == "aligned" else np.roll(self.preference, -index)
 
-    def schedule(self, operations: np.ndarray) -> Schedule:
+    def schedule(self, operations: ArrayLike) -> Schedule:
         """The `Schedule` with these operations [N, K] and the problem's other facts.
 
         Capacities are filled in where the budget sets them: for compute shares, and for counts of micro-batches of
@@ -138,10 +139,9 @@ class Problem:
             self.budget.counts is None or bool((self.weights == self.weights[0]).all())
         )
         capacities = self.limits if limited else None
-        if np.shape(operations) != self.forward_scores.shape:
-            raise ValueError(
-                f"operations has shape {np.shape(operations)}, it must have shape {self.forward_scores.shape}"
-            )
+        shape = shape_of("operations", operations)
+        if shape != self.forward_scores.shape:
+            raise ValueError(f"operations has shape {shape}, it must have shape {self.forward_scores.shape}")
         return Schedule(operations, self.weights, self.devices, self.costs, capacities, self.blocks)
 
     def pooled(self) -> "Problem":

@@ -1,12 +1,14 @@
 """The schedule: which operation every (micro-batch, subnet) has. Data only; execution reads it and changes nothing."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
 
-from ._arrays import freeze, int_array, is_frozen, real_array
+from ..value_checks import check_integer
+from ._arrays import freeze, int_array, is_frozen, real_array, shape_of
 from .operations import COMMUNICATION, Operation
 
 
@@ -49,7 +51,7 @@ class Schedule:
     blocks: np.ndarray = None
 
     def __post_init__(self):
-        shape = np.shape(self.operations)
+        shape = shape_of("operations", self.operations)
         if len(shape) != 2 or 0 in shape:
             raise ValueError(f"operations has shape {shape}, it must be [micro-batches, subnets], both at least 1")
         if not (is_frozen(self.operations, np.int8) and self.operations.min() >= 0 and self.operations.max() <= 2):
@@ -78,6 +80,8 @@ class Schedule:
     @classmethod
     def all_full(cls, num_micro_batches: int, num_subnets: int, **kwargs) -> "Schedule":
         """The schedule of plain fine-tuning: every cell FULL. `kwargs` are the other fields of `Schedule`."""
+        for name, value in (("num_micro_batches", num_micro_batches), ("num_subnets", num_subnets)):
+            check_integer(name, value, 1)
         return cls(np.full((num_micro_batches, num_subnets), Operation.FULL, dtype=np.int8), **kwargs)
 
     @property
@@ -182,6 +186,8 @@ class Schedule:
         Raises:
             ValueError: no operations, an unknown key, or a value that `Schedule` refuses.
         """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"data={data!r} must be a dictionary, as Schedule.to_dict returns it")
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(data) - set(known))
         if unknown or "operations" not in data:

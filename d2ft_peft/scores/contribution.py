@@ -17,18 +17,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from ..costs.probe import inference
+from ..costs import inference
 from ..engine.subset_linear import HeadAxis
 from ..partition import Partition, Projection, base_model, parts_elsewhere, unwrap
 from ..tuners import D2FTLayer
+from ..tuners.adapter_checks import is_dense
+from .block_scores import gradient_scores_of_blocks, magnitude_of_blocks
 
 
 # Elements of per-sample weight gradients that are held at a time (256 MiB in float32).
@@ -53,6 +57,8 @@ def weight_magnitude(model: nn.Module, partition: Partition) -> np.ndarray:
             sum(size for b, size in sizes.items() if b.block == s.block) * len(s.heads) for s in partition.subnets
         ]
         return np.array(blocks)
+    if not partition.cuts_heads:
+        return magnitude_of_blocks(model, partition)
     base = base_model(model)
     heads = _HeadSums(partition)
     for index, branch in enumerate(partition.branches):
@@ -60,7 +66,8 @@ def weight_magnitude(model: nn.Module, partition: Partition) -> np.ndarray:
             module = base.get_submodule(projection.name)
             layer = module.active_layer() if isinstance(module, D2FTLayer) else unwrap(module)
             axis = HeadAxis(projection.kind, projection.layout, projection.transposed)
-            heads.add(index, _by_head(_whole(layer.weight).abs()[None], axis))
+            weight = _whole(layer.weight) if is_dense(layer.weight) else dequantize_module_weight(layer)
+            heads.add(index, _by_head(weight.abs()[None], axis))
             if projection.kind == "column" and layer.bias is not None:
                 heads.add(index, _by_head(_whole(layer.bias).abs()[None], HeadAxis("column", projection.layout)))
     return heads.by_subnet()[0]
@@ -89,6 +96,9 @@ def gradient_scores(
     """
     if score not in GRADIENT_SCORES:
         raise ValueError(f"score={score!r} is not a gradient score; choose one of {', '.join(GRADIENT_SCORES)}.")
+    if not partition.cuts_heads:
+        with inference(model), torch.enable_grad():
+            return gradient_scores_of_blocks(model, partition, batch, partial(_measure, score=score), per_sample)
     base = base_model(model)
     carriers = [
         (index, *c) for index, b in enumerate(partition.branches) for p in b.projections for c in _carriers(base, p)
@@ -102,9 +112,10 @@ def gradient_scores(
         seen = [record for record in records if record is not None]
         output_gradients = iter(torch.autograd.grad(loss, [output for _, output in seen]))
     heads = _HeadSums(partition)
+    samples = next((len(x) for x, _ in seen if x.ndim > 2), 1)
     for (index, module, axis), record in zip(carriers, records, strict=True):
         if record is not None:
-            x, gradient = record[0], next(output_gradients)
+            x, gradient = (_by_sample(values, samples) for values in (record[0], next(output_gradients)))
             if not per_sample:
                 x, gradient = x.flatten(0, 1)[None], gradient.flatten(0, 1)[None]
             # The loss is a mean: a sample's own gradient is as many times larger as there are samples.
@@ -149,6 +160,11 @@ class _HeadSums:
                 if self.partition.branches[index].block == subnet.block:
                     scores[:, subnet.index] += values[:, list(subnet.heads)].sum(1)
         return scores
+
+
+def _by_sample(values: Tensor, samples: int) -> Tensor:
+    """Rows as [samples, rows of each, features]: some blocks hand them on in one axis (OPT), or in more (latents)."""
+    return values if values.ndim == 3 else values.reshape(samples, -1, values.shape[-1])
 
 
 def _measure(gradient: Tensor, parameter: Tensor, score: str) -> Tensor:

@@ -17,8 +17,9 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.utils import find_labels
 
-from ..partition import Partition
+from ..partition import Partition, base_model
 from ..whole_files import reading, replacing
 from .contribution import gradient_scores
 
@@ -136,14 +137,14 @@ def score_samples(
         The table, with no sample where none has a finite score (`ScoreTable.require_samples`).
 
     Raises:
-        ValueError: If the rows of a batch are not its samples.
+        ValueError: If the rows of a batch are not its samples, or it has no labels.
     """
     samples, values = [np.empty(0, dtype=np.int64)], [np.empty((0, partition.num_scheduled), dtype=np.float32)]
     with preserved_rng():
         for batch in tqdm(batches, desc=f"D2FT: scoring samples by {score}", disable=not progress):
             batch = dict(batch)
             indices = np.asarray(batch.pop(INDEX_KEY).cpu())
-            _check_rows(batch, len(indices), score)
+            _check_rows(model, batch, len(indices), score)
             rows = gradient_scores(model, partition, batch, score)
             with np.errstate(over="ignore"):
                 rows = rows.astype(np.float32)
@@ -160,7 +161,14 @@ def score_samples(
     return ScoreTable(score, np.concatenate(samples)[order], np.concatenate(values)[order])
 
 
-def _check_rows(batch: dict[str, Tensor], samples: int, score: str) -> None:
+def _check_rows(model: nn.Module, batch: dict[str, Tensor], samples: int, score: str) -> None:
+    labels = find_labels(type(base_model(model)))
+    if labels and not set(labels) & set(batch):
+        raise ValueError(
+            f"score {score!r} is read from the gradients of the model's own loss, and a batch has {sorted(batch)} and "
+            f"none of {labels}: a trainer that makes a loss of its own (preferences, rewards) needs none. Choose "
+            "policy='fewer_samples', or 'bilevel' with both scores 'weight_magnitude'."
+        )
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
     rows = len(batch["labels"]) if isinstance(batch.get("labels"), Tensor) else len(tensors[0])
     if rows != samples:

@@ -8,14 +8,17 @@ from functools import cached_property
 
 import numpy as np
 
+from ..value_checks import check, is_integer, is_number, numbers
+
 
 def _check(record, positive: tuple[str, ...], not_negative: tuple[str, ...]) -> None:
     for field in fields(record):
-        value = getattr(record, field.name)
-        fits = value > 0 if field.name in positive else value >= 0
-        if not fits:
-            constraint = "positive" if field.name in positive else "not negative"
-            raise ValueError(f"{type(record).__name__}.{field.name}={value} must be {constraint}.")
+        value, name = getattr(record, field.name), f"{type(record).__name__}.{field.name}"
+        check(is_number(value), name, value, "must be a number")
+        if field.name in positive:
+            check(value > 0, name, value, "must be positive")
+        else:
+            check(0 <= value < np.inf, name, value, "must be not negative, and finite")
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,16 @@ class Cluster:
     replica_link: Link = NO_LINK
 
     def __post_init__(self):
-        if not self.devices or self.replicas < 1:
+        devices = self.devices
+        fits = isinstance(devices, Sequence) and all(isinstance(device, Device) for device in devices)
+        check(fits, "devices", devices, "must be a sequence of Device")
+        check(is_integer(self.replicas), "replicas", self.replicas, "must be a whole number")
+        if not devices or self.replicas < 1:
             raise ValueError(
-                f"a cluster of {len(self.devices)} devices x {self.replicas} replicas has no device; give one at least."
+                f"a cluster of {len(devices)} devices x {self.replicas} replicas has no device; give one at least."
             )
+        for name in ("link", "replica_link"):
+            check(isinstance(getattr(self, name), Link), name, getattr(self, name), "must be a Link")
 
     @property
     def size(self) -> int:
@@ -141,10 +150,16 @@ def fit_line(amounts: Sequence[float], seconds: Sequence[float]) -> tuple[float,
     Args:
         amounts: FLOPs or bytes of some measurements, at two sizes at least.
         seconds: What they took.
+
+    Raises:
+        ValueError: If they are no numbers, too few, or do not grow.
     """
-    x, y = np.asarray(amounts, dtype=float), np.asarray(seconds, dtype=float)
+    x, y = numbers("amounts", amounts), numbers("seconds", seconds)
     if x.shape != y.shape or len(np.unique(x)) < 2 or not (y > 0).all():
-        raise ValueError("a line needs measurements of at least two sizes, with positive seconds.")
+        raise ValueError(
+            f"amounts={list(amounts)} and seconds={list(seconds)}: a line needs measurements of at least two sizes, "
+            "with positive seconds."
+        )
     (latency, slope), *_ = np.linalg.lstsq(np.stack([1 / y, x / y], axis=1), np.ones(len(y)), rcond=None)
     if latency < 0:
         latency, slope = 0.0, (x / y).sum() / np.square(x / y).sum()

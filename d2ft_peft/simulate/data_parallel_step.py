@@ -6,6 +6,7 @@ import numpy as np
 
 from .cluster import Cluster
 from .prediction import Clocks, Prediction
+from .step_checks import check_step
 from .workload import Workload
 
 
@@ -29,6 +30,7 @@ def data_parallel(
         sharded: Whether the devices share out weights and training state (FSDP2): weights are gathered in both
             passes, gradients are reduced and scattered.
     """
+    check_step(workload, cluster, samples, of_samples)
     link = cluster.replica_link if cluster.replicas > 1 else cluster.link
     share, heads = samples / cluster.size, workload.partition.branches
     forward = share * (sum(b.heads * workload.forward(b) for b in heads) + workload.below + workload.above)

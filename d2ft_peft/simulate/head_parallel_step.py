@@ -9,8 +9,10 @@ import numpy as np
 from ..head_parallel.exchange.route import MicroBatches, Residence, Route, choose_homes, make_routes
 from ..head_parallel.placement import place_subnets
 from ..schedule import Schedule
+from ..value_checks import check
 from .cluster import Cluster
 from .prediction import Clocks, Prediction
+from .step_checks import check_step
 from .workload import Workload
 
 
@@ -33,6 +35,8 @@ def head_parallel(workload: Workload, cluster: Cluster, schedule: Schedule, over
     Raises:
         ValueError: If there are more devices in a group than subnets in a block.
     """
+    check_step(workload, cluster)
+    check(isinstance(schedule, Schedule), "schedule", schedule, "must be a Schedule")
     partition = workload.partition
     ranks = place_subnets(partition, cluster.size)
     routes = make_routes(partition, schedule, ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from ..costs.probe import probe_model
 from ..partition import partition_model
+from ..value_checks import check
 from .workload import Workload
 
 
@@ -27,6 +29,12 @@ def workload_of_model(model: nn.Module, batch: dict[str, Any], **kwargs: Any) ->
         kwargs: ``bytes_per_number``, ``lora_rank``, ``state_bytes`` of `Workload`.
     """
     partition = partition_model(model)
+    if partition.several:
+        raise ValueError(
+            f"model_type={partition.model_type!r} has several stacks of blocks, or cross attention; the simulator "
+            "knows models whose blocks all see the same rows."
+        )
+    check(isinstance(batch, Mapping) and len(batch) > 0, "batch", batch, "must be a dictionary of the model's inputs")
     probe = probe_model(model, partition, batch)
     workload = Workload(
         partition,

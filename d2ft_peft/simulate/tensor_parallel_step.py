@@ -7,6 +7,7 @@ import numpy as np
 from ..head_parallel.placement import place_subnets
 from .cluster import Cluster
 from .prediction import Clocks, Prediction
+from .step_checks import check_step
 from .workload import Workload
 
 
@@ -25,6 +26,7 @@ def tensor_parallel(
         of_samples: Samples that the step counts for, where some are not run; by default all.
         cuts_boundary: Whether embedding and task head are cut as well, or run for all samples on every device.
     """
+    check_step(workload, cluster, samples, of_samples)
     partition, size = workload.partition, cluster.size
     ranks = place_subnets(partition, size)
     row_bytes = samples * workload.row_bytes

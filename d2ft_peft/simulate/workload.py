@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..partition import Branch, Partition
 from ..partition.partition import subnet_parameters, subnet_weights
+from ..value_checks import check, check_integer, is_number
 
 
 # A fused attention kernel computes the scores a second time in backward.
@@ -39,6 +41,22 @@ class Workload:
     boundary_parameters: int = 0
     lora_rank: int | None = None
     state_bytes: int = 12
+
+    def __post_init__(self) -> None:
+        cut = isinstance(self.partition, Partition)
+        check(cut, "partition", self.partition, "must be what partition_model returns")
+        for name in ("tokens", "bytes_per_number"):
+            check_integer(name, getattr(self, name), 1)
+        if self.lora_rank is not None:
+            check_integer("lora_rank", self.lora_rank, 1, " or None")
+        for name in ("below", "above", "boundary_parameters", "state_bytes"):
+            value = getattr(self, name)
+            check(is_number(value) and 0 <= value < math.inf, name, value, "must be a finite number, not negative")
+        if not self.partition.cuts_heads:
+            raise ValueError(
+                f"partition={self.partition.model_type!r} has whole blocks as subnets ({self.partition.why_whole}); "
+                "simulated steps know heads and the shapes of their projections only."
+            )
 
     @property
     def row_bytes(self) -> float:

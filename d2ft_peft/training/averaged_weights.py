@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..value_checks import is_number
 from ..whole_files import reading, replacing
-from .callback import calling_trainer, resumed_from
+from .calling import calling_trainer, resumed_from
 from .head_parallel_engine import is_head_parallel
 
 
@@ -53,8 +54,8 @@ class AveragedWeightsCallback(TrainerCallback):
 
     def __init__(self, share: float | None = None, decay: float | None = None):
         for name, value, fits, interval in (
-            ("share", share, share is None or 0 < share <= 1, "(0, 1]"),
-            ("decay", decay, decay is None or 0 < decay < 1, "(0, 1)"),
+            ("share", share, share is None or (is_number(share) and 0 < share <= 1), "(0, 1]"),
+            ("decay", decay, decay is None or (is_number(decay) and 0 < decay < 1), "(0, 1)"),
         ):
             if not fits:
                 raise ValueError(f"{name}={value!r} must be a number in {interval}, or None.")

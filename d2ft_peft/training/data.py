@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from ..head_start import HeadFeatures
+from ..partition import base_model
 from ..planning import D2FTPlanner
 from ..planning.facts import FACTS_KEY, BatchFacts, facts_of, take_facts
 from ..scores import (
@@ -46,7 +47,8 @@ class TrainingData:
         self.trainer, self.planner, self._make_loader = trainer, planner, make_loader
         self._items: Any = None
         self._collator: Callable[[list], dict] | None = None
-        self._lengths = SampleLengths()
+        decodes = planner.partition.several and base_model(planner.model).config.is_encoder_decoder
+        self._lengths = SampleLengths(targets=decodes)
         self._flatten = Flattening(planner.model) if planner.config.padding == "flatten" else None
 
     def loader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
@@ -144,7 +146,8 @@ class TrainingData:
         return indices, {int(index): item for index, item in zip(indices, items, strict=True) if item is not None}
 
     def lengths(self, indices: np.ndarray, items: dict[int, Any]) -> np.ndarray | None:
-        """Tokens of samples, int [n], where micro-batches are to be composed by them and they differ; else None."""
+        """Tokens of samples, int [n] or [n, 2] (`SampleLengths.of`), where micro-batches are to be composed by them and
+        they differ; else None."""
         if self.planner.config.padding == "keep" or not self._lengths.differ:
             return None
         return self._lengths.of(indices, items, self._load)
@@ -184,7 +187,7 @@ class TrainingData:
         them; batches carry the indices."""
         lengths = None if self._items is None else self.lengths(indices, {})
         if lengths is not None:
-            indices = indices[np.argsort(lengths, kind="stable")]
+            indices = indices[np.argsort(lengths.reshape(len(lengths), -1).sum(axis=1), kind="stable")]
         dataset, collator = self._without_unused_columns(self.trainer.train_dataset, "Scoring")
         return self._with_collator(
             IndexedCollator(collator), IndexedDataset(dataset, indices), "Scoring",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..planning.state import load_state, save_state
 from .head_parallel_engine import HeadParallelEngine, is_head_parallel
 from .head_rate import give_head_its_rate
 from .local_engine import LocalEngine
+from .report_callback import ReportCallback
 from .session import TrainingSession
 
 
@@ -115,7 +117,7 @@ class D2FTTrainerMixin:
             return super().training_step(model, inputs, num_items_in_batch)
         return session.training_step(super().training_step, model, inputs, num_items_in_batch)
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor | Any]) -> Any:
         """FLOPs of the last micro-batch, as executed."""
         return self._d2ft_session.flops
 
@@ -135,6 +137,9 @@ class D2FTTrainerMixin:
         session = self._d2ft_session
         if session is not None and session.trains:
             session.complete_logs(logs)
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ReportCallback):
+                    callback.complete_logs(self, logs)
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -186,4 +191,15 @@ class D2FTTrainer(D2FTTrainerMixin, Trainer):
     model = get_peft_model(model, D2FTConfig(compute_budget=0.6, modules_to_save=["classifier"]))
     trainer = D2FTTrainer(model=model, args=TrainingArguments(..., gradient_accumulation_steps=5), ...)
     trainer.train()
+
+    Args:
+        *args: As `transformers.Trainer` takes them.
+        **kwargs: The same by name.
+        report: File of an HTML report that is written when training ends, see `ReportCallback`; None writes none.
     """
+
+    def __init__(self, *args: Any, report: str | os.PathLike | None = None, **kwargs: Any):
+        callback = None if report is None else ReportCallback(report)
+        super().__init__(*args, **kwargs)
+        if callback is not None:
+            self.add_callback(callback)

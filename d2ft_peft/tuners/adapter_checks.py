@@ -14,8 +14,10 @@ from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
-from ..partition import Partition, unwrap
+from ..partition import Partition, is_plain_linear, unwrap
+from ..schedule import policy_facts
 from .config import D2FTConfig
 
 
@@ -35,7 +37,7 @@ def check_names(model: nn.Module, partition: Partition, config: D2FTConfig) -> N
     """
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     targets, cls = config.target_modules, type(model).__name__
-    leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in partition.projections))
+    leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in partition.projections)) or "in its blocks"
     if targets and not _names_any(names, targets):
         pattern = " (a string is a regular expression for whole paths)" if isinstance(targets, str) else ""
         raise NoMatchingPeftModuleError(
@@ -75,6 +77,13 @@ def check_beside_others(
     Raises:
         ValueError: If one of them trains the base in place, or replaces modules that hold projections as a whole.
     """
+    for name, other in others.items():
+        if other.stacks != config.stacks:
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot stand beside {name!r}: stacks={config.stacks!r} and "
+                f"{other.stacks!r} differ, and with them where the heads are; give both the same, or each a model of "
+                "its own."
+            )
     for name, candidate in {adapter_name: config, **others}.items():
         if not candidate.keep_base:
             raise ValueError(
@@ -91,61 +100,163 @@ def check_beside_others(
 
 
 def _replaced_containers(config: D2FTConfig, partition: Partition) -> list[str]:
-    """Entries of ``modules_to_save`` that name a projection of a subnet, or a module around one."""
+    """Entries of ``modules_to_save`` that name a projection of a subnet (or a whole block), or a module around one."""
     return [
         saved
         for saved in config.modules_to_save or ()
-        if any(f".{saved}." in f".{projection}." for projection in partition.projections)
+        if any(f".{saved}." in f".{owned}." for owned in partition.owned)
     ]
 
 
-def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) -> None:
-    """Refuse to train where the weights of projections cannot be cut into heads.
+def check_one_stack(partition: Partition) -> None:
+    """Refuse to share out over processes the heads of blocks that do not see the same rows.
 
-    Such are quantized tensors that stand in an ordinary ``nn.Linear`` (torchao). Whole projections of them run, so LoRA
-    works where every subnet of a block runs FULL or not at all.
+    Raises:
+        ValueError: With the stacks that there are.
+    """
+    if partition.several:
+        raise ValueError(
+            f"head_parallel=True shares out the heads of one stack of blocks, and model_type={partition.model_type!r} "
+            f"has several or cross attention ({', '.join(stack.name for stack in partition.stacks)}); name a single "
+            "one without cross attention in `stacks`, or leave head_parallel out."
+        )
+
+
+def check_stacks(partition: Partition, config: D2FTConfig) -> None:
+    """Refuse what needs blocks that all see the same rows, and numbers of blocks where stacks have each their own.
+
+    Raises:
+        ValueError: With the stacks that there are.
+    """
+    if config.head_parallel:
+        check_one_stack(partition)
+    if config.layers_to_transform is not None and len(partition.stacks) > 1:
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform!r} numbers the blocks of one stack, and "
+            f"{', '.join(stack.name for stack in partition.stacks)} are scheduled; choose one in `stacks`, or name "
+            "projections in target_modules."
+        )
+
+
+def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) -> None:
+    """Refuse to train weights that cannot be, or to slice those that cannot be cut into heads.
+
+    Such are quantized ones: layers of other classes than ``nn.Linear`` (bitsandbytes, HQQ, GPTQ), or tensors of other
+    classes in an ordinary one (torchao). They run as a whole, so LoRA works where projections or blocks do.
 
     Raises:
         ValueError: If full fine-tuning, or a policy that cuts projections, meets such a weight.
     """
-    if config.inference_mode or (config.is_lora and _runs_whole_projections(config)):
+    if config.inference_mode:
         return
-    for name in partition.projections:
-        weight = unwrap(model.get_submodule(name)).weight
-        if not is_dense(weight):
+    if not config.is_lora:
+        names = partition.owned
+        found = next(filter(None, (_not_trainable(model.get_submodule(name), name) for name in names)), None)
+        if found:
             raise ValueError(
-                f"the weight of {name} is a {type(weight.data).__name__} of {weight.dtype}, which cannot be "
-                + (
-                    f"cut into heads as policy={config.policy!r} does; choose policy='exact_first', 'all_full', "
-                    "'fewer_samples', 'importance' or 'selective_backprop', which run whole projections, or load the "
-                    "model without quantization."
-                    if config.is_lora
-                    else "fine-tuned; set r (LoRA) with a policy that runs whole projections, such as "
-                    "'fewer_samples', or load the model without quantization."
-                )
+                f"{found}, which cannot be fine-tuned; set r (LoRA), or load the model without quantization and "
+                "offloading."
             )
+        return
+    why = why_not_sliced(model, partition, config)
+    if why:
+        raise ValueError(
+            f"{why}; choose policy='exact_first', 'all_full', 'fewer_samples', 'importance' or 'selective_backprop', "
+            "which run whole projections, or subnets='blocks', or load the model without quantization and offloading."
+        )
 
 
-def is_dense(weight: torch.Tensor) -> bool:
+def why_not_sliced(model: nn.Module, partition: Partition, config: D2FTConfig) -> str:
+    """Why projections cannot be run on some of their heads, as the policy does; empty if they can, or need not."""
+    if config.inference_mode or config.policy == "all_full" or policy_facts(config.policy).rows != "micro_batches":
+        return ""
+    for name in partition.projections:
+        found = _not_dense(unwrap(model.get_submodule(name)), name)
+        if found:
+            return f"{found}, which cannot be cut into heads as policy={config.policy!r} does"
+    return ""
+
+
+def _not_dense(layer: nn.Module, name: str) -> str:
+    """What a linear layer is if it has no dense weight of its own to slice; else an empty string."""
+    weight = getattr(layer, "weight", None)
+    if type(layer) is not Conv1D and not is_plain_linear(layer):
+        return f"{name} is a {type(layer).__name__}"
+    if not is_dense(weight):
+        return f"the weight of {name} is a {type(weight.data).__name__} of {weight.dtype}"
+    return f"the weight of {name} is offloaded by accelerate" if _is_offloaded(layer) else ""
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a module's weights elsewhere and lends them for its forward pass."""
+    return hasattr(module, "_hf_hook") and any(p.is_meta for p in module.parameters(recurse=False))
+
+
+def _not_trainable(module: nn.Module, name: str) -> str:
+    """What in a module has no gradient for want of a dense floating weight; an empty string if all has."""
+    for path, part in module.named_modules():
+        if path.startswith("d2ft_layers") or ".d2ft_layers" in path:
+            continue
+        found = next((p for p in part.parameters(recurse=False) if not is_dense(p)), None)
+        where = f"{name}.{path}".rstrip(".")
+        if found is not None:
+            return f"the weight of {where} is a {type(found.data).__name__} of {found.dtype}"
+        if _is_offloaded(part):  # a copy would be lent the original's weights, and learn nothing
+            return f"the weight of {where} is offloaded by accelerate (device_map)"
+        if hasattr(part, "in_features") and getattr(part, "weight", None) is None and not hasattr(part, "base_layer"):
+            return f"{where} is a {type(part).__name__} without a weight"
+    return ""
+
+
+def is_dense(weight: torch.Tensor | None) -> bool:
     """Whether a weight is a dense floating tensor, whole or sharded (`DTensor`): what can be sliced by heads."""
+    if weight is None:
+        return False
     plain = type(weight.data) in (torch.Tensor, nn.Parameter, DTensor)
     return plain and weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.layout == torch.strided
 
 
-def _runs_whole_projections(config: D2FTConfig) -> bool:
-    return config.rows in ("samples", "tokens") or config.policy in ("all_full", "exact_first")
+def copied_boundary(model: nn.Module, partition: Partition, boundary: list[str]) -> list[str]:
+    """The boundary modules that ``train_boundary`` copies; says where parameters per head (sinks) are left out.
+
+    Raises:
+        ValueError: If a module with parameters of its own holds projections of subnets.
+    """
+    holding = [n for n in boundary if not n or any(owned.startswith(f"{n}.") for owned in partition.owned)]
+    left = set()
+    for name in holding:
+        own = {parameter for parameter, _ in model.get_submodule(name).named_parameters(recurse=False)}
+        known = {e.name for branch in partition.branches if branch.region == name for e in branch.per_head}
+        if not own <= known:
+            raise ValueError(
+                f"train_boundary=True cannot copy {name or 'the model itself'!r}: it has parameters of its own and "
+                "holds projections of subnets; name what else is to be trained in modules_to_save instead."
+            )
+        left |= own
+    if holding:
+        warnings.warn(
+            f"train_boundary=True leaves {', '.join(sorted(left))} of {holding[0]} and others alone: they lie beside "
+            "projections of subnets, in a module that cannot be copied.",
+            stacklevel=2,
+        )
+    return [name for name in boundary if name not in holding]
 
 
-def check_loads_in_peft(model: nn.Module, partition: Partition, config: D2FTConfig) -> None:
+def check_loads_in_peft(model: nn.Module, linears: Iterable[str], config: D2FTConfig) -> None:
     """Refuse LoRA on projections that PEFT, when it loads the adapter, would take for others.
 
     For some mixtures of experts PEFT reads ``gate_proj``, ``up_proj`` and ``down_proj`` as names of the experts,
     whether or not the model has dense layers of these names as well.
 
+    Args:
+        model: The model.
+        linears: Paths of the linear layers that belong to subnets.
+        config: The adapter's configuration.
+
     Raises:
-        ValueError: If a projection that `config` targets is renamed so.
+        ValueError: If one that `config` targets is renamed so.
     """
-    targeted = {name for name in partition.projections if check_target_module_exists(config, name) is True}
+    targeted = {name for name in linears if check_target_module_exists(config, name) is True}
     kept = {name for name in targeted if _keeps_target(model, name)}
     if kept != targeted:
         leaves = sorted({name.rpartition(".")[2] for name in kept})

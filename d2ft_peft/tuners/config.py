@@ -38,7 +38,14 @@ class D2FTConfig(LoraConfig):
             model's own weights are trained in place, in the memory of plain fine-tuning. The adapter is saved as ever
             and loads into a fresh base, but it cannot be disabled or unloaded, nor have a second one beside it.
         train_boundary: Full fine-tuning: also train and save what lies outside the subnets (embeddings, norms, head).
+        subnets: What a subnet is: ``"heads"`` of a block, or whole ``"blocks"``; None is heads where the model can be
+            cut into them, and blocks, with a warning, elsewhere (other architectures; quantized weights under a policy
+            that would slice them).
         heads_per_subnet: Heads that one subnet groups (key/value heads under grouped-query attention).
+        stacks: Which stacks of blocks are scheduled, of a model that has several: their paths, or successive parts of
+            them (``"decoder"``, ``"language_model"``, ``"vision_tower"``), one or a list. The others always run.
+            None is both stacks of an encoder-decoder, both towers of a CLIP-like model, and of a vision-language model
+            the language model alone. An error lists the stacks that there are.
         num_micro_batches: Micro-batches that are scheduled together where the Trainer accumulates no gradients;
             otherwise its gradient accumulation steps.
         compute_budget: Share of the full compute that training may take, in (0, 1]; 0.6 if no budget is given. Under
@@ -112,7 +119,9 @@ class D2FTConfig(LoraConfig):
     r: int | None = field(default=None, metadata={"help": "LoRA rank, or None for full fine-tuning"})
     train_boundary: bool = False
     keep_base: bool = True
+    subnets: Literal["heads", "blocks"] | None = None
     heads_per_subnet: int = 1
+    stacks: list[str] | str | None = None
     num_micro_batches: int = 5
     compute_budget: float | None = None
     communication_budget: float | None = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from numbers import Integral, Real
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from peft import LoraConfig, PeftConfig
 
 from ..schedule import policy_facts
+from ..value_checks import check, check_integer, is_number
+from .lora_field_checks import check_lora_fields, check_placement
 
 
 if TYPE_CHECKING:
@@ -48,26 +50,30 @@ def check_own_fields(config: D2FTConfig) -> None:
     if config.num_devices is not None:
         check_integer("num_devices", config.num_devices, 1, " or None")
     check_integer("seed", config.seed, 0)
+    _check_stacks(config)
+    check_placement(config)
     for name in ("train_boundary", "keep_base", "head_parallel", "skip_unread_rows"):
         check(isinstance(getattr(config, name), bool), name, getattr(config, name), "must be True or False")
     fraction, cost = config.score_fraction, config.forward_only_cost
-    check(_is_number(fraction) and 0 < fraction <= 1, "score_fraction", fraction, "must be a number in (0, 1]")
+    check(is_number(fraction) and 0 < fraction <= 1, "score_fraction", fraction, "must be a number in (0, 1]")
     check(
-        cost is None or (_is_number(cost) and 0 < cost < 1),
+        cost is None or (is_number(cost) and 0 < cost < 1),
         "forward_only_cost", cost, "must be a number in (0, 1), or None",
     )  # fmt: skip
+    check(config.subnets in (None, "heads", "blocks"), "subnets", config.subnets, "must be 'heads', 'blocks' or None")
     given = config.policy is None or isinstance(config.policy, str)
     check(given, "policy", config.policy, "must be the name of a policy, or None")
-    config.policy = config.policy or _default_policy(config)
+    config.policy = _default_policy(config) if config.policy is None else config.policy
     _check_learning_rates(config)
     _check_head_start(config)
     facts = policy_facts(config.policy)
     if facts.budget_of == "schedule":
-        config.rows = config.rows or facts.rows
+        config.rows = facts.rows if config.rows is None else config.rows
     else:
         _check_share_of_plain(config)
-    config.backward_score = config.backward_score or facts.backward_score
-    config.forward_score = config.forward_score or "weight_magnitude"
+    for name, usual in (("backward_score", facts.backward_score), ("forward_score", "weight_magnitude")):
+        if getattr(config, name) is None:
+            setattr(config, name, usual)
     for name, allowed in (
         ("backward_score", SCORES), ("forward_score", SCORES), ("rows", ("micro_batches", "samples", "tokens")),
         ("tie_break", ("aligned", "spread")), ("shortcut", ("zero", "mean", "rescale")),
@@ -75,7 +81,8 @@ def check_own_fields(config: D2FTConfig) -> None:
     ):  # fmt: skip
         if name == "rows" and config.rows is None:
             continue  # left to what the data allow
-        check(getattr(config, name) in allowed, name, getattr(config, name), f"must be one of {', '.join(allowed)}")
+        value = getattr(config, name)
+        check(isinstance(value, str) and value in allowed, name, value, f"must be one of {', '.join(allowed)}")
     given = [n for n in ("compute_budget", "communication_budget", "num_full", "device_capacities")
              if getattr(config, n) is not None and not (n == "device_capacities" and config.is_auto)]  # fmt: skip
     check(len(given) <= 1, " and ".join(given), [getattr(config, n) for n in given], "are both given; keep one")
@@ -87,18 +94,50 @@ def check_own_fields(config: D2FTConfig) -> None:
         config.rows != "samples" or not config.num_forward_only,
         "num_forward_only", config.num_forward_only, "counts micro-batches; with rows='samples' give compute_budget",
     )  # fmt: skip
+    share = config.compute_budget
+    check(
+        share is None or is_number(share), "compute_budget", share,
+        "must be a number in (0, 1]; device_capacities is what has one for each device",
+    )  # fmt: skip
     _check_capacities(config)
     _check_cache(config)
     config.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
     if config.head_parallel:
         _check_head_parallel(config)
     _check_tokens(config)
+    if config.subnets == "blocks":
+        check_whole_blocks(config, "subnets='blocks'")
+
+
+def check_whole_blocks(config: D2FTConfig, why: str) -> None:
+    """Refuse what needs heads where subnets are whole blocks.
+
+    Args:
+        config: The configuration.
+        why: What makes them whole blocks.
+    """
+    for name, allowed, needs in (
+        ("heads_per_subnet", (1,), "groups heads; leave it out"),
+        ("stacks", (None,), "names what is cut into heads; leave it out"),
+        ("shortcut", ("zero",), "stands in for heads that are skipped; use 'zero'"),
+        ("head_parallel", (False,), "shares out heads; leave it out"),
+        ("rows", (None, "samples", "micro_batches"), "runs heads on some tokens; choose a policy over samples"),
+    ):
+        check(getattr(config, name) in allowed, name, getattr(config, name), f"{needs} ({why})")
+
+
+def _check_stacks(config: D2FTConfig) -> None:
+    if isinstance(config.stacks, tuple):
+        config.stacks = list(config.stacks)
+    names = [config.stacks] if isinstance(config.stacks, str) else config.stacks
+    fits = names is None or (isinstance(names, list) and names and all(isinstance(n, str) and n for n in names))
+    check(fits, "stacks", config.stacks, "must be the path of a stack of blocks, a list of such paths, or None")
 
 
 def _check_learning_rates(config: D2FTConfig) -> None:
     factor, rule = config.head_learning_rate_factor, config.learning_rate_follows_batch
     check(
-        _is_number(factor) and 0 < factor < float("inf"),
+        is_number(factor) and 0 < factor < float("inf"),
         "head_learning_rate_factor", factor, "must be a positive number",
     )  # fmt: skip
     check(rule in (None, "sqrt", "linear"), "learning_rate_follows_batch", rule, "must be 'sqrt', 'linear' or None")
@@ -110,7 +149,7 @@ def _check_capacities(config: D2FTConfig) -> None:
         _check_auto(config)
     elif capacities is not None:
         fits = isinstance(capacities, (list, tuple))
-        check(fits, "device_capacities", capacities, "must be a list of numbers, or 'auto'")
+        check(fits and len(capacities) > 0, "device_capacities", capacities, "must be a list of numbers, or 'auto'")
         check(
             config.num_devices == len(capacities) or (config.head_parallel and config.num_devices is None),
             "device_capacities", capacities, f"needs num_devices={len(capacities)}, not {config.num_devices}",
@@ -129,7 +168,8 @@ def _check_tokens(config: D2FTConfig) -> None:
     if not over_tokens:
         for name, f in fields.items():
             value = getattr(config, name)
-            check(value == f.default, name, value, f"is for policy='fewer_tokens', not {config.policy!r}; leave it out")
+            usual = value == f.default and not isinstance(value, bool)
+            check(usual, name, value, f"is for policy='fewer_tokens', not {config.policy!r}; leave it out")
         return
     for name in ("communication_budget", "num_full", "device_capacities", "cache_frozen"):
         value = getattr(config, name)
@@ -150,7 +190,7 @@ def _check_tokens(config: D2FTConfig) -> None:
     )  # fmt: skip
     for name in ("token_dense_share", "token_ramp"):
         value = getattr(config, name)
-        check(_is_number(value) and 0 <= value < 1, name, value, "must be a number in [0, 1)")
+        check(is_number(value) and 0 <= value < 1, name, value, "must be a number in [0, 1)")
     dense, ramp = config.token_dense_share, config.token_ramp
     check(dense + ramp <= 1, "token_ramp", ramp, f"and token_dense_share={dense} are more than all steps; lower one")
 
@@ -181,7 +221,7 @@ def _check_cache(config: D2FTConfig) -> None:
     check(fits, "cache_frozen", directory, "must be the path of a folder, or None")
     check(config.cache_dtype in (None, *CACHE_DTYPES), "cache_dtype", config.cache_dtype,
           f"must be one of {', '.join(CACHE_DTYPES)}, or None")  # fmt: skip
-    check(_is_number(size) and 0 < size < float("inf"), "cache_gigabytes", size, "must be a positive number")
+    check(is_number(size) and 0 < size < float("inf"), "cache_gigabytes", size, "must be a positive number")
     check(
         directory is None or not config.head_parallel,
         "cache_frozen", directory, "keeps what whole blocks return, and is not possible with head_parallel=True",
@@ -211,7 +251,7 @@ def _check_head_start(config: D2FTConfig) -> None:
     start, fraction = config.head_start, config.head_start_fraction
     check(isinstance(start, bool) or start == "auto", "head_start", start, "must be 'auto', True or False")
     check(
-        fraction is None or (_is_number(fraction) and 0 < fraction <= 1),
+        fraction is None or (is_number(fraction) and 0 < fraction <= 1),
         "head_start_fraction", fraction, "must be a number in (0, 1], or None",
     )  # fmt: skip
 
@@ -222,7 +262,8 @@ def _check_head_parallel(config: D2FTConfig) -> None:
         (
             "rows",
             ("samples",),
-            "skips whole samples, as plain data parallelism can; choose a policy over micro-batches",
+            "skips whole samples, as plain data parallelism can, and is not available under head_parallel=True; choose "
+            "a policy over micro-batches",
         ),
         ("rows", ("tokens",), "is not available under head_parallel=True; choose a policy over micro-batches"),
         ("backward_score", LIVE_SCORES, "is not followed under head_parallel=True; use 'weight_magnitude'"),
@@ -245,6 +286,7 @@ def check_full(config: D2FTConfig) -> None:
 def check_lora(config: D2FTConfig) -> None:
     """Check what LoRA needs, and what it cannot do under D2FT."""
     check_integer("r", config.r, 1, " (LoRA) or None (full fine-tuning)")
+    check_lora_fields(config)
     check(not config.train_boundary, "train_boundary", True, "is for full fine-tuning; name modules_to_save")
     check(config.keep_base, "keep_base", False, "is for full fine-tuning; LoRA leaves the base as it is")
     for name in _UNSUPPORTED_LORA:
@@ -253,17 +295,3 @@ def check_lora(config: D2FTConfig) -> None:
 
 def _default(f: dataclasses.Field) -> Any:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def check_integer(name: str, value: Any, minimum: int, otherwise: str = "") -> None:
-    fits = isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum
-    check(fits, name, value, f"must be an integer of at least {minimum}{otherwise}")
-
-
-def check(condition: bool, name: str, value: Any, constraint: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r} {constraint}.")

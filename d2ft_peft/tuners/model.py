@@ -7,7 +7,9 @@ from typing import Any
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule, check_target_module_exists
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from ..engine.block_region import BlockRegion
 from ..engine.checkpointing import unbind_checkpointing
 from ..engine.feature_mean import FeatureMean
 from ..engine.frozen_below import NoteEmbedded, install_entries
@@ -18,29 +20,20 @@ from ..engine.region_view import HeadsOfOutput
 from ..engine.runtime import Runtime
 from ..engine.token_rows import check_takes_tokens, install_token_rows
 from ..engine.touch_loss import TouchLoss
-from ..partition import Partition, partition_model, parts_elsewhere
+from ..partition import Partition, parts_elsewhere, unwrap
 from .adapter_checks import (
     check_beside_others,
     check_loads_in_peft,
     check_names,
-    check_weights,
+    check_stacks,
+    copied_boundary,
     leave_out_what_peft_renames,
 )
 from .config import D2FTConfig
 from .converted_lora import subtract_initial_adapter
 from .full_adapters import FullAdapters
 from .layer import D2FTLayer
-
-
-def _transformed_blocks(config: D2FTConfig, partition: Partition) -> set[int]:
-    """Indices of the blocks that ``layers_to_transform`` names; all of them if it is None."""
-    layers, blocks = config.layers_to_transform, set(range(len(partition.blocks)))
-    if layers is None:
-        return blocks
-    chosen = {layers} if isinstance(layers, int) else set(layers)
-    if not chosen or not chosen <= blocks:
-        raise ValueError(f"layers_to_transform={layers!r} must name blocks from 0 to {len(blocks) - 1}.")
-    return chosen
+from .subnets import default_targets, linear_layers, partition_for, transformed_blocks
 
 
 class SubnetTuner(BaseTuner):
@@ -57,9 +50,9 @@ class SubnetTuner(BaseTuner):
         others = {name: self.peft_config[name] for name in partitions if name != adapter_name}
         if others:
             check_beside_others(config, adapter_name, others, partitions[next(iter(others))])
-        partition = partition_model(model, config.heads_per_subnet)
+        partition = partition_for(model, config, partitions[next(iter(others))] if others else None)
         check_names(model, partition, config)
-        check_weights(model, partition, config)
+        check_stacks(partition, config)
         if config.rows == "tokens":
             check_takes_tokens(model, partition, config.token_margins, config.token_choice)
         partitions[adapter_name] = partition
@@ -107,9 +100,8 @@ class SubnetTuner(BaseTuner):
             # PEFT guesses where the index of a block stands, and does not find it in models without a task head.
             peft_config.layers_pattern = partition.blocks[0].split(".")[-2]
         if peft_config.target_modules is None:
-            blocks = _transformed_blocks(peft_config, partition)
-            branches = [branch for branch in partition.branches if branch.block in blocks]
-            peft_config.target_modules = {name for branch in branches for name in branch.targets}
+            blocks = transformed_blocks(peft_config, partition)
+            peft_config.target_modules = default_targets(self.model, peft_config, partition, blocks)
         return peft_config
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -119,7 +111,11 @@ class SubnetTuner(BaseTuner):
     def _install_interceptions(self, partition: Partition) -> None:
         runtime: Runtime = self.runtime
         runtime.blocks = [self.model.get_submodule(name) for name in partition.blocks]
+        runtime.gauges = partition.gauges
         for index, branch in enumerate(partition.branches):
+            if branch.row is None:
+                BlockRegion(self.model.get_submodule(branch.region), runtime, branch, index).install()
+                continue
             region = RegionForward(self.model.get_submodule(branch.region), runtime, branch, index)
             forwards = []
             for projection in branch.projections:
@@ -196,16 +192,10 @@ class D2FTModel(FullAdapters, SubnetTuner):
         if not peft_config.train_boundary:
             return []
         partition = self._partition_of(peft_config)
-        blocks = _transformed_blocks(peft_config, partition)
+        blocks = transformed_blocks(peft_config, partition)
         frozen = tuple(f"{name}." for index, name in enumerate(partition.blocks) if index not in blocks)
         boundary = [name for name in partition.boundary if not name.startswith(frozen)]
-        for name in boundary:
-            if any(projection.startswith(f"{name}.") for projection in partition.projections):
-                raise ValueError(
-                    f"train_boundary=True cannot copy {name!r}: it has parameters of its own and holds projections of "
-                    "subnets; name what else is to be trained in modules_to_save instead."
-                )
-        return boundary
+        return copied_boundary(self.model, partition, boundary)
 
     def _check_target_module_exists(self, peft_config: D2FTConfig, key: str) -> Any:
         found = check_target_module_exists(peft_config, key)
@@ -285,9 +275,10 @@ class D2FTLoraModel(SubnetTuner, LoraModel):
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         if every_projection:
             leave_out_what_peft_renames(self.model, peft_config)
-        check_loads_in_peft(self.model, self._partition_of(peft_config), peft_config)
-        projections = self._partition_of(peft_config).projections.values()
-        peft_config.fan_in_fan_out = all(projection.transposed for projection in projections)
+        linears = linear_layers(self.model, self._partition_of(peft_config))
+        check_loads_in_peft(self.model, linears, peft_config)
+        kinds = {type(unwrap(self.model.get_submodule(name))) for name in linears}
+        peft_config.fan_in_fan_out = kinds == {Conv1D}
         return peft_config
 
     @classmethod

@@ -52,7 +52,8 @@ def check_intercepted(model: nn.Module) -> None:
     """
     runtime, base = get_runtime(model), base_model(model)
     partition = next(iter(runtime.partitions.values()))
-    names = [*partition.projections, *(branch.region for branch in partition.branches)]
+    names = [*partition.owned, *(branch.region for branch in partition.branches)]
+    names += [f"{b.region}.{e.name}" for b in partition.branches for e in b.per_head if e.kind == "module"]
     standing = {name: _interception(base.get_submodule(name)) for name in names}
     lost = [name for name, found in standing.items() if found is None]
     tuner = getattr(model, "base_model", None)

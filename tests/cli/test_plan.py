@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import DistilBertConfig
 
 from d2ft_peft import D2FTPlanner
 from d2ft_peft.cli.architecture_choice import TASKS, batch_on_meta, choose_task, model_on_meta, read_config
@@ -80,6 +81,12 @@ def test_a_model_type_is_enough(d2ft):
     assert (found["model_type"], found["task"], found["subnets"]) == ("gpt2", "causal-lm", 14)
 
 
+def test_a_model_whose_heads_are_found_by_trying_is_planned_too(d2ft, tmp_path):
+    DistilBertConfig(vocab_size=64, dim=32, n_heads=4, n_layers=2, hidden_dim=48).save_pretrained(tmp_path)
+    found = d2ft(f"plan {tmp_path} --sequence-length 7 --json")
+    assert (found["blocks"], found["subnets"]) == (2, 10) and found["budgets"][0]["flops_ratio"] == pytest.approx(0.6)
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -106,3 +113,13 @@ def test_help_has_an_example(d2ft):
     assert "Example: d2ft plan" in " ".join(d2ft("plan --help").split())
     assert "plan" in d2ft("--help")
     assert d2ft("--version").strip()
+
+
+def test_an_encoder_decoder_is_planned_whole():
+    config = read_config("t5")
+    task = choose_task(config, None)
+    assert task == "seq2seq-lm"
+    outputs = model_on_meta(config, task)(**batch_on_meta(config, task, length=9))
+    assert outputs.logits.shape == (1, 9, config.vocab_size)
+    with pytest.raises(ValueError, match="decoder without an encoder to attend to"):
+        choose_task(read_config("whisper"), "causal-lm")

@@ -15,9 +15,11 @@ from d2ft_peft import D2FTConfig, D2FTPlanner, Schedule, partition_model
 from d2ft_peft.head_parallel import HeadParallel
 from tests.models import TINY
 from tests.tuners.cases import MODES
+from tests.zoo_decoders import DECODERS
 
 
 STEPS = 2
+_MODELS = TINY | DECODERS
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def join(timeout: float = 60) -> None:
 
 def model_of(case: Case, head_parallel: bool, seed: int = 0, **kwargs):
     """The adapted model in float64; LoRA's B does not start at zero."""
-    model = TINY[case.name].build(seed=seed).double()
+    model = _MODELS[case.name].build(seed=seed).double()
     lora = {"init_lora_weights": False} if case.mode == "lora" else {}
     config = D2FTConfig(
         **MODES[case.mode], **lora, heads_per_subnet=case.heads_per_subnet, shortcut=case.shortcut,
@@ -54,7 +56,7 @@ def model_of(case: Case, head_parallel: bool, seed: int = 0, **kwargs):
 
 def batches_of(case: Case, step: int) -> list[dict[str, torch.Tensor]]:
     """Micro-batches; of texts every other one is padded, so that they differ in masks and in tokens that count."""
-    batches = [TINY[case.name].batch(size, seed=100 * step + i) for i, size in enumerate(case.sizes)]
+    batches = [_MODELS[case.name].batch(size, seed=100 * step + i) for i, size in enumerate(case.sizes)]
     for i, batch in enumerate(batches):
         if "pixel_values" in batch:
             batch["pixel_values"] = batch["pixel_values"].double()
@@ -69,7 +71,7 @@ def batches_of(case: Case, step: int) -> list[dict[str, torch.Tensor]]:
 
 def random_schedule(case: Case, step: int) -> Schedule:
     """Independent random operations; in the second step a micro-batch that is not run, and a block without heads."""
-    partition = partition_model(TINY[case.name].build(), case.heads_per_subnet)
+    partition = partition_model(_MODELS[case.name].build(), case.heads_per_subnet)
     rng = np.random.default_rng(step)
     operations = rng.integers(0, 3, (len(case.sizes), partition.num_scheduled))
     if step:

@@ -36,6 +36,8 @@ TWO_RANKS = [
     Case("gpt2", "full", (2, 1, 2)),
     Case("vit", "boundary", (2, 1, 2), shortcut="rescale"),
     Case("llama", "full", (3,)),
+    Case("gpt_neox", "lora", (2, 1)),  # query, key and value of a head side by side
+    Case("phi3", "full", (2, 1)),  # parts of unequal width, and a number read of the config
 ]
 # Fewer micro-batches than ranks: nothing lives on some of them.
 FOUR_RANKS = [Case("vit", "boundary", FIVE), Case("bert", "lora", (2, 1, 3))]

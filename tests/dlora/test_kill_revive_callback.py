@@ -16,7 +16,7 @@ from d2ft_peft.dlora import KillRevive
 from tests.dlora.kill_revive_methods import adapt, lora
 from tests.models import TINY
 from tests.test_trainer import arguments, assert_equal, samples
-from tests.training.test_trl import KINDS, tokenizer
+from tests.training.trl_cases import KINDS, tokenizer
 
 
 VIT = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["classifier"], "init_lora_weights": "gaussian"}

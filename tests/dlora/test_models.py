@@ -180,7 +180,7 @@ REFUSED = {
         "d_model": 32, "num_layers": 3, "num_heads": 4, "d_kv": 8, "d_ff": 48, **TEXT}, "DLoRA cannot cut it"),
     "two stacks": ("Bart", "ForConditionalGeneration", {
         "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
-        "decoder_attention_heads": 4, "decoder_ffn_dim": 48, **TEXT}, "2 stacks of 2 blocks"),
+        "decoder_attention_heads": 4, "decoder_ffn_dim": 48, **TEXT}, "has an encoder and a decoder"),
     "one block used again": ("Albert", "ForSequenceClassification", {**ENCODER, "embedding_size": 16}, "0 stacks of 3"),
 }  # fmt: skip
 

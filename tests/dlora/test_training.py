@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from d2ft_peft.dlora import BaseModel, KillReviveCallback, connect
-from tests.training.test_trl import pairs, tokenizer, words
+from tests.training.trl_cases import PAIRS, TEXTS, tokenizer
 
 from ..models import TINY
 from .cases import adapter, check_close, collate, edge_like, ragged, samples, serve, step, tiny_base, whole
@@ -266,7 +266,7 @@ TRL = {
 
 def of_trl(kind, model, folder):
     cls, arguments, data, own = TRL[kind]
-    rows = pairs()[:8] if data == "pairs" else [{"text": words(4 + i % 5, i)} for i in range(8)]
+    rows = (PAIRS if data == "pairs" else TEXTS)[:8]
     args = arguments(
         str(folder), use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, save_strategy="no", logging_steps=1,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=2, learning_rate=1e-2, **own,

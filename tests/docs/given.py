@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 import d2ft_peft
@@ -26,6 +26,7 @@ from d2ft_peft.dlora import BaseModel, Certificates, Cloud, connect
 from d2ft_peft.head_parallel import HeadParallel, load_head_parallel
 from tests.dlora.certificates import Authority
 from tests.models import TINY
+from tests.whole_models import WHOLE
 
 
 Given = dict[str, Any]
@@ -78,11 +79,22 @@ def adapted_data(folder: Path) -> Given:
 def texts(folder: Path) -> Given:
     from trl import SFTConfig, SFTTrainer
 
-    from tests.training.test_trl import tokenizer, words
+    from tests.training.trl_cases import tokenizer, words
 
     return {
         "SFTTrainer": SFTTrainer, "SFTConfig": partial(SFTConfig, **_SMALL, bf16=False), "tokenizer": tokenizer(),
         "model": adapted("llama", r=4), "texts": Dataset.from_list([{"text": words(5, i)} for i in range(8)]),
+    }  # fmt: skip
+
+
+def trl(folder: Path) -> Given:
+    from tests.training.trl_cases import PAIRS, RATED, TEXTS, base_of, tokenizer
+
+    data = {"texts": TEXTS, "pairs": PAIRS, "rated": RATED}
+    here = {'Config("out"': 'Config("out", use_cpu=True, bf16=False, max_steps=1, report_to=[]'}
+    return {
+        **{name: Dataset.from_list(rows) for name, rows in data.items()}, "tokenizer": tokenizer(),
+        "model": base_of("sft"), "reward_model": base_of("reward"), REPLACED: here,
     }  # fmt: skip
 
 
@@ -163,9 +175,22 @@ def cut(folder: Path) -> Given:
     return {"model": model, "batches": [TINY["vit"].batch(2, seed=i) for i in range(5)]}
 
 
+def mamba(folder: Path) -> Given:
+    return {"mamba": WHOLE["mamba"].build()}
+
+
+def quantized(folder: Path) -> Given:
+    """A base that is not quantized, since the package may be absent."""
+    TINY["llama"].build().save_pretrained(folder / "base")
+    return {"name": str(folder / "base"), "AutoModelForCausalLM": AutoModelForCausalLM,
+            "BitsAndBytesConfig": lambda **kwargs: None,
+            "prepare_model_for_kbit_training": prepare_model_for_kbit_training}  # fmt: skip
+
+
 GIVEN: dict[str, dict[int, Callable[[Path], Given]]] = {
     "docs/index.md": {0: plain},
     "docs/adapters.md": {0: saved_lora},
+    "docs/bases.md": {0: mamba, 1: quantized},
     "docs/dlora.md": {0: cloud, 1: cloud_with_tls},
     "docs/exact_first.md": {0: plain},
     "docs/head_parallel.md": {0: rank, 1: saved_llama, 2: rank},
@@ -176,7 +201,8 @@ GIVEN: dict[str, dict[int, Callable[[Path], Given]]] = {
     "docs/tokens.md": {0: plain},
     "docs/training.md": {
         0: adapted_data, 1: texts, 2: bare_loop, 3: within_a_micro_batch, 4: loop_over_samples, 5: plain, 6: pissa,
-        8: upper_lora,
+        8: adapted_data, 9: upper_lora,
     },
+    "docs/trl.md": {number: trl for number in range(5)},
     "docs/unequal_devices.md": {0: plain},
 }  # fmt: skip

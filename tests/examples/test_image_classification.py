@@ -9,9 +9,15 @@ from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from peft import PeftModel
 from PIL import Image as Picture
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoModelForImageClassification,
+    TrainerState,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
-from examples.image_classification import ImageMethodArguments, adapt, collate, main, transform
+from examples.image_classification import Flips, ImageMethodArguments, adapt, collate, main, transform
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:the adapter's base model is the local path")
@@ -82,7 +88,7 @@ def test_what_is_saved_is_what_was_evaluated(assets, run, tmp_path, method, args
     model = reload(assets, output)
     files = {"test": str(assets / "parquet" / "test.parquet")}
     rows = load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))["test"][:]
-    batch = transform(rows, "img", "kind", ViTImageProcessor.from_pretrained(assets / "model"), flip=False)
+    batch = transform(rows, "img", "kind", ViTImageProcessor.from_pretrained(assets / "model"), flips=None)
     with torch.no_grad():
         logits = model(torch.stack(list(batch["pixel_values"]))).logits
     correct = (logits.argmax(-1) == torch.tensor(batch["labels"])).float()
@@ -109,10 +115,9 @@ def test_other_sources_of_images(run):
     assert result["accuracy"] > 0.5
 
 
-def test_a_resumed_run_ends_with_the_same_weights(run, monkeypatch):
-    # The loader is a batch ahead of the random state that the Trainer saves: flips would differ, plainly too.
-    monkeypatch.setattr("random.random", lambda: 1.0)
-    args = ("--num_full", 2, "--num_forward_only", 1, "--save_strategy", "steps", "--save_steps", 2)
+@pytest.mark.parametrize("method", [(), ("--num_full", 2, "--num_forward_only", 1), ("--method", "plain", "--r", 4)])
+def test_a_resumed_run_ends_with_the_same_bits_flips_included(run, method):
+    args = (*method, "--save_strategy", "steps", "--save_steps", 2)
     whole, whole_output = run(*args, output="whole")
     resumed, output = run(*args, "--resume_from_checkpoint", whole_output / "checkpoint-2", output="resumed")
     assert resumed["accuracy"] == whole["accuracy"]
@@ -144,14 +149,14 @@ def test_options_reach_model_and_data(run, capsys):
 def test_images_are_flipped_in_training_only_and_sizes_interpolate(assets):
     process = ViTImageProcessor.from_pretrained(assets / "model")
     image = Picture.fromarray(np.tile(np.arange(16, dtype=np.uint8), (16, 1)))
-    rows = {"img": [image] * 20, "kind": [0] * 20}
-    pixels = transform(rows, "img", "kind", process, flip=False)["pixel_values"]
-    assert all(torch.equal(torch.as_tensor(one), torch.as_tensor(pixels[0])) for one in pixels)
-    flipped = transform(rows, "img", "kind", process, flip=True)["pixel_values"]
-    both = {one.numpy().tobytes() for one in map(torch.as_tensor, flipped)}
-    assert both == {
-        torch.as_tensor(pixels[0]).numpy().tobytes(),
-        torch.as_tensor(pixels[0]).flip(-1).numpy().tobytes(),
-    }
+    rows, flips = {"img": [image], "kind": [0]}, Flips(seed=0)
+    as_it_is = torch.as_tensor(transform(rows, "img", "kind", process, flips=None)["pixel_values"][0])
+    seen = []
+    for epoch in range(20):
+        flips.on_epoch_begin(None, TrainerState(epoch=float(epoch)), None)
+        once, again = (transform(rows, "img", "kind", process, flips)["pixel_values"][0] for _ in range(2))
+        assert torch.equal(torch.as_tensor(once), torch.as_tensor(again))
+        seen.append(torch.as_tensor(once).numpy().tobytes())
+    assert set(seen) == {as_it_is.numpy().tobytes(), as_it_is.flip(-1).numpy().tobytes()}
     batch = collate([{"pixel_values": torch.zeros(3, 4, 4), "labels": 1}] * 2, interpolate_pos_encoding=True)
     assert batch["interpolate_pos_encoding"] and batch["pixel_values"].shape == (2, 3, 4, 4)

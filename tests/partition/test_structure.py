@@ -11,19 +11,23 @@ from transformers.models.roberta import modeling_roberta
 
 from d2ft_peft import Architecture, BranchSpec, D2FTConfig, Operation, partition_model, register_architecture
 from d2ft_peft.engine import compile_plan, get_runtime
+from d2ft_peft.head_parallel.requirements import check_branches
 from d2ft_peft.partition import architecture
 from d2ft_peft.partition.find_architecture import find_architecture
 from d2ft_peft.partition.structure import read_structure
+from tests.models import TINY
 from tests.partition.test_zoo import batch_of, build, step
 from tests.reference import reference_forward
 from tests.tuners.test_equality import assert_same_gradients, d2ft_model, plain_twin, random_rows
 from tests.zoo import ZOO
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def table(monkeypatch):
-    """The table of architectures, which may be changed."""
-    monkeypatch.setattr(architecture, "_ARCHITECTURES", dict(architecture._ARCHITECTURES))
+    """The table of architectures, which may be changed. Whisper's encoder is looked at as if nobody had written down
+    where its two stacks are."""
+    table = {name: known for name, known in architecture._ARCHITECTURES.items() if name != "whisper"}
+    monkeypatch.setattr(architecture, "_ARCHITECTURES", table)
 
 
 class TestFound:
@@ -67,6 +71,14 @@ class TestFound:
         for name, value in model.state_dict().items():
             torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
+    def test_modules_in_a_list_are_of_the_boundary_one_by_one(self):
+        """Whoever owns the list iterates over it: a copy of the list could not stand in for it."""
+        partition = partition_model(build("mobilebert"))
+        assert {f"mobilebert.encoder.layer.0.ffn.{i}" for i in range(3)} <= set(partition.boundary)
+        ours, batch = d2ft_model(build("mobilebert"), "full", True).train(), batch_of("mobilebert", build("mobilebert"))
+        with get_runtime(ours).use(compile_plan(partition, np.full(partition.num_scheduled, Operation.FULL))):
+            step(ours, batch)
+
 
 class TestRefused:
     def test_what_mixes_features_between_the_projections_of_an_ffn(self):
@@ -97,6 +109,28 @@ class TestRefused:
         model.other = copy.deepcopy(model.encoder)
         with pytest.raises(ValueError, match=r"2 lists of blocks \(encoder.layers, other.layers\) .* one is needed"):
             partition_model(model)
+
+    @pytest.mark.parametrize(("name", "reason"), [("whisper", "applies the activation"), ("mpnet", "position_bias")])
+    def test_heads_that_need_more_than_rows_by_head_parallel_execution(self, name, reason):
+        with pytest.raises(ValueError, match=f"head_parallel=True cannot share out .* {reason}.*use data parallelism"):
+            check_branches(partition_model(build(name)))
+        check_branches(partition_model(build("distilbert")))
+
+
+@pytest.mark.parametrize("name", ["muse_glimmer_vision", "gpt2"])
+def test_a_region_may_begin_with_no_head(name):
+    """Whether it returns a tensor or a tuple shows when a head runs, and none did; looking leaves no trace."""
+    if name == "gpt2":
+        model, batch = TINY[name].build(attn_pdrop=0.5), TINY[name].batch()
+    else:
+        model = build(name)
+        batch = batch_of(name, model)
+    partition, ours = partition_model(model), d2ft_model(model, "full", shortcut="mean").train()
+    runtime, state = get_runtime(ours), torch.get_rng_state()
+    with runtime.use(compile_plan(partition, np.full(partition.num_scheduled, Operation.SHORTCUT))):
+        ours(**batch)
+        assert not any(mean._seen for mean in runtime.means.values())
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class TestActivationOfTheBlock:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from d2ft_peft import partition_model
+from d2ft_peft.costs import cost_model, flop_counter, probe_model
 from d2ft_peft.engine import compile_plan, get_runtime
 from tests.reference import reference_forward
 from tests.tuners.cases import assert_plain, mixed_row
@@ -67,8 +68,15 @@ def test_a_family_that_cannot_be_cut_is_refused_with_the_reason(name):
         partition_model(build(name))
 
 
-@pytest.mark.parametrize("name", ["whisper", "beit", pytest.param("deberta", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("use_reentrant", [True, False])
+CHECKPOINTED = [
+    name if name in ("whisper", "beit") else pytest.param(name, marks=pytest.mark.slow)
+    for name, tiny in CUT.items()
+    if tiny.model.supports_gradient_checkpointing
+]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+@pytest.mark.parametrize("use_reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_checkpointing_changes_nothing(name, use_reentrant):
     """Of an activation between two regions, a bias of every head, and a projection of other inputs."""
     model = build(name)
@@ -119,3 +127,16 @@ def test_what_was_trained_is_saved_loaded_and_merged(name, mode, tmp_path):
     merged = ours.merge_and_unload()
     torch.testing.assert_close(values(merged, batch), trained, rtol=1e-6, atol=1e-6)
     assert_plain(merged)
+
+
+@pytest.mark.parametrize("name", ["llama4_vision_model", "whisper", "mobilebert", "modernbert"])
+def test_the_cost_of_a_pass_is_that_of_its_products(name):
+    """Whatever its blocks call what enters them, and whatever else they compute."""
+    model = build(name).eval()
+    batch = batch_of(name, model)
+    partition = partition_model(model)
+    one = {key: value[:1] for key, value in batch.items() if key != "labels"}
+    with torch.no_grad(), flop_counter() as counted:
+        model(**one)
+    costs = cost_model(model, partition, probe_model(model, partition, batch))
+    assert costs.forward_flops(1) == pytest.approx(counted.get_total_flops(), rel=0.02)

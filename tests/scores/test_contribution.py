@@ -11,12 +11,15 @@ from d2ft_peft.engine.subset_linear import HeadAxis
 from d2ft_peft.partition import FeatureLayout
 from d2ft_peft.scores import GRADIENT_SCORES, contribution, gradient_scores, weight_magnitude
 from tests.models import TINY
+from tests.zoo_decoders import DECODERS
 
 
 def adapted(name, mode, heads_per_subnet=1):
     lora = {"r": 4, "init_lora_weights": False} if mode == "lora" else {}
     torch.manual_seed(2)
-    model = get_peft_model(TINY[name].build().double(), D2FTConfig(heads_per_subnet=heads_per_subnet, **lora))
+    model = (TINY | DECODERS)[name].build().double()
+    model.set_experts_implementation("eager")  # products of groups know no float64
+    model = get_peft_model(model, D2FTConfig(heads_per_subnet=heads_per_subnet, **lora))
     return model.train(), get_runtime(model).partitions["default"]
 
 
@@ -43,10 +46,10 @@ def by_subnet(model, partition, mode, values):
         for branch in (b for b in partition.branches if b.block == subnet.block):
             for projection in branch.projections:
                 layout = projection.layout
-                features = [
-                    (part * layout.heads + head) * layout.width + i
-                    for part in range(layout.parts) for head in subnet.heads for i in range(layout.width)
-                ]  # fmt: skip
+                features, start = [], 0
+                for width in layout.part_widths:
+                    features += [start + head * width + i for head in subnet.heads for i in range(width)]
+                    start += layout.heads * width
                 for name, axis in owned(model, projection, mode):
                     totals[subnet.index] += values[name].index_select(axis, torch.tensor(features)).sum().item()
     return totals
@@ -69,12 +72,20 @@ def autograd_scores(model, partition, mode, batch, score):
     return by_subnet(model, partition, mode, values)
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
-@pytest.mark.parametrize("name", TINY)
+# Layouts of several parts, and rows that come as [samples * tokens] or with an axis between.
+LAYOUTS = ("codegen", "deepseek_v3", "opt", "phi3")
+
+
+CASES = [(name, mode) for name in (*TINY, *LAYOUTS) for mode in ("full", "lora")]
+CASES.remove(("deepseek_v3", "lora"))  # its dense FFN carries no LoRA
+
+
+@pytest.mark.parametrize("name, mode", CASES)
 def test_sample_scores_equal_autograd_on_each_sample_alone(name, mode):
     model, partition = adapted(name, mode)
-    batch = doubles(TINY[name].batch(3))
-    rtol = 1e-3 if TINY[name].kind == "causal" else 1e-9  # causal models compute their loss in float32
+    recipe = (TINY | DECODERS)[name]
+    batch = doubles(recipe.batch(3))
+    rtol = 1e-3 if recipe.kind == "causal" else 1e-9  # causal models compute their loss in float32
     for score in GRADIENT_SCORES:
         scores = gradient_scores(model, partition, batch, score)
         for i in range(3):
@@ -93,7 +104,7 @@ def test_a_micro_batch_is_scored_by_the_gradient_of_its_loss(name):
     np.testing.assert_allclose(scores[0], autograd_scores(model, partition, "full", batch, "fisher"), rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, *LAYOUTS])
 def test_weight_magnitude_sums_what_each_subnet_owns(name):
     model, partition = adapted(name, "full")
     values = {parameter_name: p.detach().abs() for parameter_name, p in model.named_parameters()}

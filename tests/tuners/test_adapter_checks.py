@@ -3,10 +3,11 @@
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel, get_peft_model
+from accelerate import cpu_offload, dispatch_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from d2ft_peft import D2FTConfig
+from d2ft_peft import D2FTConfig, partition_model
 from d2ft_peft.engine import compile_plan, get_runtime
 from d2ft_peft.tuners.adapter_checks import is_dense
 from tests.models import TINY
@@ -31,7 +32,10 @@ def quantized(kind):
 def test_weights_that_cannot_be_cut_are_refused(kind):
     where = "the weight of model.layers.1.mlp.up_proj is a .*, which cannot be "
     with pytest.raises(ValueError, match=where + "cut into heads as policy='bilevel' does; choose policy='exact_"):
-        get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel"))
+        get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel", subnets="heads"))
+    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* because heads cannot be cut: " + where):
+        model = get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel"))
+    assert get_runtime(model).partitions["default"].num_scheduled == 3
     with pytest.raises(ValueError, match=where + "fine-tuned; set r"):
         get_peft_model(quantized(kind), D2FTConfig(policy="all_full"))
 
@@ -43,6 +47,42 @@ def test_whole_projections_of_such_weights_train_under_lora(policy):
     with runtime.use(compile_plan(runtime.partitions["default"], [2] * runtime.partitions["default"].num_scheduled)):
         model(**TINY["llama"].batch()).loss.backward()
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_weights_that_accelerate_offloads_are_not_trained_and_not_sliced():
+    """It lends them to the forward pass of their layer: a copy would be lent the original's, and learn nothing."""
+    where = r"the weight of model.layers.0.self_attn.q_proj is offloaded by accelerate"
+    with pytest.raises(ValueError, match=where + ".*cannot be fine-tuned; set r .LoRA., or load the model without"):
+        get_peft_model(cpu_offload(fresh("llama"), execution_device="cpu"), D2FTConfig())
+    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* heads cannot be cut: " + where):
+        get_peft_model(cpu_offload(fresh("llama"), execution_device="cpu"), D2FTConfig(r=4, policy="bilevel"))
+
+
+@pytest.mark.parametrize("subnets", ["heads", "blocks"])
+def test_hooks_of_accelerate_run_as_ever(subnets):
+    names = [
+        "model.embed_tokens",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+        *(f"model.layers.{i}" for i in range(3)),
+    ]
+    base = dispatch_model(fresh("llama"), dict.fromkeys(names, "cpu"), main_device="cpu", force_hooks=True)
+    entered, hook = [], base.model.layers[1]._hf_hook
+    enter, plain = hook.pre_forward, adapted("llama", "lora", subnets=subnets, init_lora_weights=False)
+    hook.pre_forward = lambda *args, **kwargs: entered.append(1) or enter(*args, **kwargs)
+    torch.manual_seed(0)
+    model = get_peft_model(base, config_for("lora", subnets=subnets, init_lora_weights=False))
+    losses = []
+    for one in (model, plain):
+        runtime = get_runtime(one.train())
+        if one is plain:
+            set_peft_model_state_dict(plain, get_peft_model_state_dict(model))
+        row = [2, *[1] * (runtime.partitions["default"].num_scheduled - 1)]
+        with runtime.use(compile_plan(runtime.partitions["default"], row)):
+            losses.append(one(**TINY["llama"].batch()).loss)
+    same(*losses)
+    assert entered == [1]
 
 
 def test_such_weights_are_no_hindrance_to_inference():
@@ -91,3 +131,27 @@ def test_targets_that_peft_takes_for_experts_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     same(logits(PeftModel.from_pretrained(glm4_moe(), tmp_path), "llama"), logits(model, "llama"))
     get_peft_model(glm4_moe(), D2FTConfig())
+
+
+@pytest.mark.parametrize("family", ["Ernie4_5_Moe", "ExaoneMoe", "DeepseekV3"])
+def test_dense_first_layers_of_other_families_load_in_stock_peft_too(family, tmp_path):
+    """PEFT would take their gate, up and down projections for experts'."""
+    config = getattr(tf, f"{family}Config")(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=4, intermediate_size=48,
+        moe_intermediate_size=16, num_hidden_layers=2, vocab_size=64, num_experts_per_tok=2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, q_lora_rank=12, kv_lora_rank=10, qk_rope_head_dim=4, qk_nope_head_dim=6,
+        v_head_dim=8, n_group=1, topk_group=1, first_k_dense_replace=1, moe_layer_start_index=1,
+        **{name: 4 for name in ("n_routed_experts", "moe_num_experts", "num_experts")},
+    )  # fmt: skip
+    model_class = getattr(tf, f"{family}ForCausalLM")
+
+    def build():
+        torch.manual_seed(0)
+        return model_class(config)
+
+    assert any(branch.name == "ffn" for branch in partition_model(build()).branches)
+    with pytest.warns(UserWarning, match="LoRA leaves .*gate_proj.* alone"):
+        model = get_peft_model(build(), D2FTConfig(r=4))
+    train_briefly(model, "llama")
+    model.save_pretrained(tmp_path)
+    same(logits(PeftModel.from_pretrained(build(), tmp_path), "llama"), logits(model, "llama"))

@@ -9,6 +9,7 @@ from peft import PeftModel, get_peft_model
 
 from d2ft_peft import D2FTConfig, partition_model
 from d2ft_peft.engine import compile_plan, get_runtime
+from d2ft_peft.engine.plan import Heads
 from tests.reference import reference_forward
 from tests.tuners.cases import mixed_row, same
 from tests.tuners.test_equality import LORA, assert_same_gradients, enable_checkpointing, plain_twin, random_rows, step
@@ -88,7 +89,7 @@ def test_gradient_checkpointing_equals_the_reference(name, checkpointing):
 
 
 @ignore_targets_left_out
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 @each_decoder
 def test_a_trained_adapter_is_saved_loaded_and_merged(name, mode, tmp_path):
     model, batch = built(name)
@@ -117,6 +118,27 @@ def test_every_head_full_is_the_plain_model_to_the_bit(name):
         same(step(ours, batch).logits, step(twin, batch).logits)
 
 
+@pytest.mark.parametrize("name, shortcut", [("codegen", "mean"), ("bloom", "rescale"), ("olmo2", "mean")])
+def test_what_stands_in_for_skipped_heads_equals_the_reference(name, shortcut):
+    """Also where a head's features lie in several places, and where the region adds the residual."""
+    model, batch = built(name)
+    torch.manual_seed(7)
+    ours = get_peft_model(copy.deepcopy(model), D2FTConfig(shortcut=shortcut)).train()
+    twin, runtime = plain_twin(model, "full", False).train(), get_runtime(ours)
+    partition = partition_model(twin)
+    with runtime.use(compile_plan(partition, np.full(partition.num_scheduled, 2))):
+        step(ours, batch)
+    for row in random_rows(partition, seed=1, n=2)[:2]:
+        with runtime.use(compile_plan(partition, row)):
+            every = Heads(tuple(range(partition.branches[0].heads)))
+            means = {branch: mean.features(every).clone() for branch, mean in runtime.means.items()}
+            outputs = step(ours, batch)
+        with reference_forward(twin, partition, row, shortcut, means):
+            expected = step(twin, batch)
+        torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-5, atol=1e-6)
+        assert_same_gradients(ours, twin, "full", rtol=1e-4, atol=1e-6)
+
+
 def test_sinks_learn_from_the_heads_that_are_full_only():
     model, batch = built("gpt_oss")
     ours, _, _ = pair(model, "full")
@@ -138,3 +160,14 @@ def test_what_covers_a_region_s_own_is_gone_after_a_pass():
             step(ours, batch)
         assert {module: set(module.__dict__) for module in ours.modules()} == before
         assert ours.get_base_model().config.num_attention_heads == 4
+
+
+def test_the_boundary_around_sinks_trains_and_they_are_said_to_be_left_alone():
+    model, batch = built("gpt_oss")
+    with pytest.warns(UserWarning, match="train_boundary=True leaves sinks of model.layers.0.self_attn and others alo"):
+        ours = get_peft_model(model, D2FTConfig(train_boundary=True)).train()
+    partition = get_runtime(ours).partitions["default"]
+    with get_runtime(ours).use(compile_plan(partition, [2, 1, 2, 0])):
+        step(ours, batch)
+    trained = {name for name, p in ours.named_parameters() if p.grad is not None}
+    assert any("embed_tokens" in name for name in trained) and not any("sinks" in name for name in trained)

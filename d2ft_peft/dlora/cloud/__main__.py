@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import sys
 import threading
 
+from ...value_checks import check, is_positive
 from ..wire.credentials import Certificates, read_tokens
 from ..wire.protocol import Limits
 from .base_model import BaseModel
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     cloud = Cloud(
         BaseModel.load(args.base, args.dtype, args.device, **hub),
         Limits(**{name: getattr(args, name) for name in Limits().as_json()}),
-        None if args.memory_gib is None else int(args.memory_gib * 2**30),
+        None if args.memory_gib is None else _bytes(args.memory_gib),
         args.compute_at_once,
         None if args.token_file is None else read_tokens(args.token_file),
     )
@@ -52,5 +54,18 @@ def main(argv: list[str] | None = None) -> None:
     cloud.wait()
 
 
+def _bytes(gib: float) -> int:
+    check(is_positive(gib), "memory_gib", gib, "must be a finite number above zero; leave it out for no limit")
+    return int(gib * 2**30)
+
+
+def command() -> None:
+    """`main` for a shell: what is wrong with the arguments is one line, not a traceback."""
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"d2ft-cloud: error: {error}")
+
+
 if __name__ == "__main__":
-    main()
+    command()

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...partition.body import find_body
+from ...value_checks import check
 from ..blocks import find_stack
 from ..wire.fingerprint import fingerprint, name_of
 from .cut_check import check_cut
@@ -81,7 +82,17 @@ class BaseModel:
             dtype: Of the weights, and of what is computed.
             device: Where it runs.
             hub: See `transformers.PreTrainedModel.from_pretrained`.
+
+        Raises:
+            ValueError: If the type or the device is none.
         """
+        kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        fits = dtype == "auto" or (isinstance(kind, torch.dtype) and kind.is_floating_point)
+        check(fits, "dtype", dtype, "must be 'auto' or a floating-point type of torch, such as 'bfloat16'")
+        try:
+            torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device={device!r} must be a device of torch, such as 'cpu' or 'cuda:0'.") from error
         config = AutoConfig.from_pretrained(base, **hub)
         named = getattr(transformers, (config.architectures or [""])[0], None)
         known = isinstance(named, type) and issubclass(named, PreTrainedModel)

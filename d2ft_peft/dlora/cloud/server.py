@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import grpc
 
+from ...value_checks import check, is_integer
 from ..wire import protocol
 from ..wire.credentials import Certificates, check_binding, is_admitted
 from ..wire.frames import FrameError, Writer, from_frame, to_frame
@@ -78,6 +79,7 @@ class Cloud:
         Raises:
             ValueError: If the address is not loopback and there is no TLS, or the port is taken.
         """
+        check(is_integer(port) and 0 <= port < 2**16, "port", port, "must be from 0 to 65535; 0 takes a free one")
         check_binding(host, certificates is not None, insecure)
         calls = self.limits.sessions * self.limits.streams
         workers = min(calls, 1024) + _SPARE_CALLS

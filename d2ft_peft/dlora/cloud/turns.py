@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ...value_checks import check_integer
+
 
 class Refused(Exception):
     """There is no room now; says when to try again.
@@ -36,6 +38,7 @@ class Turns:
     """
 
     def __init__(self, at_once: int = 1):
+        check_integer("compute_at_once", at_once, 1)
         self._free = at_once
         self._lock = threading.Lock()
         self._waiting: dict[str, deque[threading.Event]] = {}

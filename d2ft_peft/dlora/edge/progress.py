@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...training.callback import calling_trainer
+from ...training.calling import calling_trainer
 from .link import Traffic
 from .remote_span import RemoteSpan
 

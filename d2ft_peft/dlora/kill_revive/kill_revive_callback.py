@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ...training.callback import calling_trainer
+from ...training.calling import calling_trainer
 from .adapted_modules import unwrap
 from .kill_revive import KillRevive, release
 from .rule import Decision, KillReviveRule, KillReviveState, Observations

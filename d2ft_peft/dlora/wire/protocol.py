@@ -7,6 +7,8 @@ from typing import Any
 
 import grpc
 
+from ...value_checks import check, is_integer, is_positive
+
 
 VERSION = 1
 """Raised with every change after which an older peer would misread what it gets."""
@@ -117,8 +119,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"{name}={value!r} must be above zero; leave it out for the default.")
+            fits = is_positive(value) and (name == "idle_seconds" or is_integer(value))
+            kind = "" if name == "idle_seconds" else "whole "
+            check(fits, name, value, f"must be above zero, a finite {kind}number; leave it out for the default")
 
     def as_json(self) -> dict[str, Any]:
         """The limits as a JSON object."""

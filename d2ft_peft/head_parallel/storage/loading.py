@@ -24,6 +24,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...partition import partition_model
+from ...tuners.adapter_checks import check_one_stack
 from ...tuners.config import D2FTConfig
 from ...whole_files import reading
 from ..exchange.mesh import replicas
@@ -120,6 +121,7 @@ class _LoadsParts:
                 "be read in parts; convert it with model.save_pretrained."
             )
         partition = partition_model(model, cls.heads_per_subnet)
+        check_one_stack(partition)
         size, rank = cls.ranks.shape[1], int(np.argwhere(cls.ranks == dist.get_rank())[0, 1])
         shards = _cut_empty(model, shards_of(model, partition, place_subnets(partition, size)), rank)
         with contextlib.ExitStack() as stack:

@@ -1,9 +1,10 @@
 """Names of policies, as the configuration writes them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from ...value_checks import check
 from ..problem import Problem
 from ..schedule import Schedule
 
@@ -58,7 +59,9 @@ def register_policy(
     Raises:
         ValueError: the name is taken, `reads` names no score, or `rows` or `budget_of` is none of what they may be.
     """
-    if not set(reads) <= {"backward", "forward"}:
+    for field, value in (("name", name), ("backward_score", backward_score)):
+        check(isinstance(value, str) and value != "", field, value, "must be a name, a string that is not empty")
+    if not isinstance(reads, Iterable) or not all(one in ("backward", "forward") for one in reads):
         raise ValueError(f"reads={reads!r} must name 'backward', 'forward' or both")
     if rows not in ("micro_batches", "samples", "tokens"):
         raise ValueError(f"rows={rows!r} must be 'micro_batches', 'samples' or 'tokens'")
@@ -81,7 +84,7 @@ def get_policy(name: str) -> Policy:
     Raises:
         ValueError: unknown name; the message lists the known ones.
     """
-    if name not in _POLICIES:
+    if not isinstance(name, str) or name not in _POLICIES:
         raise ValueError(f"policy={name!r} is unknown; choose one of {policy_names()}")
     return _POLICIES[name]
 

@@ -1,0 +1,123 @@
+"""``d2ft train``: fine-tune a model on data, by D2FT or plainly, and save what came of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import transformers as tf
+import typer
+from transformers import Trainer
+
+from ..training import D2FTTrainer, ReportCallback
+from .answer import JSON, answer, console
+from .data_columns import Columns
+from .side_by_side import D2FT, PLAIN, Setting, accuracy, adapt
+from .task_data import load_task
+
+
+_EPILOG = (
+    "Example: d2ft train ./minilm reviews.csv --output-dir out --max_steps 200 --report out/report.html. Any other "
+    "option of transformers.TrainingArguments is taken as well, such as --bf16 or --eval_strategy epoch."
+)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+    app.command("train", epilog=_EPILOG, context_settings=settings)(train)
+
+
+def train(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a pre-trained model.")],
+    data: Annotated[str, typer.Argument(help="File (csv, json, parquet, txt), folder, or Hub id of a data set.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder of the adapter or model, and of checkpoints.")],
+    method: Annotated[str, typer.Option(help="d2ft or plain.")] = "d2ft",
+    budget: Annotated[float, typer.Option(help="Share of the compute.")] = 0.6,
+    r: Annotated[int | None, typer.Option("--r", help="Rank of LoRA; full fine-tuning without it.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Scheduling policy; D2FT's default without it.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="5e-5, or 3e-4 under LoRA.")] = None,
+    batch: Annotated[int, typer.Option(help="Samples of a micro-batch.")] = 8,
+    micro_batches: Annotated[int, typer.Option(help="Micro-batches of an optimizer step.")] = 5,
+    sequence_length: Annotated[int | None, typer.Option(help="Most tokens of a sample.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,
+    max_train_samples: Annotated[int | None, typer.Option(help="Samples to train on.")] = None,
+    max_eval_samples: Annotated[int | None, typer.Option(help="Samples to evaluate on.")] = None,
+    task: Annotated[str | None, typer.Option(help="As in d2ft plan; else what the columns suggest.")] = None,
+    text_column: Annotated[str | None, typer.Option()] = None,
+    label_column: Annotated[str | None, typer.Option()] = None,
+    image_column: Annotated[str | None, typer.Option()] = None,
+    prompt_column: Annotated[str | None, typer.Option()] = None,
+    completion_column: Annotated[str | None, typer.Option()] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report of the run.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Checkpoint to resume from.")] = None,
+    cache_dir: Annotated[str | None, typer.Option(help="Where data that were read are kept.")] = None,
+    as_json: JSON = False,
+) -> None:
+    """Fine-tune a model, evaluate it, and save the adapter (or the model, where it is trained plainly)."""
+
+    def work() -> dict[str, Any]:
+        if method not in ("d2ft", "plain"):
+            raise ValueError(f"method={method!r} must be 'd2ft' or 'plain'.")
+        columns = Columns(image_column, text_column, label_column, prompt_column, completion_column)
+        most = max_train_samples, max_eval_samples
+        rate = learning_rate or (5e-5 if r is None else 3e-4)
+        arguments = _arguments(context.args, output_dir, rate, batch, micro_batches)
+        tf.set_seed(arguments.seed)
+        found = load_task(model, data, columns, task, sequence_length, image_size, most, cache_dir=cache_dir)
+        way, cls = (D2FT, D2FTTrainer) if method == "d2ft" else (PLAIN, Trainer)
+        setting = Setting(micro_batches=micro_batches, batch_size=batch, r=r, budget=budget, policy=policy)
+        arguments.remove_unused_columns = False
+        trainer = cls(
+            model=adapt(found, way, setting, arguments.seed), args=arguments, train_dataset=found.train,
+            eval_dataset=found.held_out, data_collator=found.collate, processing_class=found.processor,
+            compute_metrics=None if found.name == "causal-lm" else accuracy,
+            callbacks=[ReportCallback(report)],
+        )  # fmt: skip
+        result = trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        metrics = {**result.metrics, **trainer.evaluate()}
+        last = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+        metrics |= {name: last[name] for name in ("flops_ratio", "compute_ratio", "peak_memory_mib") if name in last}
+        return {
+            "output_dir": str(output_dir), "task": found.name, "method": method, "metrics": metrics,
+            "report": None if report is None else str(report),
+        }  # fmt: skip
+
+    answer(work, _show, as_json)
+
+
+def _arguments(others: list[str], folder: Path, rate: float, batch: int, micro_batches: int) -> tf.TrainingArguments:
+    """Training arguments: those of the command, and any that `transformers` knows besides.
+
+    Raises:
+        ValueError: If an option is known to neither.
+    """
+    own = {
+        "output_dir": str(folder), "learning_rate": str(rate), "per_device_train_batch_size": str(batch),
+        "gradient_accumulation_steps": str(micro_batches),
+    }  # fmt: skip
+    line = [part for name, value in own.items() for part in (f"--{name}", value)]
+    usual = [] if any(one.startswith("--report") for one in others) else ["--report_to", "none"]
+    try:
+        arguments, unknown = tf.HfArgumentParser(tf.TrainingArguments).parse_args_into_dataclasses(
+            [*line, *usual, *others], return_remaining_strings=True
+        )
+    except SystemExit as error:  # argparse has said on stderr what is wrong
+        raise ValueError("an option of transformers.TrainingArguments has no fitting value") from error
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no option of d2ft train, nor of transformers.TrainingArguments.")
+    return arguments
+
+
+def _show(found: dict[str, Any]) -> None:
+    metrics, out = found["metrics"], console()
+    parts = [f"loss {metrics['eval_loss']:.4f}", f"{metrics['train_runtime']:.0f} s"]
+    if "eval_accuracy" in metrics:
+        parts.insert(0, f"accuracy {metrics['eval_accuracy']:.1%}")
+    if "flops_ratio" in metrics:
+        parts.append(f"{metrics['flops_ratio']:.0%} of plain training's FLOPs")
+    out.print(f"{found['method']}, {found['task']}: {', '.join(parts)}; saved in {found['output_dir']}")
+    if found["report"] is not None:
+        out.print(f"report: {found['report']}")

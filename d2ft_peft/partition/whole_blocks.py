@@ -1,0 +1,150 @@
+"""Whole blocks as subnets: for models whose blocks cannot be cut into heads, or are not to be."""
+
+from __future__ import annotations
+
+from itertools import pairwise, takewhile
+
+from torch import nn
+
+from .gauges import Stack
+from .partition import Branch, Partition, Subnet
+
+
+ASKED = "as asked for"
+_LISTS = (nn.ModuleList, nn.Sequential)
+
+
+def partition_into_blocks(model: nn.Module, why: str = ASKED) -> Partition:
+    """Make every block of a model one subnet.
+
+    The blocks are those of the list that holds most of the model's parameters: an ``nn.ModuleList`` (or
+    ``nn.Sequential``) of modules that run one after the other on hidden states. An encoder-decoder has two such lists;
+    where a list holds stages of different widths, the blocks are those within the stages. That they really run so shows
+    at the first look at a batch (`probe_model`).
+
+    Args:
+        model: The model, with or without PEFT layers in it; it need not be a transformers model.
+        why: Why its blocks are not cut into heads.
+
+    Raises:
+        ValueError: If there is no such list, or it holds one block several times.
+    """
+    names = _find_blocks(model)
+    blocks = [model.get_submodule(name) for name in names]
+    if len(set(blocks)) < len(blocks):
+        raise ValueError(
+            f"{type(model).__name__} runs one and the same block several times ({names[0]}, ...), so that there are no "
+            "blocks to choose among; D2FT cannot partition it."
+        )
+    return Partition(
+        model_type=getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__,
+        branches=tuple(Branch("block", index, name) for index, name in enumerate(names)),
+        subnets=tuple(Subnet(index, index, (0,)) for index in range(len(names))),
+        blocks=tuple(names),
+        boundary=tuple(boundary(model, "", set(names))),
+        heads_per_subnet=1,
+        stacks=(Stack(names[0].rpartition(".")[0], 0, len(names)),),
+        why_whole=why,
+    )
+
+
+def modules_with_weights(module: nn.Module, name: str) -> list[str]:
+    """Paths of the smallest modules that hold a module's parameters, and can be exchanged for others.
+
+    Args:
+        module: The module.
+        name: Its path.
+    """
+    if next(module.parameters(), None) is None:
+        return []
+    if hasattr(module, "base_layer") or next(module.parameters(recurse=False), None) is not None:
+        return [name]
+    return [path for child, part in module.named_children() for path in modules_with_weights(part, f"{name}.{child}")]
+
+
+def boundary(module: nn.Module, prefix: str, owned: set[str]) -> list[str]:
+    """Largest modules with parameters and without what subnets own, and those with parameters of their own beside it.
+
+    Args:
+        module: The module that is looked at.
+        prefix: Its path.
+        owned: Paths of the modules whose weights are the subnets'.
+    """
+    if prefix in owned or next(module.parameters(), None) is None:
+        return []
+    is_list = isinstance(module, nn.ModuleList | nn.ModuleDict)  # is looked into by its owner, and never called
+    if prefix and not is_list and not any(name.startswith(prefix + ".") for name in owned):
+        return [prefix]
+    own = [prefix] if next(module.parameters(recurse=False), None) is not None else []
+    children = module.named_children()
+    return own + [path for name, child in children for path in boundary(child, f"{prefix}.{name}".lstrip("."), owned)]
+
+
+def boundary_below(base: nn.Module, partition: Partition) -> tuple[str, ...]:
+    """Boundary modules before the blocks: those that the first block follows in the model's own order."""
+    order = {name: place for place, (name, _) in enumerate(base.named_modules(remove_duplicate=False))}
+    first = order[partition.blocks[0]]
+    return tuple(takewhile(lambda name: order[name] < first, partition.boundary))
+
+
+def _find_blocks(model: nn.Module) -> list[str]:
+    lists = _outermost_lists(model, "")
+    if not lists:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ModuleList of blocks that run one after the other, so that it cannot be "
+            "partitioned into blocks either; D2FT needs at least two."
+        )
+    by_size = sorted(lists, key=lambda name: -_size(model.get_submodule(name)))
+    two_stacks = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    chosen = [name for name in lists if name in by_size[: 2 if two_stacks else 1]]
+    return [path for name in chosen for path in _blocks_of(model.get_submodule(name), name)]
+
+
+def _blocks_of(blocks: nn.Module, name: str) -> list[str]:
+    """Paths of a list's blocks, or of those within its stages."""
+    children = [(f"{name}.{index}", child) for index, child in blocks._modules.items()]
+    alike = all(_shapes(a) == _shapes(b) for (_, a), (_, b) in pairwise(children))
+    within = [] if alike else [_outermost_lists(child, path, like=True) for path, child in children]
+    if not within or not all(within):
+        return [path for path, _ in children]
+    stages = [path for paths in within for path in paths]
+    return [f"{stage}.{index}" for stage in stages for index in _at(blocks, name, stage)._modules]
+
+
+def _at(module: nn.Module, prefix: str, path: str) -> nn.Module:
+    return module.get_submodule(path.removeprefix(prefix + "."))
+
+
+def _outermost_lists(module: nn.Module, prefix: str, like: bool = False) -> list[str]:
+    """Paths of the lists of blocks in a module that are in no other such list, in its order."""
+    found = []
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}".lstrip(".")
+        if _is_list_of_blocks(child, like):
+            found.append(path)
+        else:
+            found += _outermost_lists(child, path, like)
+    return found
+
+
+def _is_list_of_blocks(module: nn.Module, like: bool) -> bool:
+    """Whether a module is a list of at least two modules that are themselves made of others.
+
+    Args:
+        module: The module.
+        like: Whether they must be of one class, as in ``nn.Sequential``, which may hold anything.
+    """
+    if not isinstance(module, _LISTS) or len(module) < (1 if like else 2):
+        return False
+    children = list(module._modules.values())  # repeated ones as well
+    one_class = len({type(child) for child in children}) == 1
+    composed = all(_size(child) and next(child.children(), None) is not None for child in children)
+    return composed and (one_class or not (like or isinstance(module, nn.Sequential)))
+
+
+def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
+    return sorted(tuple(parameter.shape) for parameter in module.parameters())
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
