@@ -146,6 +146,11 @@ def subset_linears(x: Tensor, layers: Sequence[SubsetLayer], heads: Heads) -> tu
         ValueError: If a weight is a tensor subclass that packs its values, as quantized ones are.
     """
     for layer in layers:
+        if layer.weight.is_meta and not x.is_meta:
+            raise ValueError(
+                "the weight of a projection is on the meta device (a device_map offloads it to the CPU or to disk), "
+                "and its heads cannot be taken; load the model with a device_map that names devices only."
+            )
         if hasattr(type(layer.weight), "__tensor_flatten__"):
             raise ValueError(
                 f"weight is a {type(layer.weight).__name__}, whose features cannot be taken head by head; D2FT needs "

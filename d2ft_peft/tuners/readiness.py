@@ -15,7 +15,7 @@ def check_trains(model: nn.Module) -> None:
     """Refuse to train a model whose adapter would not learn.
 
     Raises:
-        ValueError: If the adapter is disabled or merged, or no parameter requires a gradient.
+        ValueError: If the adapter is disabled or merged, no parameter requires a gradient, or one has no memory.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if any(layer.disable_adapters for layer in layers):
@@ -30,6 +30,13 @@ def check_trains(model: nn.Module) -> None:
         raise ValueError(
             "no parameter requires a gradient, so nothing trains; load the adapter with is_trainable=True, or call "
             "model.set_adapter('default')."
+        )
+    empty = [name for name, p in model.named_parameters() if p.requires_grad and p.is_meta]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} parameters that are to be trained (e.g. {empty[0]}) are on the meta device: a device_map "
+            "offloads them to the CPU or to disk, where no gradient reaches them, or weights were never loaded; load "
+            "the model with a device_map that names devices only, or without one, before you wrap it."
         )
 
 
