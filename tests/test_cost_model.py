@@ -69,6 +69,7 @@ def test_predicted_flops_are_the_counted_ones(name, mode, attention):
 DECODERS_WITHIN = {"mixtral": 0.02, "llama4": 0.02, "olmo2": 0.02, "deepseek_v3": 0.03, "qwen3_next": 0.1}
 
 
+@pytest.mark.quick(4)
 @pytest.mark.filterwarnings("ignore:LoRA leaves")
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", DECODERS_WITHIN)
@@ -150,6 +151,7 @@ def test_the_probe_takes_one_sample_and_no_labels_or_unknown_keys():
     assert {len(value) for value in seen[0].values()} == {1}
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("mode", ["full with boundary", "lora"])
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_costs_follow_the_length(name, mode):

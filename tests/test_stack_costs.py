@@ -44,6 +44,7 @@ def of_upper_blocks(partition):
     ]
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name, mode", CASES)
 def test_predicted_flops_are_the_counted_ones(name, mode):
     model, partition = adapted(name, mode)

@@ -10,6 +10,7 @@ same round of ``--time``, with the smallest and the largest; where there was non
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -20,13 +21,16 @@ from rows import publish, pyplot, read_rows, save
 
 PLAIN = ("plain", 1.0)
 DEFAULT = ("default", 0.6)
+SHOWN = re.compile(r"default(:(compute_budget=[0-9.]+|head_start=False))?")
+"""Rows in the picture; the others stand in the tables."""
 PREFACE = """# At or above the full run, row by row
 
 Every run of `examples/benchmarks/results/lossless/`; what follows from them stands in [Benchmarks](benchmarks.md).
 Accuracies in per cent, losses in nats per token, differences to the stock Trainer's full run positive where the row is
 better, paired by seed, with the 95 % confidence interval of their mean; the number of seeds in brackets. Rates of
-CIFAR-10 and SST-2 were tuned for each row. Time: processor seconds of training, passes before it included, to those of
-`plain`, rows in turns; with ~ those of the runs themselves. FLOPs likewise, as executed, padding included."""
+CIFAR-10 and SST-2 were tuned for each row, in full and under LoRA. Time: processor seconds of training, passes before
+it included, to those of `plain`, rows in turns; with ~ those of the runs themselves. FLOPs likewise, as executed,
+padding included."""
 
 
 @dataclass
@@ -199,7 +203,7 @@ def plot(settings: Settings, path: str) -> None:
         for row, cell in cells.items():
             plain = cells.get(PLAIN, Cell())
             time, found = cell.time(plain), cell.gap(plain)
-            if row != PLAIN and time is not None and found is not None:
+            if SHOWN.fullmatch(row[0]) and time is not None and found is not None:
                 points["accuracy" if cell.sign == 1 else "loss"].append((f"{task} {mode}", row, time, *found))
     points = {metric: points[metric] for metric in ("accuracy", "loss") if metric in points}
     rows = list(dict.fromkeys(row for found in points.values() for _, row, *_ in found))

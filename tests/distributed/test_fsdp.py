@@ -112,7 +112,7 @@ def train_both_ways(names):
     return found
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("names", [list(CASES)[i::3] for i in range(3)], ids=["first", "second", "third"])
 def test_sharded_parameters_train_as_whole_ones_do(tmp_path, names):
     for found in run(__name__, "train_both_ways", tmp_path, ",".join(names)):

@@ -43,6 +43,7 @@ def execute_on_rank(folder: str) -> list[set[str]]:
     return [set(execute(page, here)) for page in ON_RANKS]
 
 
+@pytest.mark.quick(8)
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in ON_RANKS])
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -53,6 +54,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     gc.collect()
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_the_code_for_several_processes_runs(tmp_path):
     TINY["llama"].build().save_pretrained(tmp_path / "base")  # under a process group rank 0 alone writes

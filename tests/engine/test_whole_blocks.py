@@ -80,7 +80,7 @@ def assert_equal(model, twin, expected, outputs):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.quick(5)
+@pytest.mark.quick(3)
 def test_blocks_run_as_plain_code_has_it(name, lora):
     model, batch = double(name)
     adapted = whole(model, lora)

@@ -62,6 +62,7 @@ class Elements(HTMLParser):
         self.attributes |= {name for name, _ in attrs}
 
 
+@pytest.mark.thorough
 def test_a_browser_draws_every_figure_and_runs_no_foreign_code(tmp_path):
     path = write_page(record(HOSTILE), tmp_path / "deep" / "report.html", record(steps=3))
     document = open_page(path, tmp_path / "profile")

@@ -110,7 +110,7 @@ def moved(model) -> None:
 WAYS = [("lora", "bilevel"), ("lora", "fewer_samples"), ("lora", "exact_first"), ("full", "fewer_samples")]
 
 
-@pytest.mark.quick(6)
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(("kind", "variant", "policy"), [(kind, *way) for kind in OFFLINE for way in WAYS])
 def test_a_step_is_the_trainers_own_on_the_samples_that_run(tmp_path, kind, variant, policy):
     """In float64, from an adapter that is not zero. A loss that is a mean is weighted by the samples of its part."""

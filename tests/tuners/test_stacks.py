@@ -45,6 +45,7 @@ def batch_of(name):
     return {**ZOO[name].batch(), **floats}
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize(
     "mode, checkpointing",
     [
@@ -74,6 +75,7 @@ def test_random_schedules_equal_the_reference(name, mode, checkpointing):
         assert_same_gradients(model, twin, mode)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 @each_model
 def test_a_saved_adapter_loads_and_merges(name, mode, tmp_path):
