@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import datasets
@@ -35,16 +35,22 @@ def answer(work: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], 
     Raises:
         typer.Exit: With code 2, after one line on stderr, if something that was asked for is wrong or not there.
     """
-    try:
-        with contextlib.redirect_stdout(sys.stderr), _quiet():
-            result = work()
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"d2ft: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from error
+    with errors_in_one_line(), contextlib.redirect_stdout(sys.stderr), _quiet():
+        result = work()
     if as_json:
         typer.echo(json.dumps(_plain(result), indent=2, allow_nan=False))
     else:
         show(result)
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Say what is wrong or missing in one line on stderr, and exit with code 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"d2ft: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
 
 
 @contextlib.contextmanager

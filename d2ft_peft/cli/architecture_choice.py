@@ -92,9 +92,8 @@ def _usual_task(config: tf.PretrainedConfig) -> str:
 def model_on_meta(config: tf.PretrainedConfig, task: str) -> nn.Module:
     """The model with names and shapes, and no weights."""
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = (
-            config.pad_token_id or 0
-        )  # a type's own configuration may leave it to a checkpoint
+        # A type's own configuration may leave it to a checkpoint.
+        config.decoder_start_token_id = config.pad_token_id or 0
     with torch.device("meta"):
         model = TASKS[task].from_config(config)
     for module in model.modules():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from .answer import errors_in_one_line
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the command; it has the options of ``d2ft-cloud``, and ``--help`` lists them."""
@@ -13,13 +15,9 @@ def add_to(app: typer.Typer) -> None:
 
 def cloud(context: typer.Context) -> None:
     """Serve the frozen blocks of a model to edges (DLoRA). Example: d2ft cloud BASE --port 50051"""
-    try:
-        from ..dlora.cloud.__main__ import main
-    except ImportError as error:
-        typer.echo(f'd2ft: {error}; the cloud needs pip install "d2ft_peft[dlora]"', err=True)
-        raise typer.Exit(2) from error
-    try:
+    with errors_in_one_line():
+        try:
+            from ..dlora.cloud.__main__ import main
+        except ImportError as error:
+            raise ImportError(f'{error}; the cloud needs pip install "d2ft_peft[dlora]"') from error
         main(context.args)
-    except (ValueError, OSError) as error:
-        typer.echo(f"d2ft: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(2) from error

@@ -11,7 +11,22 @@ import typer
 
 from .answer import JSON, amount, answer, console, table
 from .data_columns import Columns
-from .side_by_side import D2FT, FEWER, PLAIN, WAYS, Measured, Setting, side_by_side
+from .options import (
+    Batch,
+    CacheDir,
+    Column,
+    Data,
+    ImageSize,
+    LearningRate,
+    MicroBatches,
+    Model,
+    MostTokens,
+    Policy,
+    Rank,
+    TaskOfData,
+    TrainSamples,
+)
+from .side_by_side import D2FT, FEWER, PLAIN, WAYS, Measured, Setting, side_by_side, usual_rate
 from .task_data import load_task
 from .verdict import Interval, judge
 
@@ -25,29 +40,29 @@ def add_to(app: typer.Typer) -> None:
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a pre-trained model.")],
-    data: Annotated[str, typer.Argument(help="File (csv, json, parquet, txt), folder, or Hub id of a data set.")],
+    model: Model,
+    data: Data,
     budget: Annotated[float, typer.Option(help="Share of the compute that D2FT may take.")] = 0.6,
-    r: Annotated[int | None, typer.Option("--r", help="Rank of LoRA; full fine-tuning without it.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Scheduling policy; D2FT's default without it.")] = None,
+    r: Rank = None,
+    policy: Policy = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps of a run.")] = 30,
     seeds: Annotated[int, typer.Option(help="Runs of each way; the verdict needs at least 2.")] = 3,
     chunk: Annotated[int, typer.Option(help="Steps after which another run goes on.")] = 3,
-    learning_rate: Annotated[float | None, typer.Option(help="5e-5, or 3e-4 under LoRA.")] = None,
-    batch: Annotated[int, typer.Option(help="Samples of a micro-batch.")] = 8,
-    micro_batches: Annotated[int, typer.Option(help="Micro-batches of an optimizer step.")] = 5,
-    sequence_length: Annotated[int | None, typer.Option(help="Most tokens of a sample.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,
-    max_train_samples: Annotated[int | None, typer.Option(help="Samples to train on.")] = None,
+    learning_rate: LearningRate = None,
+    batch: Batch = 8,
+    micro_batches: MicroBatches = 5,
+    sequence_length: MostTokens = None,
+    image_size: ImageSize = None,
+    max_train_samples: TrainSamples = None,
     max_eval_samples: Annotated[int, typer.Option(help="Samples that the loss at the end is measured on.")] = 500,
     tolerance: Annotated[float, typer.Option(help="How much higher a loss counts as equal, relative.")] = 0.02,
-    task: Annotated[str | None, typer.Option(help="As in d2ft plan; else what the columns suggest.")] = None,
-    text_column: Annotated[str | None, typer.Option()] = None,
-    label_column: Annotated[str | None, typer.Option()] = None,
-    image_column: Annotated[str | None, typer.Option()] = None,
-    prompt_column: Annotated[str | None, typer.Option()] = None,
-    completion_column: Annotated[str | None, typer.Option()] = None,
-    cache_dir: Annotated[str | None, typer.Option(help="Where data that were read are kept.")] = None,
+    task: TaskOfData = None,
+    text_column: Column = None,
+    label_column: Column = None,
+    image_column: Column = None,
+    prompt_column: Column = None,
+    completion_column: Column = None,
+    cache_dir: CacheDir = None,
     as_json: JSON = False,
 ) -> None:
     """Train plainly, on fewer samples, and by D2FT, side by side, and say whether D2FT is worth it here.
@@ -60,7 +75,7 @@ def compare(
         columns = Columns(image_column, text_column, label_column, prompt_column, completion_column)
         most = max_train_samples, max_eval_samples
         found = load_task(model, data, columns, task, sequence_length, image_size, most, cache_dir=cache_dir)
-        rate = learning_rate or (5e-5 if r is None else 3e-4)
+        rate = learning_rate or usual_rate(r)
         setting = Setting(steps, chunk, micro_batches, batch, rate, r, budget, policy)
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         return {

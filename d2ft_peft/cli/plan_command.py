@@ -10,6 +10,7 @@ import typer
 from .answer import JSON, amount, answer, console, share, table
 from .architecture_choice import choose_task, read_config
 from .foreseen import Foresight, subnets_table
+from .options import Batch, ImageSize, MicroBatches, Rank
 
 
 _EPILOG = "Example: d2ft plan llama --r 8 --sequence-length 1024 --budget 0.6 --budget 0.4 --png schedule.png"
@@ -24,14 +25,14 @@ def plan(
     model: Annotated[str, typer.Argument(help="Folder with config.json, model type (llama, vit, ...), or Hub id.")],
     budget: Annotated[list[float], typer.Option(help="Share of the compute; give it several times.")] = [0.6],  # noqa: B006
     policy: Annotated[str | None, typer.Option(help="Scheduling policy, as D2FTConfig has it.")] = None,
-    r: Annotated[int | None, typer.Option("--r", help="Rank of LoRA; full fine-tuning without it.")] = None,
+    r: Rank = None,
     task: Annotated[
         str | None, typer.Option(help="causal-lm, seq2seq-lm, sequence-classification or image-classification.")
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sample.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,
-    batch: Annotated[int, typer.Option(help="Samples of a micro-batch.")] = 8,
-    micro_batches: Annotated[int, typer.Option(help="Micro-batches of an optimizer step.")] = 5,
+    image_size: ImageSize = None,
+    batch: Batch = 8,
+    micro_batches: MicroBatches = 5,
     heads_per_subnet: Annotated[int, typer.Option(help="Heads that one subnet groups.")] = 1,
     devices: Annotated[int, typer.Option(help="Devices that would share out the heads, for the bytes of rows.")] = 2,
     png: Annotated[Path | None, typer.Option(help="Draw the first budget's schedule.")] = None,

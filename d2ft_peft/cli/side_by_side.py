@@ -75,6 +75,17 @@ class Measured:
     logged: dict[str, float] = field(default_factory=dict)
 
 
+def usual_rate(r: int | None) -> float:
+    """Learning rate where none is given: of full fine-tuning, or of LoRA."""
+    return 5e-5 if r is None else 3e-4
+
+
+def last_logged(trainer: Trainer, *names: str) -> dict[str, float]:
+    """The last values of some names in the log, as far as they are there."""
+    last = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    return {name: last[name] for name in names if name in last}
+
+
 def adapt(task: Task, way: str, setting: Setting, seed: int) -> nn.Module:
     """The model with its trainable parameters: the same ones in every run."""
     model = task.build()
@@ -182,8 +193,7 @@ def run(task: Task, way: str, setting: Setting, seed: int, pause: Callable[[], N
             f"the loss of the run {way!r} is {measured.loss}; lower learning_rate={setting.learning_rate:g}."
         )
     measured.metrics = {name: found[f"eval_{name}"] for name in ("accuracy",) if f"eval_{name}" in found}
-    last = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
-    measured.logged = {name: last[name] for name in ("flops_ratio", "compute_ratio", "padding_ratio") if name in last}
+    measured.logged = last_logged(trainer, "flops_ratio", "compute_ratio", "padding_ratio")
     return measured
 
 

@@ -22,6 +22,7 @@ from ..simulate import (
 )
 from .answer import JSON, amount, answer, console, table
 from .architecture_choice import batch_on_meta, choose_task, model_on_meta, read_config
+from .options import ImageSize
 
 
 _EPILOG = "Example: d2ft simulate llama --devices 8 --flops 4e14 --bandwidth 3e11 --latency 2e-5 --lora-rank 16"
@@ -47,7 +48,7 @@ def simulate(
     bytes_per_number: Annotated[int, typer.Option(help="2 for bf16, 4 for fp32.")] = 2,
     task: Annotated[str | None, typer.Option(help="As in d2ft plan.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sample.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,
+    image_size: ImageSize = None,
     as_json: JSON = False,
 ) -> None:
     """Predict a training step: heads shared out by D2FT, tensor parallelism, DDP and FSDP2, on the same devices.

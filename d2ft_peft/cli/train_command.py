@@ -12,7 +12,22 @@ from transformers import Trainer
 from ..training import D2FTTrainer, ReportCallback
 from .answer import JSON, answer, console
 from .data_columns import Columns
-from .side_by_side import D2FT, PLAIN, Setting, accuracy, adapt
+from .options import (
+    Batch,
+    CacheDir,
+    Column,
+    Data,
+    ImageSize,
+    LearningRate,
+    MicroBatches,
+    Model,
+    MostTokens,
+    Policy,
+    Rank,
+    TaskOfData,
+    TrainSamples,
+)
+from .side_by_side import D2FT, PLAIN, Setting, accuracy, adapt, last_logged, usual_rate
 from .task_data import load_task
 
 
@@ -30,29 +45,29 @@ def add_to(app: typer.Typer) -> None:
 
 def train(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a pre-trained model.")],
-    data: Annotated[str, typer.Argument(help="File (csv, json, parquet, txt), folder, or Hub id of a data set.")],
+    model: Model,
+    data: Data,
     output_dir: Annotated[Path, typer.Option(help="Folder of the adapter or model, and of checkpoints.")],
     method: Annotated[str, typer.Option(help="d2ft or plain.")] = "d2ft",
     budget: Annotated[float, typer.Option(help="Share of the compute.")] = 0.6,
-    r: Annotated[int | None, typer.Option("--r", help="Rank of LoRA; full fine-tuning without it.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Scheduling policy; D2FT's default without it.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="5e-5, or 3e-4 under LoRA.")] = None,
-    batch: Annotated[int, typer.Option(help="Samples of a micro-batch.")] = 8,
-    micro_batches: Annotated[int, typer.Option(help="Micro-batches of an optimizer step.")] = 5,
-    sequence_length: Annotated[int | None, typer.Option(help="Most tokens of a sample.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels of a side.")] = None,
-    max_train_samples: Annotated[int | None, typer.Option(help="Samples to train on.")] = None,
+    r: Rank = None,
+    policy: Policy = None,
+    learning_rate: LearningRate = None,
+    batch: Batch = 8,
+    micro_batches: MicroBatches = 5,
+    sequence_length: MostTokens = None,
+    image_size: ImageSize = None,
+    max_train_samples: TrainSamples = None,
     max_eval_samples: Annotated[int | None, typer.Option(help="Samples to evaluate on.")] = None,
-    task: Annotated[str | None, typer.Option(help="As in d2ft plan; else what the columns suggest.")] = None,
-    text_column: Annotated[str | None, typer.Option()] = None,
-    label_column: Annotated[str | None, typer.Option()] = None,
-    image_column: Annotated[str | None, typer.Option()] = None,
-    prompt_column: Annotated[str | None, typer.Option()] = None,
-    completion_column: Annotated[str | None, typer.Option()] = None,
+    task: TaskOfData = None,
+    text_column: Column = None,
+    label_column: Column = None,
+    image_column: Column = None,
+    prompt_column: Column = None,
+    completion_column: Column = None,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report of the run.")] = None,
     resume: Annotated[str | None, typer.Option(help="Checkpoint to resume from.")] = None,
-    cache_dir: Annotated[str | None, typer.Option(help="Where data that were read are kept.")] = None,
+    cache_dir: CacheDir = None,
     as_json: JSON = False,
 ) -> None:
     """Fine-tune a model, evaluate it, and save the adapter (or the model, where it is trained plainly)."""
@@ -62,7 +77,7 @@ def train(
             raise ValueError(f"method={method!r} must be 'd2ft' or 'plain'.")
         columns = Columns(image_column, text_column, label_column, prompt_column, completion_column)
         most = max_train_samples, max_eval_samples
-        rate = learning_rate or (5e-5 if r is None else 3e-4)
+        rate = learning_rate or usual_rate(r)
         arguments = _arguments(context.args, output_dir, rate, batch, micro_batches)
         tf.set_seed(arguments.seed)
         found = load_task(model, data, columns, task, sequence_length, image_size, most, cache_dir=cache_dir)
@@ -78,8 +93,7 @@ def train(
         result = trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
         metrics = {**result.metrics, **trainer.evaluate()}
-        last = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
-        metrics |= {name: last[name] for name in ("flops_ratio", "compute_ratio", "peak_memory_mib") if name in last}
+        metrics |= last_logged(trainer, "flops_ratio", "compute_ratio", "peak_memory_mib")
         return {
             "output_dir": str(output_dir), "task": found.name, "method": method, "metrics": metrics,
             "report": None if report is None else str(report),

@@ -39,6 +39,9 @@ class Interval:
         one = cls.of(np.log(np.asarray(values, dtype=float)))
         return cls(*(float(np.exp(bound)) for bound in (one.mean, one.low, one.high)))
 
+    def __neg__(self) -> Interval:
+        return Interval(-self.mean, -self.high, -self.low)
+
     def as_json(self) -> dict[str, float]:
         """Bounds that are infinite are none for JSON."""
         return asdict(self)
@@ -89,7 +92,7 @@ def judge(
         return Verdict("not worth it", f"{higher} higher, though {seconds}.")
     if accuracy is not None and accuracy.high < 0:
         return Verdict(
-            "not worth it", f"the accuracy ends {_points(accuracy)} points below plain training's, though {seconds}."
+            "not worth it", f"the accuracy ends {_percent(-accuracy)} points below plain training's, though {seconds}."
         )
     if beside_fewer is not None and beside_fewer.low > 0:
         return Verdict(
@@ -120,8 +123,7 @@ def _than(beside_fewer: Interval | None) -> str:
     if beside_fewer is None:
         return ""
     if beside_fewer.high < 0:
-        lower = Interval(-beside_fewer.mean, -beside_fewer.high, -beside_fewer.low)
-        return f"It ends {_percent(lower)} lower than plain training on fewer samples."
+        return f"It ends {_percent(-beside_fewer)} lower than plain training on fewer samples."
     return "Plain training on fewer samples is not told apart from it."
 
 
@@ -135,10 +137,6 @@ def _percent(one: Interval) -> str:
     if not np.isfinite(one.high):
         return f"{one.mean:.1%} (one run)"
     return f"{one.mean:.1%} ({one.low:.1%} to {one.high:.1%})"
-
-
-def _points(below: Interval) -> str:
-    return _percent(Interval(-below.mean, -below.high, -below.low))
 
 
 def _bound(value: float) -> str:
