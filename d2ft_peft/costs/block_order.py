@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..engine.block_region import hidden_of
+
 
 class BlockOrder:
     """Notes how blocks run in one forward pass.
@@ -28,7 +30,7 @@ class BlockOrder:
 
     def leave(self, output: Any) -> None:
         """The last block that was entered returned this."""
-        hidden = output[0] if isinstance(output, (tuple, list)) and output else output
+        hidden = hidden_of(output)
         if not isinstance(hidden, Tensor) or tuple(hidden.shape) != self._shape:
             self._reshaping.append(self.names[self.ran[-1]])
 

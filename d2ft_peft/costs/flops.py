@@ -8,10 +8,10 @@ import numpy as np
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..partition import Branch, Partition, Projection, Stack, base_model, unwrap
+from ..partition import Branch, Partition, Projection, base_model, unwrap
 from ..schedule import Chain, CostModel
 from ..tuners.layer import D2FTLayer
-from .measured_blocks import blocks_that_learn, cost_of_whole_blocks
+from .measured_blocks import blocks_that_learn, cost_of_whole_blocks, trains_below
 from .seen import Entry, Probe
 
 
@@ -97,13 +97,8 @@ def cost_model(
 
 def _chains(base: nn.Module, partition: Partition) -> tuple[Chain, ...]:
     """The stacks, and whether anything trains on the way into each."""
-
-    def trains(names: list[str]) -> bool:
-        # The model itself may stand there for parameters of its own.
-        return any(p.requires_grad for name in names for p in base.get_submodule(name).parameters(recurse=bool(name)))
-
     return tuple(
-        Chain(stack.first, stack.size, trains(_below(partition, stack)), stack.reads) for stack in partition.stacks
+        Chain(stack.first, stack.size, trains_below(base, partition, stack), stack.reads) for stack in partition.stacks
     )
 
 
@@ -181,17 +176,3 @@ def _add_whole(module: nn.Module, branch: Branch, rows: float, shared: dict) -> 
     shared["forward"][branch.block] += forward
     shared["backward"][branch.block] += backward
     shared["entry"][branch.block] += dense
-
-
-def _below(partition: Partition, stack: Stack) -> list[str]:
-    """Boundary modules on the way into a stack: in the model's own order those before its blocks, back to the blocks of
-    another stack."""
-    of_blocks = {
-        place: block
-        for place, name in enumerate(partition.boundary)
-        for block, path in enumerate(partition.blocks)
-        if f"{name}.".startswith(f"{path}.")  # a block itself, where nothing in it is cut
-    }
-    first = min((place for place, block in of_blocks.items() if block == stack.first), default=0)
-    last = max((place for place in of_blocks if place < first), default=-1)
-    return list(partition.boundary[last + 1 : first])

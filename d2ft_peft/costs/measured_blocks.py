@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from ..partition import Partition, base_model, boundary_below
+from ..partition import Partition, Stack, base_model, boundary_below
 from ..schedule import CostModel
 from .seen import Entry, Probe
 
@@ -72,10 +72,11 @@ def blocks_that_learn(base: nn.Module, partition: Partition) -> np.ndarray:
     return learns
 
 
-def trains_below(base: nn.Module, partition: Partition) -> bool:
-    """Whether anything before the blocks trains."""
-    below = boundary_below(base, partition)
-    return any(p.requires_grad for name in below for p in base.get_submodule(name).parameters())
+def trains_below(base: nn.Module, partition: Partition, stack: Stack | None = None) -> bool:
+    """Whether anything on the way into a stack trains, see `boundary_below`."""
+    below = boundary_below(base, partition, stack)
+    # The model itself may stand there for parameters of its own.
+    return any(p.requires_grad for name in below for p in base.get_submodule(name).parameters(recurse=bool(name)))
 
 
 def _forward(entries: Sequence[Entry]) -> float:

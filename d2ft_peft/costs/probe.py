@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..engine.block_region import hidden_states
 from ..engine.row_counts import Lengths, RowCounts, rows_at
-from ..partition import Partition, base_model, parts_elsewhere
+from ..partition import Partition, base_model, is_linear_like, parts_elsewhere
 from ..partition.body import reads_token_ids
 from .block_order import BlockOrder
 from .counter import flop_counter
@@ -156,7 +156,7 @@ class _Meter(TorchDispatchMode):
             frame = self.stack.pop()
             frame.positions = max(frame.positions, _positions((output,)))
             if not frame.flops and not frame.of_subnet:
-                frame.flops = _of_unknown_kernel(module, args, output)
+                frame.flops = _of_unknown_kernel(module, output)
             if frame.flops and not frame.of_subnet:
                 self.entries.setdefault(self.place, []).append(frame)
             if block is not None and self.order is not None:
@@ -230,13 +230,11 @@ def _storage(value: Tensor) -> int | None:
         return None
 
 
-def _of_unknown_kernel(module: nn.Module, args: tuple, output: Any) -> float:
+def _of_unknown_kernel(module: nn.Module, output: Any) -> float:
     """FLOPs of a linear layer whose kernel no counter knows, as those of quantized weights; 0 of anything else."""
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    is_linear = all(isinstance(size, int) for size in sizes) and not hasattr(module, "base_layer")
-    if not is_linear or next(module.children(), None) is not None or not isinstance(output, Tensor):
+    if not is_linear_like(module) or not isinstance(output, Tensor):
         return 0.0
-    return 2.0 * sizes[0] * output.numel()
+    return 2.0 * module.in_features * output.numel()
 
 
 def _positions(values: tuple) -> int:

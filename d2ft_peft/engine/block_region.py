@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..partition import Branch
+from .intercept import first_tensor
 from .plan import Cell
 from .region import RegionForward
 from .runtime import Runtime
@@ -35,7 +36,7 @@ class BlockRegion(RegionForward):
         with torch.no_grad():
             output = self.original(*args, **kwargs)
         structure = self._structure_of(output, x, args, kwargs)
-        hidden = _Constant.apply(x, _hidden_of(output))
+        hidden = _Constant.apply(x, hidden_of(output))
         return _rebuilt(structure, hidden, args, kwargs)
 
     def _passed_on(self, x: Tensor, args: tuple, kwargs: dict) -> Any:
@@ -53,7 +54,7 @@ class BlockRegion(RegionForward):
         Raises:
             ValueError: If it holds what a block that does not run could not hand on.
         """
-        hidden, name = _hidden_of(output), self.branch.region
+        hidden, name = hidden_of(output), self.branch.region
         if not isinstance(hidden, Tensor) or hidden.shape != x.shape:
             what = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise ValueError(
@@ -93,7 +94,7 @@ def hidden_states(args: tuple, kwargs: dict) -> Tensor:
     given = kwargs.get("hidden_states")
     if isinstance(given, Tensor):
         return given
-    found = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    found = first_tensor(args, kwargs)
     if found is None:
         raise ValueError(
             "a block was called without a tensor, so that D2FT cannot tell its hidden states; choose a policy over "
@@ -102,7 +103,8 @@ def hidden_states(args: tuple, kwargs: dict) -> Tensor:
     return found
 
 
-def _hidden_of(output: Any) -> Any:
+def hidden_of(output: Any) -> Any:
+    """The hidden states among what a block returns: the first of several, or all of it."""
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 

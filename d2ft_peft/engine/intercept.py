@@ -11,9 +11,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .runtime import Runtime
+
+
+def first_tensor(args: tuple, kwargs: dict[str, Any]) -> Tensor | None:
+    """The first tensor among the arguments of a forward: what it works on."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
 class Intercept:

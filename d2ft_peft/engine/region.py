@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from ..partition import Branch
 from .checkpointing import in_backward
-from .intercept import Intercept
+from .intercept import Intercept, first_tensor
 from .plan import Cell, Heads
 from .projection import ProjectionForward
 from .region_view import RegionView
@@ -143,7 +143,7 @@ class RegionForward(Intercept):
 
     def _nothing(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
         """Output of a region in which no head runs."""
-        x = _first_tensor(args, kwargs)
+        x = first_tensor(args, kwargs)
         if self.branch.row_inside:
             out = self.row.constant(x, self._run_of(cell, Heads()))
         else:
@@ -196,7 +196,3 @@ def _join(full: Any, forward_only: Any) -> Any:
     if isinstance(full, tuple):
         return (torch.cat((full[0], forward_only[0]), -1), *full[1:])
     return torch.cat((full, forward_only), -1)
-
-
-def _first_tensor(args: tuple, kwargs: dict) -> Tensor:
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..partition import Branch, FeatureLayout, PerHead
-from .intercept import Intercept
+from .intercept import Intercept, first_tensor
 from .plan import Heads
 from .runtime import Runtime
 from .subset_linear import select
@@ -92,7 +92,7 @@ class RegionView:
         given = kwargs.get(name) if name else None
         if not name or given is not None or not getattr(self.region, "has_relative_attention_bias", False):
             return given, kwargs
-        hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        hidden = first_tensor(args, kwargs)
         made = self.region.compute_bias(hidden.shape[1], hidden.shape[1], device=hidden.device)
         return made, {**kwargs, name: made}
 

@@ -2,7 +2,7 @@
 
 from . import decoders, encoder_decoders, encoders, towers  # noqa: F401  they register their architectures
 from .architecture import Architecture, BranchSpec, register_architecture
-from .branches import is_plain_linear, unwrap
+from .branches import is_linear_like, is_plain_linear, unwrap
 from .discovery import base_model, partition_model, parts_elsewhere
 from .gauges import Gauge, Stack
 from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
@@ -22,6 +22,7 @@ __all__ = [
     "Subnet",
     "base_model",
     "boundary_below",
+    "is_linear_like",
     "is_plain_linear",
     "modules_with_weights",
     "partition_into_blocks",

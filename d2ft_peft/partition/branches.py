@@ -163,6 +163,12 @@ def linear_shape(block: nn.Module, prefix: str, path: str) -> tuple[int, int, bo
     )
 
 
+def is_linear_like(module: nn.Module) -> bool:
+    """Whether a module has the sizes of a linear layer, whatever its weights are (quantized ones), and no parts."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return all(isinstance(size, int) for size in sizes) and next(module.children(), None) is None
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module computes what ``nn.Linear`` does, so that its weight may be sliced instead of calling it."""
     return type(module) is nn.Linear or type(module).__name__ in _LINEAR

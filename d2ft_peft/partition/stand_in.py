@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from .branches import unwrap
+
 
 _RANK = 4
 _LARGEST = 2**24
@@ -46,8 +48,7 @@ class StandIn(nn.Module):
 
 def stand_in_for(module: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     """A module like this one with random weights in float64, and nothing that was put before its forward."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
+    module = unwrap(module)
     if id(module) in known:
         return known[id(module)]
     if isinstance(module, nn.Linear):

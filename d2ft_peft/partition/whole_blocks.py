@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise, takewhile
+from itertools import pairwise
 
 from torch import nn
 
@@ -80,11 +80,16 @@ def boundary(module: nn.Module, prefix: str, owned: set[str]) -> list[str]:
     return own + [path for name, child in children for path in boundary(child, f"{prefix}.{name}".lstrip("."), owned)]
 
 
-def boundary_below(base: nn.Module, partition: Partition) -> tuple[str, ...]:
-    """Boundary modules before the blocks: those that the first block follows in the model's own order."""
+def boundary_below(base: nn.Module, partition: Partition, stack: Stack | None = None) -> tuple[str, ...]:
+    """Boundary modules on the way into a stack (the first one by default): in the model's own order those before its
+    blocks, back to the blocks of another stack."""
     order = {name: place for place, (name, _) in enumerate(base.named_modules(remove_duplicate=False))}
-    first = order[partition.blocks[0]]
-    return tuple(takewhile(lambda name: order[name] < first, partition.boundary))
+    first = order[partition.blocks[0 if stack is None else stack.first]]
+    before = [name for name in partition.blocks if order[name] < first]
+    last, inside = max(map(order.get, before), default=-1), tuple(f"{name}." for name in before)
+    return tuple(
+        name for name in partition.boundary if last < order[name] < first and not f"{name}.".startswith(inside)
+    )
 
 
 def _find_blocks(model: nn.Module) -> list[str]:

@@ -43,7 +43,6 @@ class Candidates:
             lengths = integers("lengths", lengths, axes=2)
             fits = lengths.shape[:1] == indices.shape and (lengths > 0).all()
             check(fits, "lengths", lengths.tolist(), f"must be the tokens of each of the {len(indices)} samples")
-        if lengths is not None:
             parts = [lengths[first : first + size] for first in range(0, len(lengths), size)]
             batches = tuple((float(len(part)), part.max(axis=0).tolist()) for part in parts)
         return cls(indices, size, lengths, batches)

@@ -106,16 +106,8 @@ class ModelCosts:
         Raises:
             ValueError: If the batch shows no length at all, or fused kernels go past the subnets' projections.
         """
-        device = next(self.model.parameters()).device
-        sample = {name: v[:1] if isinstance(v, Tensor) and v.ndim else v for name, v in batch.items()}
         try:
-            try:
-                self.probe = probe_model(self.model, self.partition, send_to_device(sample, device))
-            except ProjectionsBypassed:
-                raise
-            except Exception:  # no sample can be taken out of it
-                whole = send_to_device(dict(batch), device)
-                self.probe = probe_model(self.model, self.partition, whole, whole=True)
+            self.probe = self._look(batch)
         except ProjectionsBypassed:
             raise
         except Exception as error:
@@ -154,6 +146,17 @@ class ModelCosts:
             return 0.0
         pairs = itertools.zip_longest(passes, unread)
         return float(sum(self._of_pass(row, *one, unread=left_out) for one, left_out in pairs))
+
+    def _look(self, batch: dict[str, Any]) -> Probe:
+        """What the first sample of a batch shows, or all of it where no sample can be taken out."""
+        device = next(self.model.parameters()).device
+        sample = {name: v[:1] if isinstance(v, Tensor) and v.ndim else v for name, v in batch.items()}
+        try:
+            return probe_model(self.model, self.partition, send_to_device(sample, device))
+        except ProjectionsBypassed:
+            raise
+        except Exception:
+            return probe_model(self.model, self.partition, send_to_device(dict(batch), device), whole=True)
 
     def _of_pass(
         self, row: np.ndarray, samples: float, tokens: int | Lengths, kept: int | None = None,

@@ -86,17 +86,16 @@ def gradient_scores_of_blocks(
         for index, block in enumerate(blocks):
             pairs = [(next(gradients), parameter) for parameter in block]
             scores[row, index] = sum(
-                float(measure(_wide(gradient), parameter).sum(dtype=torch.float64))
+                float(measure(wide(gradient), parameter).sum(dtype=torch.float64))
                 for gradient, parameter in pairs
                 if gradient is not None
             )
     return scores
 
 
-def _wide(gradient: Tensor | None) -> Tensor | None:
-    if gradient is None or gradient.dtype not in (torch.float16, torch.bfloat16):
-        return gradient
-    return gradient.float()
+def wide(values: Tensor) -> Tensor:
+    """Half-precision values in float32: their squares and sums leave the range, or the resolution, of their type."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _some(batch: Mapping[str, Tensor], which: int | slice, size: int) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from ..engine.subset_linear import HeadAxis
 from ..partition import Partition, Projection, base_model, parts_elsewhere, unwrap
 from ..tuners import D2FTLayer
 from ..tuners.adapter_checks import is_dense
-from .block_scores import gradient_scores_of_blocks, magnitude_of_blocks
+from .block_scores import gradient_scores_of_blocks, magnitude_of_blocks, wide
 
 
 # Elements of per-sample weight gradients that are held at a time (256 MiB in float32).
@@ -119,7 +119,7 @@ def gradient_scores(
             if not per_sample:
                 x, gradient = x.flatten(0, 1)[None], gradient.flatten(0, 1)[None]
             # The loss is a mean: a sample's own gradient is as many times larger as there are samples.
-            heads.add_gradients(index, module, axis, x, _wide(gradient) * len(gradient), score)
+            heads.add_gradients(index, module, axis, x, wide(gradient) * len(gradient), score)
     return heads.by_subnet()
 
 
@@ -143,7 +143,7 @@ class _HeadSums:
         chunk = max(1, _GRADIENT_ELEMENTS // module.weight.numel())
         parts = []
         for x_part, grad_part in zip(x.split(chunk), grad.split(chunk), strict=True):
-            x_part = _wide(x_part)
+            x_part = wide(x_part)
             weight = x_part.mT @ grad_part if axis.transposed else grad_part.mT @ x_part
             parts.append(_by_head(_measure(weight, module.weight, score), axis))
         self.add(branch, torch.cat(parts))
@@ -178,16 +178,11 @@ def _whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def _wide(values: Tensor) -> Tensor:
-    """Half-precision values in float32: their squares and sums leave the range, or the resolution, of their type."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
 def _by_head(values: Tensor, axis: HeadAxis) -> Tensor:
     """Sum values [samples, ...] in the shape of a weight (or bias) over all but samples and heads: [samples, heads]."""
     position = 1 + (axis.axis if values.ndim > 2 else 0)
     layout = axis.layout
-    dtype = _wide(values.new_empty(0)).dtype
+    dtype = wide(values.new_empty(0)).dtype
     parts = values.split([layout.heads * width for width in layout.part_widths], position)
     by_head = [part.unflatten(position, (layout.heads, -1)).movedim(position, 1) for part in parts]
     return torch.stack([part.flatten(2).sum(2, dtype=dtype) for part in by_head]).sum(0)

@@ -11,7 +11,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..partition import Partition, modules_with_weights, partition_into_blocks, partition_model, unwrap
+from ..partition import (
+    Partition,
+    is_linear_like,
+    modules_with_weights,
+    partition_into_blocks,
+    partition_model,
+    unwrap,
+)
 from .adapter_checks import check_weights, why_not_sliced
 from .config import D2FTConfig
 from .config_checks import check_whole_blocks
@@ -130,10 +137,7 @@ def _linears(module: nn.Module, name: str) -> Iterator[str]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return isinstance(module, (nn.Linear, Conv1D)) or (
-        all(isinstance(size, int) for size in sizes) and next(module.children(), None) is None
-    )
+    return isinstance(module, (nn.Linear, Conv1D)) or is_linear_like(module)
 
 
 def _reads_weight(kind: type, leaf: str) -> bool:

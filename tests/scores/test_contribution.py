@@ -158,5 +158,5 @@ def test_small_gradients_of_half_precision_leave_a_score():
     axis = HeadAxis("column", FeatureLayout(heads=2, width=1, parts=1))
     x, gradient = torch.full((1, 3, 2), 1e-3).half(), torch.full((1, 3, 2), 1e-3).half()
     sums = contribution._HeadSums(None)
-    sums.add_gradients(0, linear, axis, x, contribution._wide(gradient), "fisher")
+    sums.add_gradients(0, linear, axis, x, contribution.wide(gradient), "fisher")
     np.testing.assert_allclose(sums.sums[0], [[2 * 9e-12] * 2], rtol=1e-2)
