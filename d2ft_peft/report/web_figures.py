@@ -17,6 +17,7 @@ from .run_record import RunRecord
 COLORS = {"SHORTCUT": "#b9c1cb", "FORWARD_ONLY": "#e69f00", "FULL": "#2f81c7"}
 LINES = ("#2f81c7", "#e69f00", "#1fa37c", "#cc79a7", "#56b4e9", "#d55e00")
 _PLAIN = "#8b949e"
+_LINE_OF_PLAIN = {"color": _PLAIN, "dash": "dot"}
 _SCALE = [[0.0, "#dfe7ef"], [0.5, "#6aa9dd"], [1.0, "#0b4f8a"]]
 _OF_TIME = "optimizer step"
 
@@ -64,7 +65,7 @@ def _lines(
 def _loss(record: RunRecord, against: RunRecord | None) -> Iterator[WebFigure]:
     curves = [
         (label, *one.series(name), style)
-        for one, of, base in ((record, "", {}), (against, ", plain", {"color": _PLAIN, "dash": "dot"}))
+        for one, of, base in ((record, "", {}), (against, ", plain", _LINE_OF_PLAIN))
         if one is not None
         for name, label, style in (
             ("loss", f"training{of}", base),
@@ -80,7 +81,7 @@ def _loss(record: RunRecord, against: RunRecord | None) -> Iterator[WebFigure]:
 
 def _loss_by_time(record: RunRecord, against: RunRecord | None) -> Iterator[WebFigure]:
     curves = []
-    for one, name, style in ((record, "this run", {}), (against, "plain", {"color": _PLAIN, "dash": "dot"})):
+    for one, name, style in ((record, "this run", {}), (against, "plain", _LINE_OF_PLAIN)):
         if one is None:
             continue
         seconds, losses = _elapsed(one)
@@ -112,10 +113,16 @@ def _metrics(record: RunRecord, against: RunRecord | None) -> Iterator[WebFigure
         short = name.removeprefix("eval_")
         if short.endswith(_NO_METRICS) or not record.series(name)[0]:
             continue
-        curves = [("this run", *record.series(name), {})]
-        if against is not None and against.series(name)[0]:
-            curves.append(("plain", *against.series(name), {"color": _PLAIN, "dash": "dot"}))
+        curves = _beside_plain(record, against, name)
         yield WebFigure(f"metric-{index}", short, "On the evaluation data.", _lines(html.escape(short), *curves))
+
+
+def _beside_plain(record: RunRecord, against: RunRecord | None, name: str) -> list[tuple[str, list, list, dict]]:
+    """A figure of the log as curves: of this run, and of the plain one where it has it."""
+    curves = [("this run", *record.series(name), {})]
+    if against is not None and against.series(name)[0]:
+        curves.append(("plain", *against.series(name), _LINE_OF_PLAIN))
+    return curves
 
 
 def _activity(record: RunRecord, against: RunRecord | None) -> Iterator[WebFigure]:
@@ -247,13 +254,9 @@ def _loads(record: RunRecord, against: RunRecord | None) -> Iterator[WebFigure]:
 
 
 def _single(record: RunRecord, against: RunRecord | None, name: str, unit: str, title: str, caption: str, key: str):
-    xs, ys = record.series(name)
-    if not xs:
-        return
-    curves = [("this run", xs, ys, {})]
-    if against is not None and against.series(name)[0]:
-        curves.append(("plain", *against.series(name), {"color": _PLAIN, "dash": "dot"}))
-    yield WebFigure(key, title, caption, _lines(unit, *curves, yaxis={"rangemode": "tozero"}))
+    if record.series(name)[0]:
+        curves = _beside_plain(record, against, name)
+        yield WebFigure(key, title, caption, _lines(unit, *curves, yaxis={"rangemode": "tozero"}))
 
 
 def _seconds(record: RunRecord, against: RunRecord | None) -> Iterator[WebFigure]:

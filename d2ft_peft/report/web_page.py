@@ -50,7 +50,7 @@ def page(record: RunRecord, against: RunRecord | None = None) -> str:
             for name, value in record.about.items()
         ),
         "version": html.escape(__version__),
-        "data": in_script(json.dumps({figure.name: _json(figure) for figure in figures})),
+        "data": in_script(json.dumps({figure.name: json.loads(figure.figure.to_json()) for figure in figures})),
         "plotly": get_plotlyjs(),
     }
     text = files(__package__).joinpath("web_page.html").read_text(encoding="utf-8")
@@ -65,10 +65,6 @@ def page(record: RunRecord, against: RunRecord | None = None) -> str:
 def in_script(text: str) -> str:
     """JSON as it may stand within a script: nothing in it ends the element."""
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026").replace("\u2028", "\\u2028")
-
-
-def _json(figure: WebFigure) -> dict[str, Any]:
-    return {**json.loads(figure.figure.to_json()), "wide": figure.wide}
 
 
 def _section(figure: WebFigure) -> str:

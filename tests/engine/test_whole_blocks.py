@@ -78,13 +78,7 @@ def assert_equal(model, twin, expected, outputs):
         torch.testing.assert_close(ours[name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.quick(3)
-def test_blocks_run_as_plain_code_has_it(name, lora):
-    model, batch = double(name)
-    adapted = whole(model, lora)
-    twin, blocks = twin_of(model, adapted, lora)
+def assert_equal_under_plans(adapted, twin, blocks, batch):
     runtime = get_runtime(adapted)
     for row in rows(len(blocks)):
         with reference_blocks(blocks, row):
@@ -92,6 +86,16 @@ def test_blocks_run_as_plain_code_has_it(name, lora):
         with runtime.use(compile_plan(runtime.partitions["default"], row)):
             outputs = step(adapted, batch)
         assert_equal(adapted, twin, expected, outputs)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.quick(3)
+def test_blocks_run_as_plain_code_has_it(name, lora):
+    model, batch = double(name)
+    adapted = whole(model, lora)
+    twin, blocks = twin_of(model, adapted, lora)
+    assert_equal_under_plans(adapted, twin, blocks, batch)
 
 
 @pytest.mark.parametrize(
@@ -104,14 +108,8 @@ def test_checkpointed_blocks_recompute_under_their_plan(name, lora, reentrant):
     model, batch = double(name)
     adapted = whole(model, lora)
     twin, blocks = twin_of(model, adapted, lora)
-    runtime = get_runtime(adapted)
     adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    for row in rows(len(blocks)):
-        with reference_blocks(blocks, row):
-            expected = step(twin, batch)
-        with runtime.use(compile_plan(runtime.partitions["default"], row)):
-            outputs = step(adapted, batch)
-        assert_equal(adapted, twin, expected, outputs)
+    assert_equal_under_plans(adapted, twin, blocks, batch)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

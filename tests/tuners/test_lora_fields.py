@@ -44,6 +44,18 @@ def pair(name, fields, targets):
     return models
 
 
+def assert_equal_under_plans(model, twin, batch, seed, n):
+    base = twin.base_model.model
+    partition = partition_model(base)
+    for row in random_rows(partition, seed=seed, n=n):
+        with reference_forward(base, partition, row):
+            expected = step(twin, batch)
+        with get_runtime(model).use(compile_plan(partition, row)):
+            outputs = step(model, batch)
+        torch.testing.assert_close(outputs.logits, expected.logits)
+        assert_same_gradients(model, twin, "lora")
+
+
 @pytest.mark.quick(5)
 @pytest.mark.parametrize(
     ("name", "fields", "targets"),
@@ -52,16 +64,8 @@ def pair(name, fields, targets):
 )  # fmt: skip
 def test_fields_of_lora_equal_plain_lora_under_masks(name, fields, targets):
     model, twin = pair(name, fields, targets)
-    base = twin.base_model.model
     batch = {k: v.double() if v.is_floating_point() else v for k, v in TINY[name].batch().items()}
-    partition = partition_model(base)
-    for row in random_rows(partition, seed=3, n=2):
-        with reference_forward(base, partition, row):
-            expected = step(twin, batch)
-        with get_runtime(model).use(compile_plan(partition, row)):
-            outputs = step(model, batch)
-        torch.testing.assert_close(outputs.logits, expected.logits)
-        assert_same_gradients(model, twin, "lora")
+    assert_equal_under_plans(model, twin, batch, seed=3, n=2)
 
 
 def test_two_active_adapters_add_up():
@@ -70,12 +74,4 @@ def test_two_active_adapters_add_up():
         torch.manual_seed(8)
         one.add_adapter("other", cls(**{**LORA, "r": 2}, target_modules=["q_proj", "down_proj"]))
         one.double().base_model.set_adapter(["default", "other"])
-    batch, base = TINY["llama"].batch(), twin.base_model.model
-    partition = partition_model(base)
-    for row in random_rows(partition, seed=4, n=1):
-        with reference_forward(base, partition, row):
-            expected = step(twin, batch)
-        with get_runtime(model).use(compile_plan(partition, row)):
-            outputs = step(model, batch)
-        torch.testing.assert_close(outputs.logits, expected.logits)
-        assert_same_gradients(model, twin, "lora")
+    assert_equal_under_plans(model, twin, TINY["llama"].batch(), seed=4, n=1)
