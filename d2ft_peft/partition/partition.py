@@ -283,6 +283,11 @@ class Partition:
             rows.append((str(block), str(len(subnets)), str(share or "-"), *features, f"{parameters:,}", f"{flops:,}"))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        without = len(self.blocks) - len({branch.block for branch in self.branches if branch.name == "ffn"})
+        if without:
+            lines.append(
+                f"in {without} of {len(self.blocks)} blocks no FFN is cut: what they have of one always runs FULL"
+            )
         sizes = f"{self.num_subnets} subnets: {self.num_scheduled} scheduled"
         return "\n".join([*lines, f"{sizes}; embedding and head, which always run FULL"])
 

@@ -36,7 +36,7 @@ D2FT asks three things in turn. A *table* of what shapes cannot tell (fused proj
 Else the *structure*: the list of blocks, query, key, value and output projections, and an FFN, by names and shapes.
 What is found this way is tried before it is believed: the block's own code, with random stand-ins for its weights, must
 return the same on some of its heads as the whole block with the other heads masked. What fails is refused, with the
-reason.
+reason; where only the FFN is not found, a warning names what runs whole in its place.
 
 - **Cut** is what subnets share: heads of attention, and the same share of the FFN.
 - **Runs whole** are the other layers with matrices in a block: they run in every micro-batch, and train if you say so.
