@@ -140,13 +140,14 @@ class _Meter(TorchDispatchMode):
                 return
             if of_subnet:
                 self.probe.unreached = tuple(other for other in self.probe.unreached if other != name)
-            if block is not None:
+            if block is not None and (name or not self.stack):  # the model itself has wrappers
                 self.place = block
                 if self.order is not None:
                     self.order.enter(block, hidden_states(args, kwargs))
-            if name in self.gauges:
+            if name in self.gauges and (name or not self.stack):
                 place = self.gauges[name]
-                self.rows.add(place, *rows_at(args, kwargs, self.partition.gauges[place].other))
+                of_other, only = self.partition.gauges[place].other, self.partition.is_one_subnet
+                self.rows.add(place, *rows_at(args, kwargs, of_other, only))
             of_outer = bool(self.stack) and self.stack[-1].of_subnet
             self.stack.append(_Frame(module, name, _positions((*args, *kwargs.values())), of_subnet or of_outer))
 
@@ -159,7 +160,7 @@ class _Meter(TorchDispatchMode):
                 frame.flops = _of_unknown_kernel(module, output)
             if frame.flops and not frame.of_subnet:
                 self.entries.setdefault(self.place, []).append(frame)
-            if block is not None and self.order is not None:
+            if block is not None and self.order is not None and (name or not self.stack):
                 self.order.leave(output)
             if block is not None and block not in self.ends:
                 self.place = "above"

@@ -79,7 +79,8 @@ class RegionForward(Intercept):
             runtime.executed[self.index] = cell
             for place, gauge in enumerate(runtime.gauges):
                 if gauge.branch == self.index:
-                    runtime.count_rows(place, *rows_at(args, kwargs, gauge.other))
+                    only = self.branch.row is None and len(runtime.blocks) == 1
+                    runtime.count_rows(place, *rows_at(args, kwargs, gauge.other, only))
         return cell
 
     def _run(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
