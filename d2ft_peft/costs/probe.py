@@ -206,11 +206,13 @@ class _Meter(TorchDispatchMode):
         stack = self.partition.stack_of(block)
         gauge = next((i for i, g in enumerate(self.partition.gauges) if g.stack == stack and not g.other), 0)
         sequences, tokens = lengths[gauge]
+        # Blocks that run several times in a pass are counted as more samples, as they are whenever they train.
+        runs = max(1, self.order.ran.count(0)) if self.order is not None else 1
         return [
             Entry(
                 frame.flops / self.samples,
                 any(p.requires_grad for p in frame.module.parameters(recurse=False)),
-                frame.positions >= self.samples * sequences * tokens,
+                frame.positions * runs >= self.samples * sequences * tokens,
                 frame.name,
                 gauge,
                 frame.products / self.samples,
