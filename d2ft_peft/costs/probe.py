@@ -49,6 +49,7 @@ def probe_model(model: nn.Module, partition: Partition, batch: dict[str, Any], w
 
     Raises:
         ProjectionsBypassed: If the forward pass goes past projections of the subnets.
+        ValueError: If it does not reach some of the stacks.
     """
     sample = _known(base_model(model), batch)
     if not whole:
@@ -60,7 +61,13 @@ def probe_model(model: nn.Module, partition: Partition, batch: dict[str, Any], w
         raise ProjectionsBypassed(
             f"the forward pass of {type(base_model(model)).__name__} goes past {len(probe.unreached)} projections of "
             f"the subnets (e.g. {probe.unreached[0]}), so that D2FT cannot leave out their heads: a fused kernel reads "
-            "their weights itself; switch it off (e.g. use_liger_kernel=False, or its swiglu and geglu)."
+            "their weights itself; switch it off (e.g. use_liger_kernel=False, or its swiglu and geglu). Or the "
+            "batch is not one that they work on, as text for a vision tower: begin with one that is."
+        )
+    if probe.idle:
+        raise ValueError(
+            f"a batch with keys {sorted(batch)} does not reach {', '.join(probe.idle)} of "
+            f"{type(base_model(model)).__name__}, so that it does not show what runs there."
         )
     return probe
 
@@ -116,6 +123,7 @@ class _Meter(TorchDispatchMode):
         self.place: str | int = "below"
         self.partition, self.is_over = partition, False
         self.samples = 0
+        self.entered: set[str] = set()  # prefixes of the blocks that ran
         self.rows = RowCounts(partition.gauges)
         base = self.base = base_model(model)
         # PEFT calls the model that it wraps, or only its forward: the pass begins with the outermost of the three.
@@ -142,6 +150,7 @@ class _Meter(TorchDispatchMode):
                 self.probe.unreached = tuple(other for other in self.probe.unreached if other != name)
             if block is not None and (name or not self.stack):  # the model itself has wrappers
                 self.place = block
+                self.entered.add(f"{name}." if name else "")
                 if self.order is not None:
                     self.order.enter(block, hidden_states(args, kwargs))
             if name in self.gauges and (name or not self.stack):
@@ -186,8 +195,18 @@ class _Meter(TorchDispatchMode):
 
     def _finish(self) -> None:
         if self.rows.empty:
+            self.probe.idle = tuple(stack.name for stack in self.partition.stacks)
             return
         self.is_over = True
+        # A stack that this sample has no use for is not gone past.
+        ran, unreached = tuple(sorted(self.entered)), self.probe.unreached
+        self.probe.unreached = tuple(name for name in unreached if f"{name}.".startswith(ran))
+        blocks = self.partition.blocks
+        self.probe.idle = tuple(
+            stack.name
+            for stack in self.partition.stacks
+            if not any(f"{blocks[block]}.".startswith(ran) for block in stack.blocks)
+        )
         if self.order is not None:
             self.probe.disorder = self.order.disorder()
         self.samples, lengths = self.rows.per_sample()

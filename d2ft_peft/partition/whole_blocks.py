@@ -93,8 +93,8 @@ def boundary_below(base: nn.Module, partition: Partition, stack: Stack | None = 
 
 def _find_blocks(model: nn.Module) -> list[str]:
     """Paths of the blocks; none where there are not two of their own, or others run between them."""
-    lists = _outermost_lists(model, "")
-    by_size = sorted(lists, key=lambda name: -_size(model.get_submodule(name)))
+    lists = lists_of_blocks(model)
+    by_size = sorted(lists, key=lambda name: -size_of(model.get_submodule(name)))
     two_stacks = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     chosen = [name for name in lists if name in by_size[: 2 if two_stacks else 1]]
     if any(_takes_turns(model, name, lists) for name in chosen):
@@ -108,24 +108,24 @@ def _takes_turns(model: nn.Module, name: str, lists: list[str]) -> bool:
     """Whether a list has another one beside it, of as many modules and of a size that counts."""
     blocks, beside = model.get_submodule(name), name.rpartition(".")[0]
     others = [model.get_submodule(n) for n in lists if n != name and n.rpartition(".")[0] == beside]
-    return any(len(other) == len(blocks) and 10 * _size(other) > _size(blocks) for other in others)
+    return any(len(other) == len(blocks) and 10 * size_of(other) > size_of(blocks) for other in others)
 
 
 def _one_subnet(model: nn.Module) -> str:
     """Path of the module that runs the only list of blocks, if that is most of the model; else of the model: ""."""
-    lists = sorted(_outermost_lists(model, "", like=True), key=lambda name: -_size(model.get_submodule(name)))
+    lists = sorted(lists_of_blocks(model, "", like=True), key=lambda name: -size_of(model.get_submodule(name)))
     path = lists[0] if lists else ""
     while isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
         path = path.rpartition(".")[0]
-    tables = sum(_size(module) for module in model.modules() if isinstance(module, nn.Embedding))
-    return path if 2 * _size(model.get_submodule(path)) >= _size(model) - tables else ""
+    tables = sum(size_of(module) for module in model.modules() if isinstance(module, nn.Embedding))
+    return path if 2 * size_of(model.get_submodule(path)) >= size_of(model) - tables else ""
 
 
 def _blocks_of(blocks: nn.Module, name: str) -> list[str]:
     """Paths of a list's blocks, or of those within its stages."""
     children = [(f"{name}.{index}", child) for index, child in blocks._modules.items()]
     alike = all(_shapes(a) == _shapes(b) for (_, a), (_, b) in pairwise(children))
-    within = [] if alike else [_outermost_lists(child, path, like=True) for path, child in children]
+    within = [] if alike else [lists_of_blocks(child, path, like=True) for path, child in children]
     if not within or not all(within):
         return [path for path, _ in children]
     stages = [path for paths in within for path in paths]
@@ -136,7 +136,7 @@ def _at(module: nn.Module, prefix: str, path: str) -> nn.Module:
     return module.get_submodule(path.removeprefix(prefix + "."))
 
 
-def _outermost_lists(module: nn.Module, prefix: str, like: bool = False) -> list[str]:
+def lists_of_blocks(module: nn.Module, prefix: str = "", like: bool = False) -> list[str]:
     """Paths of the lists of blocks in a module that are in no other such list, in its order."""
     found = []
     for name, child in module.named_children():
@@ -144,7 +144,7 @@ def _outermost_lists(module: nn.Module, prefix: str, like: bool = False) -> list
         if _is_list_of_blocks(child, like):
             found.append(path)
         else:
-            found += _outermost_lists(child, path, like)
+            found += lists_of_blocks(child, path, like)
     return found
 
 
@@ -159,7 +159,7 @@ def _is_list_of_blocks(module: nn.Module, like: bool) -> bool:
         return False
     children = list(module._modules.values())  # repeated ones as well
     one_class = len({type(child) for child in children}) == 1
-    composed = all(_size(child) and next(child.children(), None) is not None for child in children)
+    composed = all(size_of(child) and next(child.children(), None) is not None for child in children)
     return composed and (one_class or not (like or isinstance(module, nn.Sequential)))
 
 
@@ -167,5 +167,6 @@ def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
     return sorted(tuple(parameter.shape) for parameter in module.parameters())
 
 
-def _size(module: nn.Module) -> int:
+def size_of(module: nn.Module) -> int:
+    """Number of its parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
