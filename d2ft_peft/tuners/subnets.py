@@ -90,7 +90,13 @@ def default_targets(model: nn.Module, config: D2FTConfig, partition: Partition, 
     else:
         paths = (path for name in names for path in modules_with_weights(model.get_submodule(name), name))
     saved = tuple(f".{name}." for name in config.modules_to_save or () if partition.is_one_subnet)
-    return {path for path in paths if not any(name in f".{path}." for name in saved)}
+    targets = {path for path in paths if not any(name in f".{path}." for name in saved)}
+    if not targets:
+        raise ValueError(
+            f"r={config.r!r}: there are no linear layers in {', '.join(names[:2]) or 'the model'} that LoRA could train; "
+            "name other layers that PEFT knows (convolutions) in target_modules, or leave r out."
+        )
+    return targets
 
 
 def transformed_blocks(config: D2FTConfig, partition: Partition) -> set[int]:

@@ -54,11 +54,12 @@ def page() -> str:
         "Vision": [row("ViT", TINY["vit"].build)],
         "Speech": [],
     }
+    refused = []
     for animal in ZOO.values():
-        sections[animal.group.capitalize()].append(row(animal.family, animal.build))
+        sections.get(animal.group.capitalize(), refused).append(row(animal.family, animal.build))
     decoders = {name: recipe.build for name, recipe in {"gpt2": TINY["gpt2"], **DECODERS}.items()}
     decoders = {name: partial(build, name, torch.float32) for name in (*DENSE, *EXPERTS)} | decoders
-    sections["Decoders"] = [row(name, make) for name, make in sorted(decoders.items())]
+    sections["Decoders"] = sorted([*(row(name, make) for name, make in decoders.items()), *refused])
     several = {
         "Encoder-decoders": {**ENCODER_DECODERS, **T5S},
         "Vision and language": {**VISION_LANGUAGE, **TOWERS},
