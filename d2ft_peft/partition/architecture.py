@@ -47,7 +47,7 @@ _REFUSED = {
             "regnet",
             "resnet",
         ),
-        "it is made of convolutions and has no attention",
+        "it mixes pixels by convolutions or pooling and has no attention",
     ),
     "fnet": "it mixes tokens by Fourier transforms and has no attention",
     **dict.fromkeys(
@@ -79,6 +79,10 @@ _REFUSED = {
     **dict.fromkeys(("zamba", "zamba2"), "its blocks share one block of attention, which runs in several of them"),
     "jetmoe": "the queries and outputs of its attention are experts",
     "openai-gpt": "its attention returns a list, of which two cannot be added",
+    **dict.fromkeys(
+        ("blip_text_model", "blip_2_qformer"), "its blocks hold a second attention beside the first, to an image"
+    ),
+    "blip_vision_model": "its attention takes the width of a head from its input, whichever heads run",
     "trocr": "its attention gives what it returns the width of its input, whichever heads run",
     **dict.fromkeys(
         ("wav2vec2-bert", "wav2vec2-conformer"),

@@ -181,12 +181,11 @@ def _check_covers(model: nn.Module, found: list[FoundStack], refused: dict[str, 
         and not any(f"{stack}.".startswith(f"{name}.") or name.startswith(f"{stack}.") for stack in names)
     ]
     if others and found:
-        reasons = "".join(
-            f" ({error})" for prefix, error in refused.items() if f"{others[0]}.".startswith(f"{prefix}.")
-        )
+        why = [str(error) for prefix, error in refused.items() if f"{others[0]}.".startswith(f"{prefix}.")]
+        why = why or ["only parts with a configuration of their own are looked at"]
         raise ValueError(
-            f"{others[0]} of {type(model).__name__} cannot be cut into heads{reasons}. To schedule the others of its "
-            f"stacks, name them in `stacks`: {', '.join(stack.name for stack in found)}."
+            f"{others[0]} of {type(model).__name__} cannot be cut into heads ({'; '.join(why)}). To schedule others "
+            f"of its stacks, name them in `stacks`: {', '.join(stack.name for stack in found)}."
         )
 
 

@@ -93,8 +93,8 @@ def default_targets(model: nn.Module, config: D2FTConfig, partition: Partition, 
     targets = {path for path in paths if not any(name in f".{path}." for name in saved)}
     if not targets:
         raise ValueError(
-            f"r={config.r!r}: there are no linear layers in {', '.join(names[:2]) or 'the model'} that LoRA could train; "
-            "name other layers that PEFT knows (convolutions) in target_modules, or leave r out."
+            f"r={config.r!r}: there are no linear layers in {', '.join(names[:2]) or 'the model'} that LoRA could "
+            "train; name other layers that PEFT knows (convolutions) in target_modules, or leave r out."
         )
     return targets
 
