@@ -42,7 +42,8 @@ reason; where only the FFN is not found, a warning names what runs whole in its 
 - **Runs whole** are the other layers with matrices in a block: they run in every micro-batch, and train if you say so.
 - Embeddings, norms and task heads are never cut.
 - Of a model with several stacks, `D2FTConfig(stacks=...)` chooses which are cut; without it an encoder-decoder is cut
-  whole, and of a language model with towers the language model alone.
+  whole, and of a language model with towers the language model alone. Where by default a tower would be cut and the
+  larger rest would not be, nothing is: whole blocks are the subnets, unless `stacks` names the tower.
 """
 COLUMNS = ("Family", "`model_type`", "Cut", "Runs whole", "Known from")
 
