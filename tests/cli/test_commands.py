@@ -40,6 +40,7 @@ def test_data_become_batches_that_the_model_takes(assets, tmp_path, model, data,
         assert found.classes == ["neg", "pos"]
 
 
+@pytest.mark.thorough
 def test_compare_runs_three_ways_and_judges_them(d2ft, assets, tmp_path):
     found = d2ft(
         f"compare {assets / 'bert'} {assets / 'reviews.csv'} --steps 7 --chunk 2 --seeds 2 --batch 4 --micro-batches 2 "
@@ -111,6 +112,7 @@ def test_simulate_predicts_a_step_of_each_way(d2ft, config_folder):
     assert "nothing was measured" in d2ft("simulate vit --devices 3")
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize(
     ("line", "says"),
     [

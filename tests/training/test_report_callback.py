@@ -116,6 +116,7 @@ def report_in_two_processes(folder: str) -> int:
     return int(trainer.state.is_world_process_zero)
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_of_several_processes_the_first_writes(tmp_path):
     assert sorted(run(__name__, "report_in_two_processes", tmp_path, str(tmp_path / "run"))) == [0, 1]
