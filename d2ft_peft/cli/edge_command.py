@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from ..dlora import KillReviveCallback
 from .answer import JSON, amount, answer, console
-from .architecture_choice import model_on_meta, read_config
+from .architecture_choice import has_new_head, model_on_meta, read_config
 from .data_columns import Columns
 from .foreseen import head_names
 from .options import Batch, CacheDir, Column, Data, ImageSize, MicroBatches, Model, MostTokens, TaskOfData, TrainSamples
@@ -108,7 +108,7 @@ def edge(
 
 def _adapter(task: Task, r: int, targets: list[str] | None) -> LoraConfig:
     """LoRA on the layers that were named, or on all linear ones; the head is new where the task is to classify."""
-    heads = None if task.name == "causal-lm" else head_names(model_on_meta(read_config(task.model), task.name))
+    heads = head_names(model_on_meta(read_config(task.model), task.name)) if has_new_head(task.name) else None
     return LoraConfig(
         r=r, lora_alpha=2 * r, target_modules=targets or "all-linear", modules_to_save=heads, exclude_modules=heads
     )

@@ -13,7 +13,7 @@ import transformers as tf
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from torch import nn
 
-from .architecture_choice import TASKS, choose_task, read_config
+from .architecture_choice import PLANNED_ONLY, TASKS, choose_task, read_config
 from .data_columns import Columns, find_columns
 
 
@@ -126,9 +126,9 @@ def load_task(
     splits = read_data(data, held_out_share, cache_dir)
     columns = find_columns(splits["train"].features, given)
     name = choose_task(config, task or columns.task)
-    if name == "seq2seq-lm":
+    if name in PLANNED_ONLY:
         raise ValueError(
-            "task='seq2seq-lm' can be planned only; train it with Seq2SeqTrainer and d2ft_peft.D2FTTrainerMixin."
+            f"task={name!r} can be planned only; train it with a Trainer of its kind and d2ft_peft.D2FTTrainerMixin."
         )
     if (name == "image-classification") != (columns.image is not None):
         raise ValueError(f"task={name!r} does not go with the columns {columns}; name other ones, or another task.")
