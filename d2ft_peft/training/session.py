@@ -17,6 +17,7 @@ from ..planning.schedule_maker import active_adapter
 from .data import TrainingData
 from .head_pass import start_head
 from .local_engine import LocalEngine
+from .rollouts import Rollouts, generator
 from .step_log import StepLog
 from .step_rate import FollowBatch, check_steps_by_groups
 from .step_tasks import StepTasks
@@ -37,6 +38,7 @@ class TrainingSession:
     Attributes:
         planner: Makes the schedules.
         data: Makes the data loaders.
+        rollouts: Generates what is trained on, where the Trainer does so within its steps; else None.
         current: The micro-batch that the Trainer is at.
         is_last: Whether it is the last of its optimizer step.
         ran: Whether the Trainer ran it, or passed over it.
@@ -58,7 +60,10 @@ class TrainingSession:
         self._before = runtime.driven, runtime.touch_gradients, runtime.after_backward
         self.planner: D2FTPlanner = engine.make_planner(self)
         self.data = TrainingData(trainer, self.planner, make_loader)
-        self._tasks = StepTasks(self.planner, self.data, self._before_first_schedule, self.accumulation)
+        self.rollouts = Rollouts(trainer, self.planner) if generator(trainer) else None
+        self._tasks = StepTasks(
+            self.planner, self.data, self._before_first_schedule, self.accumulation, self.rollouts
+        )
         self.current: Task | None = None
         self.step_tasks: list[Task] = []
         self.step_runs = False

@@ -67,6 +67,14 @@ KINDS: dict[str, tuple[type, type, list, dict[str, Any]]] = {
 """Trainer, its arguments' class, data and arguments, by name."""
 
 
+GENERATING = ("grpo", "rloo")
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    """A number that differs between most completions."""
+    return [float(sum(map(ord, one)) % 7) for one in completions]
+
+
 def base_of(kind: str):
     if kind != "reward":
         return TINY["llama"].build()
@@ -77,14 +85,14 @@ def base_of(kind: str):
 def make(kind: str, folder: Any, model: Any = None, trainer_class: type | None = None, callbacks=(), **kwargs: Any):
     """A trainer: two steps of four micro-batches of two samples. Keyword arguments go to where they belong."""
     cls, arguments, data, own = KINDS[kind]
-    to_trainer = {name: kwargs.pop(name) for name in ("peft_config", "ref_model") if name in kwargs}
+    to_trainer = {name: kwargs.pop(name) for name in ("peft_config", "ref_model", "reward_funcs") if name in kwargs}
     args = arguments(**{
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True,
         "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 2, "max_steps": 2, "seed": 0,
         "gradient_accumulation_steps": 4, "max_grad_norm": 0.0, "gradient_checkpointing": False, **own, **kwargs,
     })  # fmt: skip
-    if kind in ("grpo", "rloo"):
-        to_trainer["reward_funcs"] = lambda completions, **_: [float(len(one)) for one in completions]
+    if kind in GENERATING:
+        to_trainer.setdefault("reward_funcs", reward)
     return (trainer_class or cls)(
         model=base_of(kind) if model is None else model, args=args, train_dataset=Dataset.from_list(data),
         processing_class=tokenizer(), callbacks=list(callbacks), **to_trainer,
