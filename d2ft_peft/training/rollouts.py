@@ -46,6 +46,9 @@ class Rollouts:
         trainer: The trainer.
         planner: Its planner.
 
+    Attributes:
+        resumed: The checkpoint that the run goes on from, until its random state is loaded.
+
     Raises:
         ValueError: If the configuration asks for what there is not for completions that are new in every step.
     """
@@ -56,6 +59,8 @@ class Rollouts:
         self._cuts = planner.config.padding != "keep"
         self._cuts_prompts = self._cuts and _sees_distances_only(base_model(planner.model).config)
         self._share = self._tokens = 1.0
+        self.resumed: str | None = None
+        self._ahead = False
 
     def _check(self) -> None:
         name, config, source = generator(self.trainer), self.planner.config, self.planner.source
@@ -100,6 +105,9 @@ class Rollouts:
             batches: What the data loader gave.
         """
         trainer, began, first = self.trainer, time.perf_counter(), self.trainer._step
+        if self.resumed is not None:  # the Trainer loads it after the batches are there, which is too late here
+            trainer._load_rng_state(self.resumed)
+            self._ahead = True
         trainer.model_wrapped.train()  # as `Trainer.training_step` does: evaluation may have come before
         if callable(getattr(trainer.optimizer, "train", None)):
             trainer.optimizer.train()
@@ -110,6 +118,11 @@ class Rollouts:
         trainer._step = first
         trainer._current_train_step_time += time.perf_counter() - began
         return prepared
+
+    def takes_random_state(self) -> bool:
+        """Whether the random state of a checkpoint is to be loaded: not again after completions were drawn from it."""
+        ahead, self._ahead, self.resumed = self._ahead, False, None
+        return not ahead
 
     def count(self, batches: int, running: int) -> None:
         """Let the trainer count so many micro-batches in this step, although it runs another number of them."""

@@ -173,6 +173,9 @@ class D2FTTrainerMixin:
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        rollouts = self._d2ft_session and self._d2ft_session.rollouts
+        if rollouts and not rollouts.takes_random_state():
+            return
         self._d2ft_engine.load_rng_state(super()._load_rng_state, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -186,6 +189,8 @@ class D2FTTrainerMixin:
             session = self._d2ft_session
             usual = session.planner.num_micro_batches
             session.load_state_dict(load_state(session.planner, checkpoint)["session"], usual)
+            if session.rollouts and not self.args.ignore_data_skip:
+                session.rollouts.resumed = checkpoint
         self._d2ft_engine.load_optimizer(super()._load_optimizer_and_scheduler, checkpoint)
 
 

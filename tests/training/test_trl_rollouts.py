@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from torch.nn.functional import pad
 from trl.trainer.utils import use_adapter
@@ -13,11 +14,12 @@ from d2ft_peft import D2FTCallback, D2FTConfig, D2FTTrainerMixin
 from tests.models import TINY
 from tests.test_trainer import assert_equal, trained
 from tests.training.test_trl import LORA, TARGETS, Gradients, config, gradients, moved, same_place, wrapped
-from tests.training.trl_cases import GENERATING, KINDS, base_of, make
+from tests.training.trl_cases import GENERATING, KINDS, PROMPTS, base_of, make
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # TRL's log-probabilities are float32, whatever the model's weights are
 LONG = {"num_generations": 4, "max_completion_length": 6, "per_device_train_batch_size": 4}
 
 
@@ -28,8 +30,10 @@ def watching(kind: str) -> type:
         made, seen = (), ()
 
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-            completions, more = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            return [ids[: 1 + sum(ids) % len(ids)] for ids in completions], more
+            result = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            completions, *more = result if kind == "grpo" else (result,)
+            completions = [ids[: 1 + sum(ids) % len(ids)] for ids in completions]
+            return (completions, *more) if kind == "grpo" else completions
 
         def _generate_and_score_completions(self, inputs):
             made = super()._generate_and_score_completions(inputs)
@@ -37,10 +41,10 @@ def watching(kind: str) -> type:
                 self.made = [*self.made, made]
             return made
 
-        def _compute_loss(self, model, inputs):
+        def compute_loss(self, model, inputs, *args, **kwargs):
             if model.training:
                 self.seen = [*self.seen, inputs]
-            return super()._compute_loss(model, inputs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     return Watching
 
@@ -70,7 +74,9 @@ def plain_twin(kind: str, folder, run, variant="lora", **settings):
         peft_config = {}
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(name.split(".")[-2] in TARGETS)
-    alone = make(kind, folder, base, **peft_config, **LONG, **settings)
+    beta = settings.pop("beta", 0.0)
+    alone = make(kind, folder, base, **peft_config, **LONG, beta=0.0, **settings)
+    alone.beta = beta  # of which the inputs hold the reference
     there = dict(alone.model.named_parameters())
     for name, parameter in run.model.named_parameters():
         if parameter.requires_grad:
@@ -101,7 +107,7 @@ def assert_gradient_on(alone, inputs: dict, found: dict, variant="lora", items=N
     assert {same_place(name, variant) for name in found} == set(expected)
     assert any(gradient.abs().max() > 1e-6 for gradient in expected.values())
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[same_place(name, variant)])
+        torch.testing.assert_close(gradient, expected[same_place(name, variant)], **CLOSE)
 
 
 # --- everything FULL
@@ -155,8 +161,8 @@ def test_a_steps_gradient_is_the_mean_over_the_completions_that_run(tmp_path, ki
 @pytest.mark.parametrize("variant", ["lora", "full"])
 @pytest.mark.parametrize("kind", GENERATING)
 def test_so_it_is_in_full_fine_tuning_and_of_whole_micro_batches(tmp_path, kind, variant, policy):
-    run, found = step_of(kind, tmp_path, variant, policy)
-    assert_gradient_on(plain_twin(kind, tmp_path, run, variant), rows_that_ran(run), found, variant)
+    run, found = step_of(kind, tmp_path, variant, policy, beta=0.1)  # so that none is without a gradient
+    assert_gradient_on(plain_twin(kind, tmp_path, run, variant, beta=0.1), rows_that_ran(run), found, variant)
 
 
 def test_terms_beside_the_loss_count_like_it(tmp_path):
@@ -172,7 +178,7 @@ def test_terms_beside_the_loss_count_like_it(tmp_path):
         items = torch.tensor(everyone) * size / sum(sizes)
         alone.compute_loss(alone.model.train(), {**inputs, "num_items_in_batch": items}).backward()
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, gradients(alone.model)[name])
+        torch.testing.assert_close(gradient, gradients(alone.model)[name], **CLOSE)
 
 
 def test_completions_that_were_generated_apart_run_together(tmp_path):
@@ -184,7 +190,7 @@ def test_completions_that_were_generated_apart_run_together(tmp_path):
         alone.current_gradient_accumulation_steps = 2
         alone.compute_loss(alone.model.train(), made).backward()
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, gradients(alone.model)[name])
+        torch.testing.assert_close(gradient, gradients(alone.model)[name], **CLOSE)
 
 
 # --- the whole model
@@ -244,11 +250,8 @@ def test_completions_are_those_of_the_trainer_alone(tmp_path):
 
 def test_evaluation_generates_as_ever(tmp_path):
     """In the middle of a run, after which the next step is trained on again."""
-    from datasets import Dataset
-
     run = make("grpo", tmp_path, callbacks=[D2FTCallback()], peft_config=config("lora"), eval_strategy="steps",
-               eval_steps=1, per_device_eval_batch_size=2, do_eval=False)  # fmt: skip
-    run.eval_dataset = Dataset.from_list(KINDS["grpo"][2][:4])
+               eval_steps=1, per_device_eval_batch_size=2, eval_dataset=Dataset.from_list(PROMPTS[:2]))  # fmt: skip
     modes, generate = [], run._generate_and_score_completions
     run._generate_and_score_completions = lambda inputs: (modes.append(run.model.training), generate(inputs))[1]
     run.train()
@@ -271,7 +274,7 @@ def alike_in_half(prompts, completions, **_):
 @pytest.mark.parametrize(("kind", "loss"), [("grpo", "dapo"), ("grpo", "grpo"), ("grpo", "dr_grpo"), ("rloo", None)])
 def test_completions_without_an_advantage_are_left_out_exactly(tmp_path, kind, loss):
     """By the default policy: the gradient is that of all completions, of which fewer ran."""
-    settings = {"loss_type": loss} if loss else {}
+    settings = {"loss_type": loss} if loss else {"beta": 0.0}
     run, found = step_of(kind, tmp_path, policy="exact_first", reward=alike_in_half, own={"compute_budget": 0.9},
                          **settings)  # fmt: skip
     [made] = run.made
@@ -347,15 +350,20 @@ def test_a_run_without_accumulation_leaves_completions_out(tmp_path, kind):
     assert sum(len(inputs["advantages"]) for inputs in run.seen) < 16
 
 
-def test_a_resumed_run_is_the_run(tmp_path):
+@pytest.mark.parametrize("policy", ["fewer_samples", "bilevel"])
+@pytest.mark.parametrize("kind", GENERATING)
+def test_a_resumed_run_is_the_run(tmp_path, kind, policy):
+    """Within an epoch: the completions are drawn from the random state of the checkpoint, once."""
     ends = []
-    for steps in (4, 2, 4):
-        run = make("grpo", tmp_path / str(bool(ends)), callbacks=[D2FTCallback()], peft_config=config("lora"),
-                   max_steps=steps, save_strategy="steps", save_steps=2, learning_rate=1e-2,
-                   lr_scheduler_type="constant")  # fmt: skip
-        run.train(resume_from_checkpoint=len(ends) == 2)
+    for folder, steps, start in (("whole", 2, None), ("parts", 1, None), ("parts", 2, "parts/checkpoint-1")):
+        run = make(
+            kind, tmp_path / folder, callbacks=[D2FTCallback()], peft_config=config("lora", policy=policy),
+            max_steps=steps, save_strategy="steps", save_steps=1, learning_rate=1e-2, lr_scheduler_type="constant",
+        )  # fmt: skip
+        run.train(resume_from_checkpoint=start and str(tmp_path / start))
         ends.append(trained(run.model))
     assert_equal(ends[0], ends[2])
+    assert any(not torch.equal(ends[1][name], value) for name, value in ends[0].items())
 
 
 # --- columns

@@ -85,7 +85,8 @@ def base_of(kind: str):
 def make(kind: str, folder: Any, model: Any = None, trainer_class: type | None = None, callbacks=(), **kwargs: Any):
     """A trainer: two steps of four micro-batches of two samples. Keyword arguments go to where they belong."""
     cls, arguments, data, own = KINDS[kind]
-    to_trainer = {name: kwargs.pop(name) for name in ("peft_config", "ref_model", "reward_funcs") if name in kwargs}
+    named = ("peft_config", "ref_model", "reward_funcs", "eval_dataset")
+    to_trainer = {name: kwargs.pop(name) for name in named if name in kwargs}
     args = arguments(**{
         "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True,
         "save_strategy": "no", "logging_steps": 1, "per_device_train_batch_size": 2, "max_steps": 2, "seed": 0,
