@@ -28,8 +28,8 @@ from ..planning import D2FTPlanner
 from ..processes import world_size
 from ..tuners import check_trains
 from ..whole_files import replacing
+from .generating import generator
 from .local_engine import LocalEngine
-from .rollouts import generator
 
 
 if TYPE_CHECKING:

@@ -24,19 +24,12 @@ from ..planning import D2FTPlanner
 from ..planning.candidates import Candidates
 from ..planning.facts import BatchFacts
 from ..processes import all_reduce, world_size
+from .generating import FOLLOWED, generator
 from .rollout_rows import Rows, join_rows, num_loss_tokens, num_tokens, take_rows, width
 
 
-_GENERATING = {"trl.trainer.grpo_trainer": "GRPOTrainer", "trl.trainer.rloo_trainer": "RLOOTrainer"}
 # Rotations that depend on how far tokens lie apart, not on how long the sequence is.
 _RELATIVE = {"default", "linear", "llama3", "yarn"}
-
-
-def generator(trainer: Trainer) -> str | None:
-    """Name of the class by which a trainer makes its inputs within its steps in the way that is followed here, or
-    None."""
-    names = (cls.__name__ for cls in type(trainer).__mro__ if _GENERATING.get(cls.__module__) == cls.__name__)
-    return next(names, None)
 
 
 class Rollouts:
@@ -176,7 +169,7 @@ class Rollouts:
         masked since it was cut off: but for terms that do not look at advantages.
         """
         trainer, everything = self.trainer, np.ones(len(rows["prompt_ids"]), dtype=bool)
-        of_trl = inspect.unwrap(type(trainer)._compute_loss).__module__ in _GENERATING
+        of_trl = inspect.unwrap(type(trainer)._compute_loss).__module__ in FOLLOWED
         exact_first = self.planner.account is not None and world_size() == 1
         if not (exact_first and of_trl) or trainer.aux_loss_enabled:
             return everything

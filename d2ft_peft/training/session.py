@@ -15,9 +15,10 @@ from ..head_start import HeadStart
 from ..planning import D2FTPlanner
 from ..planning.schedule_maker import active_adapter
 from .data import TrainingData
+from .generating import check_generation, generator
 from .head_pass import start_head
 from .local_engine import LocalEngine
-from .rollouts import Rollouts, generator
+from .rollouts import Rollouts
 from .step_log import StepLog
 from .step_rate import FollowBatch, check_steps_by_groups
 from .step_tasks import StepTasks
@@ -53,6 +54,7 @@ class TrainingSession:
     """
 
     def __init__(self, trainer: Trainer, engine: LocalEngine, make_loader: Callable[..., DataLoader]):
+        check_generation(trainer)
         self.trainer, self.engine, self._make_loader = trainer, engine, make_loader
         self.model = trainer.accelerator.unwrap_model(trainer.model)
         self.accumulation = trainer.args.gradient_accumulation_steps

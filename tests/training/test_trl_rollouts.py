@@ -2,19 +2,24 @@
 reference come from the whole model, and the gradient is the trainer's own on the completions that run."""
 
 import copy
+import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig
-from torch.nn.functional import pad
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import use_adapter
 
 from d2ft_peft import D2FTCallback, D2FTConfig, D2FTTrainerMixin
+from d2ft_peft.training.generating import check_generation
 from tests.models import TINY
 from tests.test_trainer import assert_equal, trained
 from tests.training.test_trl import LORA, TARGETS, Gradients, config, gradients, moved, same_place, wrapped
-from tests.training.trl_cases import GENERATING, KINDS, PROMPTS, base_of, make
+from tests.training.trl_cases import GENERATING, KINDS, PROMPTS, base_of, make, reward, tokenizer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -31,9 +36,9 @@ def watching(kind: str) -> type:
 
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
             result = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            completions, *more = result if kind == "grpo" else (result,)
+            completions = result if kind == "rloo" else result[0]
             completions = [ids[: 1 + sum(ids) % len(ids)] for ids in completions]
-            return (completions, *more) if kind == "grpo" else completions
+            return completions if kind == "rloo" else (completions, *result[1:])
 
         def _generate_and_score_completions(self, inputs):
             made = super()._generate_and_score_completions(inputs)
@@ -84,10 +89,10 @@ def plain_twin(kind: str, folder, run, variant="lora", **settings):
     return alone
 
 
-def step_of(kind: str, folder, variant="lora", policy="fewer_samples", reward=None, own=None, **settings):
+def step_of(kind: str, folder, variant="lora", policy="fewer_samples", rewarding=None, own=None, **settings):
     """One step in float64 from an adapter that is not zero; returns the trainer and its gradients."""
     watch = Gradients()
-    given = {} if reward is None else {"reward_funcs": reward}
+    given = {} if rewarding is None else {"reward_funcs": rewarding}
     run = make(
         kind, folder, base_of(kind).double(), watching(kind), [watch, D2FTCallback()], max_steps=1, learning_rate=0.0,
         peft_config=config(variant, policy=policy, **(own or {})), **LONG, **given, **settings,
@@ -126,7 +131,7 @@ SCHEDULES_OF_GENERATION = [
 @pytest.mark.parametrize("kind", GENERATING)
 def test_all_full_is_bit_identical_to_the_trainer_alone(tmp_path, kind, settings):
     """However often it generates: within a step, for one, or for several, and with a reference."""
-    settings = {name: value for name, value in settings.items() if kind == "grpo" or name != "loss_type"}
+    settings = {name: value for name, value in settings.items() if kind != "rloo" or name != "loss_type"}
     weights, logs = [], []
     for d2ft in (None, {"policy": "all_full", "compute_budget": 1.0}):
         run = wrapped(kind, tmp_path, d2ft, False, learning_rate=1e-2, max_steps=4, **settings)
@@ -145,7 +150,7 @@ LOSSES = ["dapo", "grpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo"]
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize(("kind", "loss"), [*[("grpo", loss) for loss in LOSSES], ("rloo", None)])
+@pytest.mark.parametrize(("kind", "loss"), [*[("grpo", loss) for loss in LOSSES], ("gmpo", None), ("rloo", None)])
 def test_a_steps_gradient_is_the_mean_over_the_completions_that_run(tmp_path, kind, loss):
     """Whatever they are divided by, in micro-batches composed by length whose padding is cut off."""
     settings = {"beta": 0.1} | ({"loss_type": loss} if loss else {})
@@ -170,7 +175,7 @@ def test_terms_beside_the_loss_count_like_it(tmp_path):
     settings = {"loss_type": "dapo", "entropy_coef": 0.5}
     run, found = step_of("grpo", tmp_path, **settings)
     sizes = [len(inputs["advantages"]) for inputs in run.seen]
-    everyone, alone = sum(int(one["completion_mask"].sum()) for one in run.seen), None
+    everyone = sum(int(one["completion_mask"].sum()) for one in run.seen)
     alone = plain_twin("grpo", tmp_path, run, **settings)
     alone.args.steps_per_generation = 1
     for inputs, size in zip(run.seen, sizes, strict=True):
@@ -191,6 +196,24 @@ def test_completions_that_were_generated_apart_run_together(tmp_path):
         alone.compute_loss(alone.model.train(), made).backward()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, gradients(alone.model)[name], **CLOSE)
+
+
+def answers(prompts, trainer):
+    """Completions of which every other token is what a tool said."""
+    ids = [[int(word[1:]) for word in prompt.split()] for prompt in prompts]
+    completions = [[3 + (7 * i + sum(one) + k) % 60 for k in range(2 + i % 5)] for i, one in enumerate(ids)]
+    return {
+        "prompt_ids": ids, "completion_ids": completions, "logprobs": [[0.0] * len(one) for one in completions],
+        "env_mask": [[k % 2 for k in range(len(one))] for one in completions],
+    }  # fmt: skip
+
+
+def test_completions_of_tools_carry_loss_where_the_model_wrote_them(tmp_path):
+    run, found = step_of("grpo", tmp_path, beta=0.1, rollout_func=answers)
+    ran = rows_that_ran(run)
+    items = (ran["completion_mask"] * ran["tool_mask"]).sum()
+    assert 0 < items < ran["completion_mask"].sum()
+    assert_gradient_on(plain_twin("grpo", tmp_path, run, beta=0.1), ran, found, items=items)
 
 
 # --- the whole model
@@ -220,7 +243,7 @@ def test_what_comes_before_the_loss_comes_from_the_whole_model(tmp_path, kind, v
                     before = self._get_per_token_logps_and_entropies(model, *arguments)[0]
                 model.train()
             mask = made["completion_mask"]
-            if kind == "grpo":
+            if kind != "rloo":
                 differences.append((mask * (made["old_per_token_logps"] - now)).abs().max())
                 differences.append((mask * (made["ref_per_token_logps"] - before)).abs().max())
             else:
@@ -235,6 +258,24 @@ def test_what_comes_before_the_loss_comes_from_the_whole_model(tmp_path, kind, v
     moved(run.model)
     run.train()
     assert len(differences) >= 2 and max(differences) < 1e-10
+
+
+@pytest.mark.parametrize("variant", ["lora", "full"])
+def test_what_is_handed_to_vllm_is_the_merged_model(tmp_path, variant):
+    """By the trainer's own code, which names the weights for a server; and the adapter is what it was."""
+    run = make("grpo", tmp_path, base_of("grpo").double(), callbacks=[D2FTCallback()],
+               peft_config=config(variant, policy="fewer_samples"))  # fmt: skip
+    moved(run.model)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    handing = VLLMGeneration.__new__(VLLMGeneration)
+    handing.model, handing.accelerator, handing._dist = run.model, run.accelerator, run._dist
+    handed = {name: value.clone() for name, value in handing._iter_named_params()}
+    expected = dict(copy.deepcopy(run.model).merge_and_unload().named_parameters())
+    assert set(handed) == set(expected)
+    for name, value in handed.items():
+        torch.testing.assert_close(value, expected[name].detach())
+    for name, value in run.model.state_dict().items():
+        torch.testing.assert_close(value, before[name])
 
 
 def test_completions_are_those_of_the_trainer_alone(tmp_path):
@@ -275,7 +316,7 @@ def alike_in_half(prompts, completions, **_):
 def test_completions_without_an_advantage_are_left_out_exactly(tmp_path, kind, loss):
     """By the default policy: the gradient is that of all completions, of which fewer ran."""
     settings = {"loss_type": loss} if loss else {"beta": 0.0}
-    run, found = step_of(kind, tmp_path, policy="exact_first", reward=alike_in_half, own={"compute_budget": 0.9},
+    run, found = step_of(kind, tmp_path, policy="exact_first", rewarding=alike_in_half, own={"compute_budget": 0.9},
                          **settings)  # fmt: skip
     [made] = run.made
     zero = made["advantages"] == 0
@@ -299,7 +340,7 @@ def test_masked_completions_are_left_out_exactly(tmp_path):
 
 @pytest.mark.parametrize("settings", [{"beta": 0.1}, {"entropy_coef": 0.1}])
 def test_what_other_terms_look_at_runs(tmp_path, settings):
-    run, _ = step_of("grpo", tmp_path, policy="exact_first", reward=alike_in_half, own={"compute_budget": 1.0},
+    run, _ = step_of("grpo", tmp_path, policy="exact_first", rewarding=alike_in_half, own={"compute_budget": 1.0},
                      **settings)  # fmt: skip
     assert sum(len(inputs["advantages"]) for inputs in run.seen) == len(run.made[0]["advantages"])
 
@@ -404,3 +445,59 @@ def test_what_there_is_not_for_new_completions_is_refused(tmp_path, own, setting
     run = make("grpo", tmp_path, callbacks=[D2FTCallback()], peft_config=config("lora", **own), **settings)
     with pytest.raises(ValueError, match=match):
         run.train()
+
+
+# --- trainers that generate in another way, by their module in TRL
+
+
+REFUSED = {
+    "trl": ["DistillationTrainer"],
+    "trl.experimental.a2po": ["A2POTrainer"],
+    "trl.experimental.async_distillation": ["AsyncDistillationTrainer"],
+    "trl.experimental.async_grpo": ["AsyncGRPOTrainer"],
+    "trl.experimental.gold": ["GOLDTrainer"],
+    "trl.experimental.iw_opd": ["IWOPDTrainer"],
+    "trl.experimental.online_dpo": ["OnlineDPOTrainer"],
+    "trl.experimental.sdft": ["SDFTTrainer"],
+    "trl.experimental.sdpo": ["SDPOTrainer"],
+    "trl.experimental.server_distillation": ["ServerDistillationTrainer"],
+}
+
+
+@pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in REFUSED.items() for name in names])
+def test_other_ways_of_generating_are_refused(module, name):
+    cls = getattr(importlib.import_module(module), name)
+    with pytest.raises(ValueError, match="Trainer generates what it trains on in the middle of a step.* leave D2FT's"):
+        check_generation(cls.__new__(cls))
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("mixed", [True, False])
+def test_they_are_refused_when_training_begins(tmp_path, mixed):
+    online_dpo = importlib.import_module("trl.experimental.online_dpo")
+    cls = online_dpo.OnlineDPOTrainer
+    run = (type("Mixed", (D2FTTrainerMixin, cls), {}) if mixed else cls)(
+        model=base_of("grpo"), reward_funcs=reward, processing_class=tokenizer(), peft_config=config("lora"),
+        args=online_dpo.OnlineDPOConfig(
+            str(tmp_path), use_cpu=True, bf16=False, report_to=[], max_new_tokens=4, max_length=32
+        ),
+        train_dataset=Dataset.from_list(PROMPTS), callbacks=[] if mixed else [D2FTCallback()],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="OnlineDPOTrainer generates what it trains on"):
+        run.train()
+
+
+@pytest.mark.parametrize("settings", [{"lmbda": 0.5}, {"lmbda": 0.0, "seq_kd": True}])
+def test_distillation_on_what_is_generated_within_a_step_is_refused(tmp_path, settings):
+    run = make("gkd", tmp_path, callbacks=[D2FTCallback()], peft_config=config("lora"), **settings)
+    with pytest.raises(ValueError, match="GKDTrainer with lmbda=.* exchanges completions.* set lmbda=0"):
+        run.train()
+
+
+def test_every_trainer_of_trl_is_in_the_documentation():
+    """By name; one that a new version brings is missing here first."""
+    files = Path(trl.__file__).parent.glob("**/*_trainer.py")
+    names = {name for file in files for name in re.findall(r"^class (\w+)Trainer\(", file.read_text(), re.MULTILINE)}
+    page = (Path(__file__).parents[2] / "docs" / "trl.md").read_text()
+    table = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| "))
+    assert len(names) > 15 and {name for name in names if not name.startswith("_") and name not in table} == set()
