@@ -435,6 +435,9 @@ def test_padding_that_is_kept_is_kept(tmp_path):
     [
         ({"policy": "importance"}, {}, "reads the score 'loss' of every sample, and GRPOTrainer generates new ones"),
         ({"policy": "bilevel", "backward_score": "fisher"}, {}, "reads the score 'fisher' of every sample"),
+        ({"policy": "fewer_tokens"}, {}, "policy='fewer_tokens' leaves out tokens"),
+        ({"head_parallel": True}, {}, "head_parallel=True does not run in GRPOTrainer"),
+        ({"compute_budget": 0.5, "device_capacities": "auto"}, {}, "device_capacities='auto' gives processes different"),
         ({"padding": "flatten"}, {}, "padding='flatten' lays .* GRPOTrainer generates its own"),
         ({"cache_frozen": "cache"}, {}, "cache_frozen='cache' keeps .* GRPOTrainer generates new ones"),
         ({"policy": "bilevel"}, {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4},
