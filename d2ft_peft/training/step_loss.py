@@ -109,7 +109,7 @@ class StepLoss:
     def _noting_outputs(self, facts: BatchFacts) -> Iterator[list[Tensor]]:
         """What the model returns for a batch without a label, where the other processes meet this one in backward."""
         model, outputs = self.planner.model, []
-        if facts.items or not is_sharded(model):
+        if facts.items != 0 or not is_sharded(model):  # None: a loss without labels
             yield outputs
             return
 
