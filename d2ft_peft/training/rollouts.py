@@ -84,6 +84,10 @@ class Rollouts:
                 f"cache_frozen={config.cache_frozen!r} keeps what blocks return of samples that come again, and {name} "
                 "generates new ones in every step; leave it out."
             )
+        if config.head_start is True:
+            raise ValueError(
+                f"head_start=True fits a new head to labels of the training samples, and {name} has none; leave it out."
+            )
         if self.trainer.args.gradient_accumulation_steps == 1 and not self.planner.schedules_samples:
             raise ValueError(
                 f"policy={config.policy!r} schedules several micro-batches together, and with "

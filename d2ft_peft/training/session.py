@@ -63,9 +63,7 @@ class TrainingSession:
         self.planner: D2FTPlanner = engine.make_planner(self)
         self.data = TrainingData(trainer, self.planner, make_loader)
         self.rollouts = Rollouts(trainer, self.planner) if generator(trainer) else None
-        self._tasks = StepTasks(
-            self.planner, self.data, self._before_first_schedule, self.accumulation, self.rollouts
-        )
+        self._tasks = StepTasks(self.planner, self.data, self._before_first_schedule, self.accumulation, self.rollouts)
         self.current: Task | None = None
         self.step_tasks: list[Task] = []
         self.step_runs = False

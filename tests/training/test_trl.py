@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
-from d2ft_peft import D2FTCallback, D2FTConfig, D2FTTrainerMixin, partition_model
+from d2ft_peft import D2FTCallback, D2FTConfig, partition_model
 from tests.models import TINY
 from tests.test_trainer import assert_equal, trained
 from tests.training.trl_cases import GENERATING, KINDS, base_of, make

@@ -19,7 +19,7 @@ from d2ft_peft.training.generating import check_generation
 from tests.models import TINY
 from tests.test_trainer import assert_equal, trained
 from tests.training.test_trl import LORA, TARGETS, Gradients, config, gradients, moved, same_place, wrapped
-from tests.training.trl_cases import GENERATING, KINDS, PROMPTS, base_of, make, reward, tokenizer
+from tests.training.trl_cases import GENERATING, KINDS, PROMPTS, base_of, make, reward, tokenizer, words
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -279,7 +279,7 @@ def test_what_is_handed_to_vllm_is_the_merged_model(tmp_path, variant):
 
 
 def test_completions_are_those_of_the_trainer_alone(tmp_path):
-    """Up to where the weights part: in the first two steps, since the second's prompts are answered after one update."""
+    """In a run whose weights stay: leaving completions out draws nothing."""
     made = []
     for d2ft in (None, {"policy": "random", "compute_budget": 0.5}):
         run = wrapped("grpo", tmp_path, d2ft, False, trainer_class=watching("grpo"), learning_rate=0.0, max_steps=3)
@@ -396,10 +396,11 @@ def test_a_run_without_accumulation_leaves_completions_out(tmp_path, kind):
 def test_a_resumed_run_is_the_run(tmp_path, kind, policy):
     """Within an epoch: the completions are drawn from the random state of the checkpoint, once."""
     ends = []
-    for folder, steps, start in (("whole", 2, None), ("parts", 1, None), ("parts", 2, "parts/checkpoint-1")):
+    for folder, steps, start in (("whole", 3, None), ("parts", 1, None), ("parts", 3, "parts/checkpoint-1")):
         run = make(
             kind, tmp_path / folder, callbacks=[D2FTCallback()], peft_config=config("lora", policy=policy),
             max_steps=steps, save_strategy="steps", save_steps=1, learning_rate=1e-2, lr_scheduler_type="constant",
+            gradient_accumulation_steps=2,
         )  # fmt: skip
         run.train(resume_from_checkpoint=start and str(tmp_path / start))
         ends.append(trained(run.model))
@@ -410,14 +411,18 @@ def test_a_resumed_run_is_the_run(tmp_path, kind, policy):
 # --- columns
 
 
-def test_prompts_keep_their_padding_where_positions_are_absolute(tmp_path):
+@pytest.mark.parametrize(("name", "cut"), [("llama", True), ("gpt2", False)])
+def test_prompts_keep_their_padding_where_positions_are_absolute(tmp_path, name, cut):
     """The padding before a prompt shifts the positions of such a model, and TRL's other passes have it."""
-    run = make("grpo", tmp_path, TINY["gpt2"].build().double(), watching("grpo"), [D2FTCallback()], max_steps=1,
-               peft_config=D2FTConfig(policy="fewer_samples", compute_budget=0.5), **LONG)  # fmt: skip
-    data = run.train_dataset.map(lambda row, i: {"prompt": " ".join(row["prompt"].split()[: 1 + i % 4])}, with_indices=True)
-    run.train_dataset = data
+    run = make(
+        "grpo", tmp_path, TINY[name].build().double(), watching("grpo"), [D2FTCallback()], max_steps=1,
+        peft_config=D2FTConfig(policy="fewer_samples", compute_budget=0.8),
+        **LONG | {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+    )  # fmt: skip
+    run.train_dataset = Dataset.from_list([{"prompt": words(1 + i, i)} for i in range(8)])
     run.train()
-    assert {inputs["prompt_ids"].shape[1] for inputs in run.seen} == {run.made[0]["prompt_ids"].shape[1]}
+    widths = {inputs["prompt_ids"].shape[1] for inputs in run.seen}
+    assert len(run.seen) > 4 and (len(widths) > 1 if cut else widths == {run.made[0]["prompt_ids"].shape[1]})
 
 
 def test_padding_that_is_kept_is_kept(tmp_path):
@@ -437,7 +442,8 @@ def test_padding_that_is_kept_is_kept(tmp_path):
         ({"policy": "bilevel", "backward_score": "fisher"}, {}, "reads the score 'fisher' of every sample"),
         ({"policy": "fewer_tokens"}, {}, "policy='fewer_tokens' leaves out tokens"),
         ({"head_parallel": True}, {}, "head_parallel=True does not run in GRPOTrainer"),
-        ({"compute_budget": 0.5, "device_capacities": "auto"}, {}, "device_capacities='auto' gives processes different"),
+        ({"device_capacities": "auto"}, {}, "device_capacities='auto' gives processes different numbers"),
+        ({"head_start": True}, {}, "head_start=True fits a new head .* GRPOTrainer has none"),
         ({"padding": "flatten"}, {}, "padding='flatten' lays .* GRPOTrainer generates its own"),
         ({"cache_frozen": "cache"}, {}, "cache_frozen='cache' keeps .* GRPOTrainer generates new ones"),
         ({"policy": "bilevel"}, {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4},

@@ -55,7 +55,7 @@ PAIRS = [
 RATED = [{"prompt": words(4, i) + " ", "completion": words(3 + i % 3, 100 + i), "label": i % 2 == 0} for i in range(16)]
 TRIPLES = [{**pair, "reference": words(3 + i % 2, 300 + i)} for i, pair in enumerate(PAIRS)]
 CHATS = [
-    {"messages": [{"role": "user", "content": words(4, i)}, {"role": "assistant", "content": words(3 + i % 3, 100 + i)}]}
+    {"messages": [{"role": "user", "content": words(4, i)}, {"role": "assistant", "content": words(3 + i % 3, 99 + i)}]}
     for i in range(16)
 ]
 GENERATES = {"num_generations": 2, "max_completion_length": 4}
