@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..batches import batch_size
 from ..scores import IGNORED, INDEX_KEY
-from .micro_batch import batch_size
 
 
 FACTS_KEY = "d2ft_facts"

@@ -16,7 +16,7 @@ from d2ft_peft.schedule import Operation
 from ..models import TINY
 
 
-@pytest.mark.quick(5)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", sorted(TINY))
 @pytest.mark.parametrize("r", [None, 2])
 def test_the_flops_are_those_of_the_real_model(d2ft, config_folder, name, r):

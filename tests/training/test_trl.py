@@ -31,7 +31,7 @@ def wrapped(kind, folder, config, checkpointing=True, **kwargs):
     return make(kind, folder, model, callbacks=callbacks, gradient_checkpointing=checkpointing, **kwargs)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_all_full_is_bit_identical_to_the_trainer_alone(tmp_path, kind, checkpointing):
@@ -44,7 +44,7 @@ def test_all_full_is_bit_identical_to_the_trainer_alone(tmp_path, kind, checkpoi
     assert_equal(*weights)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("policy", ["bilevel", "random", "fewer_samples"])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_a_part_of_the_model_trains(tmp_path, kind, policy):
@@ -110,7 +110,7 @@ def moved(model) -> None:
 WAYS = [("lora", "bilevel"), ("lora", "fewer_samples"), ("lora", "exact_first"), ("full", "fewer_samples")]
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("kind", "variant", "policy"), [(kind, *way) for kind in OFFLINE for way in WAYS])
 def test_a_step_is_the_trainers_own_on_the_samples_that_run(tmp_path, kind, variant, policy):
     """In float64, from an adapter that is not zero. A loss that is a mean is weighted by the samples of its part."""
@@ -155,7 +155,7 @@ def test_the_two_of_a_pair_run_together(tmp_path, kind):
         assert not torch.equal(chosen, rejected)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("checkpointing", [None, True, False])
 @pytest.mark.parametrize("variant", ["lora", "full"])
 @pytest.mark.parametrize("kind", ["dpo", "kto"])
