@@ -118,7 +118,7 @@ class HeadParallelEngine(LocalEngine):
             )
         if name := generator(self.trainer):
             raise ValueError(
-                f"head_parallel=True does not run in {name}, which generates with the whole model within its steps; set "
+                f"head_parallel=True does not run in {name}, which generates with the whole model; set "
                 "head_parallel=False, and every process generates its own."
             )
         if args.world_size == 1:
