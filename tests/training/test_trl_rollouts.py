@@ -162,6 +162,7 @@ def test_a_steps_gradient_is_the_mean_over_the_completions_that_run(tmp_path, ki
     assert_gradient_on(plain_twin(kind, tmp_path, run, **settings), ran, found)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("policy", ["exact_first", "bilevel"])
 @pytest.mark.parametrize("variant", ["lora", "full"])
 @pytest.mark.parametrize("kind", GENERATING)
@@ -170,6 +171,7 @@ def test_so_it_is_in_full_fine_tuning_and_of_whole_micro_batches(tmp_path, kind,
     assert_gradient_on(plain_twin(kind, tmp_path, run, variant, beta=0.1), rows_that_ran(run), found, variant)
 
 
+@pytest.mark.thorough
 def test_terms_beside_the_loss_count_like_it(tmp_path):
     """An entropy bonus, which is a mean over a micro-batch, counts by the completions of each."""
     settings = {"loss_type": "dapo", "entropy_coef": 0.5}
@@ -186,6 +188,7 @@ def test_terms_beside_the_loss_count_like_it(tmp_path):
         torch.testing.assert_close(gradient, gradients(alone.model)[name], **CLOSE)
 
 
+@pytest.mark.thorough
 def test_completions_that_were_generated_apart_run_together(tmp_path):
     """Two generations within a step, padded to different widths."""
     run, found = step_of("grpo", tmp_path, own={"compute_budget": 1.0}, steps_per_generation=2, loss_type="grpo")
@@ -208,6 +211,7 @@ def answers(prompts, trainer):
     }  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_completions_of_tools_carry_loss_where_the_model_wrote_them(tmp_path):
     run, found = step_of("grpo", tmp_path, beta=0.1, rollout_func=answers)
     ran = rows_that_ran(run)
@@ -219,7 +223,7 @@ def test_completions_of_tools_carry_loss_where_the_model_wrote_them(tmp_path):
 # --- the whole model
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("policy", ["random", "fewer_samples"])
 @pytest.mark.parametrize("variant", ["lora", "full"])
 @pytest.mark.parametrize("kind", GENERATING)
@@ -260,6 +264,7 @@ def test_what_comes_before_the_loss_comes_from_the_whole_model(tmp_path, kind, v
     assert len(differences) >= 2 and max(differences) < 1e-10
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", ["lora", "full"])
 def test_what_is_handed_to_vllm_is_the_merged_model(tmp_path, variant):
     """By the trainer's own code, which names the weights for a server; and the adapter is what it was."""
@@ -278,6 +283,7 @@ def test_what_is_handed_to_vllm_is_the_merged_model(tmp_path, variant):
         torch.testing.assert_close(value, before[name])
 
 
+@pytest.mark.thorough
 def test_completions_are_those_of_the_trainer_alone(tmp_path):
     """In a run whose weights stay: leaving completions out draws nothing."""
     made = []
@@ -289,6 +295,7 @@ def test_completions_are_those_of_the_trainer_alone(tmp_path):
         assert torch.equal(one, other)
 
 
+@pytest.mark.thorough
 def test_evaluation_generates_as_ever(tmp_path):
     """In the middle of a run, after which the next step is trained on again."""
     run = make("grpo", tmp_path, callbacks=[D2FTCallback()], peft_config=config("lora"), eval_strategy="steps",
@@ -327,6 +334,7 @@ def test_completions_without_an_advantage_are_left_out_exactly(tmp_path, kind, l
     assert run.state.log_history[0]["flops_ratio"] < 0.9
 
 
+@pytest.mark.thorough
 def test_masked_completions_are_left_out_exactly(tmp_path):
     """Those that were cut off count in no term, a reference or not."""
     settings = {"mask_truncated_completions": True, "beta": 0.1, "loss_type": "grpo"}
@@ -338,6 +346,7 @@ def test_masked_completions_are_left_out_exactly(tmp_path):
     assert_gradient_on(plain_twin("grpo", tmp_path, run, **settings), made, found)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("settings", [{"beta": 0.1}, {"entropy_coef": 0.1}])
 def test_what_other_terms_look_at_runs(tmp_path, settings):
     run, _ = step_of("grpo", tmp_path, policy="exact_first", rewarding=alike_in_half, own={"compute_budget": 1.0},
@@ -345,6 +354,7 @@ def test_what_other_terms_look_at_runs(tmp_path, settings):
     assert sum(len(inputs["advantages"]) for inputs in run.seen) == len(run.made[0]["advantages"])
 
 
+@pytest.mark.thorough
 def test_a_step_without_any_gradient_is_a_step(tmp_path):
     """Momentum and weight decay go on, as in the trainer alone."""
     weights = []
@@ -367,6 +377,7 @@ def test_a_step_without_any_gradient_is_a_step(tmp_path):
 # --- a run
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize("kind", GENERATING)
 def test_the_mixin_and_the_callback_are_one(tmp_path, kind, mixed):
@@ -379,6 +390,7 @@ def test_the_mixin_and_the_callback_are_one(tmp_path, kind, mixed):
     assert run._step == 8 and all(entry["step_time"] > 0 for entry in entries)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", GENERATING)
 def test_a_run_without_accumulation_leaves_completions_out(tmp_path, kind):
     """As the trainer's own defaults have it; and what is generated for several steps is generated once."""
@@ -391,6 +403,7 @@ def test_a_run_without_accumulation_leaves_completions_out(tmp_path, kind):
     assert sum(len(inputs["advantages"]) for inputs in run.seen) < 16
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("policy", ["fewer_samples", "bilevel"])
 @pytest.mark.parametrize("kind", GENERATING)
 def test_a_resumed_run_is_the_run(tmp_path, kind, policy):
@@ -411,6 +424,7 @@ def test_a_resumed_run_is_the_run(tmp_path, kind, policy):
 # --- columns
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "cut"), [("llama", True), ("gpt2", False)])
 def test_prompts_keep_their_padding_where_positions_are_absolute(tmp_path, name, cut):
     """The padding before a prompt shifts the positions of such a model, and TRL's other passes have it."""
@@ -425,6 +439,7 @@ def test_prompts_keep_their_padding_where_positions_are_absolute(tmp_path, name,
     assert len(run.seen) > 4 and (len(widths) > 1 if cut else widths == {run.made[0]["prompt_ids"].shape[1]})
 
 
+@pytest.mark.thorough
 def test_padding_that_is_kept_is_kept(tmp_path):
     run, found = step_of("grpo", tmp_path, own={"padding": "keep"})
     assert {inputs["completion_ids"].shape[1] for inputs in run.seen} == {run.made[0]["completion_ids"].shape[1]}
@@ -434,7 +449,7 @@ def test_padding_that_is_kept_is_kept(tmp_path):
 # --- what is refused
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("own", "settings", "match"),
     [
@@ -473,6 +488,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("module", "name"), [(module, name) for module, names in REFUSED.items() for name in names])
 def test_other_ways_of_generating_are_refused(module, name):
     cls = getattr(importlib.import_module(module), name)
@@ -480,7 +496,7 @@ def test_other_ways_of_generating_are_refused(module, name):
         check_generation(cls.__new__(cls))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("mixed", [True, False])
 def test_they_are_refused_when_training_begins(tmp_path, mixed):
     online_dpo = importlib.import_module("trl.experimental.online_dpo")
@@ -496,6 +512,7 @@ def test_they_are_refused_when_training_begins(tmp_path, mixed):
         run.train()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("settings", [{"lmbda": 0.5}, {"lmbda": 0.0, "seq_kd": True}])
 def test_distillation_on_what_is_generated_within_a_step_is_refused(tmp_path, settings):
     run = make("gkd", tmp_path, callbacks=[D2FTCallback()], peft_config=config("lora"), **settings)
@@ -503,6 +520,7 @@ def test_distillation_on_what_is_generated_within_a_step_is_refused(tmp_path, se
         run.train()
 
 
+@pytest.mark.thorough
 def test_every_trainer_of_trl_is_in_the_documentation():
     """By name; one that a new version brings is missing here first."""
     files = Path(trl.__file__).parent.glob("**/*_trainer.py")
