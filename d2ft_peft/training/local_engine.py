@@ -83,7 +83,7 @@ class LocalEngine:
         unread = session.planner.unread
         unread.labels = computes_stock_loss(trainer)
         unread.head = unread.labels and not session.planner.source.live
-        self._loss = StepLoss(trainer, session.planner, trainer.args.world_size)
+        self._loss = StepLoss(trainer, session.planner, trainer.args.world_size, session.rollouts)
 
     def _prepare_shares(self) -> None:
         """Let nothing but the gradient exchange make unequal processes wait for each other."""
