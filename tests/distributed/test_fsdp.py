@@ -64,8 +64,10 @@ def make_trainer(folder, name, mode, config, data=samples, cls=InOrder, **kwargs
         kwargs["fsdp_config"] = {"transformer_layer_cls_to_wrap": [BLOCKS[name]], **kwargs["fsdp_config"]}
     args = arguments(folder, **{**MOMENTUM, **kwargs})
     drive(DistributedType.MULTI_GPU if args.fsdp else DistributedType.MULTI_CPU)
-    if data is ragged:  # any saving is worth a micro-batch: these samples are shorter than what one costs
-        sample_choice.OVERHEAD_TOKENS = 1
+    sample_choice.OVERHEAD_TOKENS = (
+        1  # any saving is worth a micro-batch: these samples are shorter than what one costs
+    )
+    if data is ragged:
         given["data_collator"] = collate
     data = ragged(name) if data is ragged else doubles(data(name, n=32)) if callable(data) else data
     return cls(model=model, args=args, train_dataset=data, **given)
