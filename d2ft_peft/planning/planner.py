@@ -268,8 +268,8 @@ class D2FTPlanner(PlanRunner):
 
 
 def _as_many_everywhere(composition: Composition) -> Composition:
-    """The composition of this process in as many micro-batches as all the others run: where parameters are shared out, a
-    process that ran one more would wait in it for the others.
+    """The composition of this process in as many micro-batches as all the others run: where parameters are shared out,
+    a process that ran one more would wait in it for the others.
 
     They are as many as the process with most of them has, or as few as the process with fewest samples can run.
 
