@@ -1,5 +1,5 @@
-"""Where processes meet in every pass, the one with fewer micro-batches cuts its own until all have as many; if one has too
-few samples for that, the others run some together."""
+"""Where processes meet in every pass, the one with fewer micro-batches cuts its own until all have as many; if one has
+too few samples for that, the others run some together."""
 
 import numpy as np
 import pytest
