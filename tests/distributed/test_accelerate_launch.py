@@ -35,7 +35,7 @@ fsdp_config:
   fsdp_reshard_after_forward: true
   fsdp_cpu_ram_efficient_loading: false
 """
-SCRIPT = '''
+SCRIPT = """
 import json
 import sys
 import warnings
@@ -67,7 +67,7 @@ if trainer.is_world_process_zero():
     facts = {"processes": trainer.args.world_size, "kind": trainer.accelerator.distributed_type, "type": kind}
     with open(f"{folder}/facts.json", "w") as file:
         json.dump(facts, file)
-'''
+"""
 
 
 def start(tmp_path: Path, name: str, *command: str, batch_size: int, as_if: str = "cpus"):
