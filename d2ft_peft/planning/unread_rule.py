@@ -63,7 +63,7 @@ class UnreadRule:
             logger.info("all rows of the last block run: shortcut='mean' looks at them.")
             return
         if is_sharded(self.model):
-            logger.info("all rows of the last block run: what FSDP spreads over processes is not tried out in parts.")
+            logger.info("all rows of the last block run: what is spread over processes is not tried out in parts.")
             return
         try:
             with self._undisturbed():

@@ -149,7 +149,7 @@ class TrainingSession:
         self.ran, self.flops, last = True, 0.0, self.current
         losses = []
         for self.current in last.before:
-            with self.trainer.accelerator.no_sync(model):  # the last one exchanges the gradients of all
+            with self.engine.accumulating(model):  # the last one exchanges the gradients of all
                 losses.append(self._run(default, model, dict(self.current.batch), items))
         self.current = last
         return sum(losses, self._run(default, model, inputs, items))

@@ -24,6 +24,7 @@ from ..planning import D2FTPlanner, MicroBatch
 from ..planning.facts import BatchFacts
 from ..processes import is_sharded
 from .normalization import WatchedItems
+from .parallelism import shards_modules
 from .rollouts import Rollouts
 
 
@@ -112,6 +113,11 @@ class StepLoss:
         if facts.items != 0 or not is_sharded(model):  # None: a loss without labels
             yield outputs
             return
+        if shards_modules(self.trainer):
+            raise ValueError(
+                "a micro-batch has no label, so that backward takes another way through the model than in the other "
+                "processes, which ZeRO-3 does not allow; leave such samples out of the data set, or use ZeRO-2."
+            )
 
         def note(module: nn.Module, args: tuple, output: Any) -> None:
             outputs.extend(value for value in tree_leaves(output) if isinstance(value, Tensor) and value.requires_grad)
