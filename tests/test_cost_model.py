@@ -46,7 +46,7 @@ def rows(partition, seed):
     return [full, top, *(rng.integers(0, 3, partition.num_scheduled) for _ in range(3))]
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("mode", ["full", "full with boundary", "lora", "full of upper blocks", "lora of upper blocks"])
 @pytest.mark.parametrize("name", TINY)
@@ -69,7 +69,7 @@ def test_predicted_flops_are_the_counted_ones(name, mode, attention):
 DECODERS_WITHIN = {"mixtral": 0.02, "llama4": 0.02, "olmo2": 0.02, "deepseek_v3": 0.03, "qwen3_next": 0.1}
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(2)
 @pytest.mark.filterwarnings("ignore:LoRA leaves")
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", DECODERS_WITHIN)
@@ -151,7 +151,7 @@ def test_the_probe_takes_one_sample_and_no_labels_or_unknown_keys():
     assert {len(value) for value in seen[0].values()} == {1}
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("mode", ["full with boundary", "lora"])
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_costs_follow_the_length(name, mode):
@@ -171,6 +171,7 @@ def test_costs_follow_the_length(name, mode):
     assert probe.at(14) == probe_model(model, partition, longer)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ["vit", "bert", "llama", "gpt2"])
 def test_a_training_forward_that_is_watched_shows_what_a_probe_shows(name):
     model = get_peft_model(TINY[name].build(), D2FTConfig(r=4)).train()
@@ -196,7 +197,7 @@ MIXTURES = {
 }  # fmt: skip
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 @pytest.mark.parametrize("mode", ["full", "full with boundary", "lora"])
 @pytest.mark.parametrize("name", MIXTURES)

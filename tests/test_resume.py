@@ -2,9 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +9,11 @@ from peft import get_peft_model
 
 from d2ft_peft import D2FTConfig, D2FTPlanner, D2FTTrainer
 from d2ft_peft.planning.state import STATE_FILE, load_state
+from tests.distributed.launch import FORKSERVER
 from tests.models import TINY
 from tests.test_trainer import adapt, arguments, assert_equal, samples, trained
 
 
-ROOT = Path(__file__).parents[1]
 CASES = {
     "scores of samples": ({"backward_score": "fisher", "num_full": 1, "num_forward_only": 1}, 2),
     "random draws": ({"policy": "random", "compute_budget": 0.5}, 2),
@@ -55,40 +52,26 @@ def train(folder, case, kill_before=None, resume=False):
     return trained(model)
 
 
-def kill_all(folder):
-    """Train every case in a process of its own until it kills itself; forked, so that imports are paid once."""
-    for case in CASES:
-        child = os.fork()
-        if child == 0:
-            train(Path(folder) / case, case, kill_before=5)
-            os._exit(0)
-        status = os.waitpid(child, 0)[1]
-        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"{case}: status {status}"
+def train_until_killed(folder, case):
+    torch.set_num_threads(1)  # as here: sums are not the same bits with another number of threads
+    train(folder, case, kill_before=5)
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """Folder with the output of one killed run a case."""
-    folder = tmp_path_factory.mktemp("killed")
-    # The settings of these tests come along: sums are not the same bits with another number of threads.
-    program = f"import tests.conftest; from tests.test_resume import kill_all; kill_all({str(folder)!r})"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True)
-    assert process.returncode == 0, process.stderr.decode()[-2000:]
-    return folder
-
-
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("case", CASES)
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, killed, case, monkeypatch):
-    assert (killed / case / "checkpoint-4" / STATE_FILE).is_file()
-    whole = train(tmp_path, case)
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, case, monkeypatch):
+    process = FORKSERVER.Process(target=train_until_killed, args=(tmp_path / "killed", case))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / "killed" / "checkpoint-4" / STATE_FILE).is_file()
+    whole = train(tmp_path / "whole", case)
 
     def never(*args):
         raise AssertionError("samples were scored again, by weights that have moved")
 
     monkeypatch.setattr("d2ft_peft.training.data.score_samples", never)
-    assert_equal(train(killed / case, case, resume=True), whole)
+    assert_equal(train(tmp_path / "killed", case, resume=True), whole)
 
 
 def test_a_checkpoint_without_our_state_is_refused(tmp_path):

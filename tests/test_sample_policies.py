@@ -31,7 +31,7 @@ def collate(items):
     return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("policy", ["importance", "selective_backprop", "fewer_samples"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode, monkeypatch):
@@ -78,6 +78,7 @@ def test_the_trainer_does_what_a_bare_loop_does(tmp_path, policy, mode, monkeypa
         np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-5)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("config", [{"policy": "importance", "rows": "micro_batches"}, {"backward_score": "el2n"}])
 @pytest.mark.parametrize("accumulation", [4, 1])
 def test_micro_batches_are_chosen_by_what_training_showed_of_their_samples(tmp_path, config, accumulation, monkeypatch):

@@ -61,6 +61,7 @@ def test_predicted_flops_are_the_counted_ones(name, mode):
             assert predicted == pytest.approx(counted(model, batch, compile_plan(partition, row)), rel=tolerance)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["t5", "whisper", "qwen2_5_vl, both stacks"])
 def test_what_ran_is_counted_at_the_tokens_of_each_stack(name):
     """Costs are learned from one batch, and another one has longer targets, or more text."""

@@ -62,7 +62,7 @@ def assert_close(ours, theirs):
         torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-10, msg=name)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["vit", "llama"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_all_full_is_bit_identical_to_the_plain_trainer(tmp_path, name, mode):
@@ -192,6 +192,7 @@ def bare_loop(model, data, args):
         optimizer.zero_grad()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("score", ["fisher", "taylor"])
 def test_scores_of_samples_find_their_way_into_the_schedule(tmp_path, score):
     """The samples with the highest scores are the ones that run."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..batches import some_samples
 from ..engine.block_region import hidden_states
 from ..engine.row_counts import Lengths, RowCounts, rows_at
 from ..partition import Partition, base_model, is_linear_like, parts_elsewhere
@@ -255,8 +256,5 @@ def _known(base: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
 
 def _one_sample(batch: dict[str, Any]) -> dict[str, Any]:
     """The first sample of a batch."""
-    n = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1), None)
-    return {
-        name: value[:1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
-        for name, value in batch.items()
-    }
+    size = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1), None)
+    return dict(batch) if size is None else some_samples(batch, slice(1), size)

@@ -1,4 +1,4 @@
-"""Micro-batches that run where the Trainer runs them: on one process, under DistributedDataParallel, FSDP2 or DeepSpeed."""
+"""Micro-batches that run where the Trainer runs them: on one process, under DDP, FSDP2 or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class LocalEngine:
     """How a session's micro-batches run, and how the model is clipped, saved and loaded.
 
-    What stands here is a Trainer on one process, or under DistributedDataParallel, FSDP2 or DeepSpeed, to whose own methods
-    (`default`) almost everything is left; `HeadParallelEngine` overrides it.
+    What stands here is a Trainer on one process, or under DistributedDataParallel, FSDP2 or DeepSpeed, to whose own
+    methods (`default`) almost everything is left; `HeadParallelEngine` overrides it.
 
     Args:
         trainer: The Trainer.
@@ -87,7 +87,7 @@ class LocalEngine:
         unread = session.planner.unread
         unread.labels = computes_stock_loss(trainer)
         unread.head = unread.labels and not session.planner.source.live
-        self._loss = StepLoss(trainer, session.planner, trainer.args.world_size)
+        self._loss = StepLoss(trainer, session.planner, trainer.args.world_size, session.rollouts)
 
     def _prepare_shares(self) -> None:
         """Let nothing but the gradient exchange make unequal processes wait for each other."""

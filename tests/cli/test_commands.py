@@ -40,6 +40,7 @@ def test_data_become_batches_that_the_model_takes(assets, tmp_path, model, data,
         assert found.classes == ["neg", "pos"]
 
 
+@pytest.mark.thorough
 def test_compare_runs_three_ways_and_judges_them(d2ft, assets, tmp_path):
     found = d2ft(
         f"compare {assets / 'bert'} {assets / 'reviews.csv'} --steps 7 --chunk 2 --seeds 2 --batch 4 --micro-batches 2 "
@@ -111,6 +112,7 @@ def test_simulate_predicts_a_step_of_each_way(d2ft, config_folder):
     assert "nothing was measured" in d2ft("simulate vit --devices 3")
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -136,7 +138,7 @@ def test_what_is_wrong_is_said_in_one_line(d2ft, assets, tmp_path, line, says):
     assert says in error and error.startswith("d2ft: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["plan", "compare", "train", "report", "simulate"])
+@pytest.mark.parametrize("command", ["plan", "compare", "train", "report", "simulate", "edge"])
 def test_every_command_has_an_example(d2ft, command):
     text = " ".join(d2ft(f"{command} --help").split())
     assert f"Example: d2ft {command}" in text and "--json" in text

@@ -109,6 +109,7 @@ def test_a_callback_does_in_a_plain_trainer_what_the_trainer_does(run, tmp_path)
     torch.testing.assert_close(logits(plain.model), logits(trainer.model))
 
 
+@pytest.mark.quick(1)
 def test_checkpointed_activations_change_no_gradient(run):
     kind, *_ = run
     gradients = []

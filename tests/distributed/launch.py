@@ -18,8 +18,8 @@ import torch
 
 
 ROOT = Path(__file__).parents[2]
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["d2ft_peft", "tests.models"])
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["d2ft_peft", "tests.models"])
 
 
 def free_port() -> int:
@@ -54,7 +54,7 @@ def run(module: str, function: str, tmp_path: Path, *args: str, processes: int =
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
         }  # fmt: skip
-        process = _CONTEXT.Process(target=_call, args=(environment, module, function, out, args))
+        process = FORKSERVER.Process(target=_call, args=(environment, module, function, out, args))
         process.start()
         started.append(process)
     deadline = time.monotonic() + timeout

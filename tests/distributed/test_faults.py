@@ -60,6 +60,7 @@ def hang_then_die(folder: str) -> list[str]:
     return [*said, step_without_rank_1(die, overlap=0)]
 
 
+@pytest.mark.thorough
 def test_the_error_names_rank_block_and_exchange(tmp_path):
     said = run(__name__, "hang_then_die", tmp_path, str(tmp_path), processes=2)[0]
     for message in said:

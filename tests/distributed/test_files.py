@@ -60,6 +60,7 @@ def copied(saved, tmp_path):
     return tmp_path
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_every_file_that_ranks_save_takes_its_place_by_a_rename(saved):
     folder, (first, second) = saved
@@ -110,6 +111,7 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("name", "damage", "says"),

@@ -102,7 +102,7 @@ def test_two_ranks_train_the_weights_of_one_process(two_ranks, index):
     assert_equal(two_ranks[1]["runs"][index], {"losses and norms": two_ranks[0]["runs"][index]["losses and norms"]})
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("index", range(len(FOUR_RANKS)), ids=map(str, FOUR_RANKS))
 def test_four_ranks_train_the_weights_of_one_process(four_ranks, index):
     assert_equal(four_ranks[0]["runs"][index], train_alone(FOUR_RANKS[index]))
@@ -150,6 +150,7 @@ def test_two_ranks_save_an_ordinary_adapter(two_ranks, folder):
         assert_equal(adapter_of(loaded.state_dict()), adapter_of(expected.state_dict()), case)
 
 
+@pytest.mark.thorough
 def test_four_ranks_load_what_two_saved(four_ranks):
     cases = [case for case in SAVED if case.name != "llama"]
     for case, state in zip(cases, four_ranks[0]["loaded"], strict=True):

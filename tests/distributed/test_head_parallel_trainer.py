@@ -22,7 +22,7 @@ from tests.models import TINY
 from tests.test_trainer import adapt, arguments, doubles, samples
 
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.thorough]
 
 # An epoch of seven micro-batches, the last one smaller: the second step is shorter, and training goes on into a third.
 SAMPLES, STEPS, SAVED = 13, 4, 2
@@ -160,7 +160,6 @@ def assert_equal(ours: dict, theirs: dict):
         torch.testing.assert_close(ours[name], value, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n} {m}")
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("case", ALIKE)
 def test_two_ranks_train_the_weights_of_one_process(one, two, case):
     assert_equal(two[0]["runs"][case]["weights"], one[case]["weights"])

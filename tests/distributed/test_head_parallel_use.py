@@ -14,7 +14,7 @@ from tests.distributed.head_parallel import Case, batches_of, join, model_of, ra
 from tests.distributed.launch import run
 
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.thorough]
 
 FIVE = (3, 2, 3, 1, 2)
 

@@ -21,7 +21,7 @@ from tests.distributed.test_head_parallel_use import message
 from tests.models import TINY
 
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.thorough]
 
 # The name of the model, the configuration, and what `from_pretrained` is told besides.
 CASES = [

@@ -35,7 +35,7 @@ from tests.distributed.test_head_parallel import assert_equal
 from tests.models import TINY
 
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.thorough]
 
 # Everything that is trained: heads, what LoRA shares among them, norms, embeddings, task head.
 CASES = [Case("vit", "boundary", (3, 2, 1)), Case("llama", "lora", (2, 2, 1)), Case("bert", "full", (1, 2, 2))]
@@ -94,7 +94,6 @@ def four_ranks(folder):
     return run(__name__, "on_four_ranks", folder, str(folder), processes=4, timeout=300)
 
 
-@pytest.mark.quick(1)
 @pytest.mark.parametrize("index", range(len(CASES)), ids=map(str, CASES))
 def test_two_replicas_train_the_weights_of_one_process_that_sees_all_samples(four_ranks, index):
     case = CASES[index]

@@ -104,7 +104,7 @@ def two_ranks(tmp_path_factory):
     return run(__name__, "on_two_ranks", tmp_path_factory.mktemp("overlap"), processes=2)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.distributed
 @pytest.mark.parametrize("index", range(len(CASES)), ids=map(str, CASES))
 def test_overlap_changes_no_weight(two_ranks, index):
@@ -136,6 +136,7 @@ def samples_with_a_graph() -> tuple[list[list[int]], list[list[int]]]:
     return list(ran.values()), expected
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_only_full_heads_run_with_a_graph(two_ranks):
     for of_rank in two_ranks:
@@ -179,6 +180,7 @@ def order(overlap: int) -> list[str]:
     ]
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_heads_run_while_rows_travel(two_ranks):
     for of_rank in two_ranks:
@@ -205,6 +207,7 @@ def timeline() -> list[tuple[str, bool]]:
     return [(span.what, span.begin <= span.end) for span in parallel.timeline.spans]
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_a_timeline_knows_computations_exchanges_and_waits(two_ranks):
     for of_rank in two_ranks:

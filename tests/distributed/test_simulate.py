@@ -88,7 +88,7 @@ def counted(tmp_path_factory):
     return run(__name__, "count", tmp_path_factory.mktemp("simulate"), processes=2)
 
 
-@pytest.mark.quick(4)
+@pytest.mark.thorough
 @pytest.mark.distributed
 @pytest.mark.parametrize("step", range(3))
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -102,6 +102,7 @@ def test_rows_are_those_that_two_processes_move(counted, case, step):
         assert sum(sent for sent, _ in measured[:-1]) > 0
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_gradients_that_are_summed_are_those_that_two_processes_sum(counted):
     for case in CASES[:3]:

@@ -19,7 +19,7 @@ from tests.distributed.test_head_parallel_use import message
 from tests.models import TINY
 
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.thorough]
 
 PACKAGE = str(Path(d2ft_peft.__file__).parent)
 # `numpy` is not among them: a tensor on a device refuses it.

@@ -22,7 +22,7 @@ from tests.distributed.launch import run
 from tests.models import TINY
 
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.thorough]
 
 N, SAMPLES, TOKENS = 5, 2, 10
 SETTINGS = {

@@ -20,7 +20,7 @@ from tests.distributed.launch import run
 from tests.test_trainer import adapt, arguments, assert_close, doubles, samples, trained
 
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.thorough]
 
 CONFIG = {"device_capacities": "auto", "policy": "importance", "compute_budget": 0.6, "interval": 2}
 # (model, full or LoRA, gradient accumulation steps); an epoch of 40 samples ends with a shorter step.
@@ -213,7 +213,6 @@ def train_alone(name: str, mode: str, accumulation: int, steps: list[torch.Tenso
     return trained(model)
 
 
-@pytest.mark.thorough
 def test_a_process_is_ready_before_it_waits_for_the_others(processes):
     assert processes[1]["ready"]
 

@@ -66,7 +66,7 @@ PLACEMENTS = {
 CASES = [(name, {}) for name in BY_BLOCK] + [(name, where) for where, names in PLACEMENTS.values() for name in names]
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("name", "placement"), CASES, ids=str)
 def test_a_scheduled_run_is_the_local_one(llama, tmp_path, name, placement):
     options = BY_BLOCK[name]
@@ -80,6 +80,7 @@ def test_a_scheduled_run_is_the_local_one(llama, tmp_path, name, placement):
     assert min(logs[1]) < 0.7
 
 
+@pytest.mark.thorough
 def test_what_is_not_run_is_not_sent(llama, tmp_path):
     sent = {}
     for share in (1.0, 0.5):
@@ -89,6 +90,7 @@ def test_what_is_not_run_is_not_sent(llama, tmp_path):
     assert sent[0.5] == pytest.approx(0.5 * sent[1.0], rel=0.15)
 
 
+@pytest.mark.thorough
 def test_both_budgets_multiply(llama, tmp_path):
     sent = {}
     for share in (1.0, 0.5):
@@ -108,6 +110,7 @@ def test_single_heads_cannot_be_asked_of_the_cloud(llama, tmp_path):
         train(edge, tmp_path)
 
 
+@pytest.mark.thorough
 def test_generation_between_steps_sees_the_whole_model(llama, tmp_path):
     local, edge = both(llama, {"policy": "stochastic_depth", "compute_budget": 0.6})
     for model in (local, edge):
@@ -116,6 +119,7 @@ def test_generation_between_steps_sees_the_whole_model(llama, tmp_path):
         torch.testing.assert_close(edge.eval()(**ragged()).logits, local.eval()(**ragged()).logits)
 
 
+@pytest.mark.thorough
 def test_the_size_of_subnets_stands_in_for_weights_that_are_elsewhere(llama, tmp_path):
     _, edge = both(llama, {"num_full": 2})
     with pytest.warns(UserWarning, match="weights of 3 blocks are elsewhere"):

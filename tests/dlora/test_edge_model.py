@@ -59,6 +59,7 @@ def train(model, folder, resume=None, callbacks=()):
 CROSSINGS = {"hidden": {}, "core": {"crossing": "core"}}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("options", CROSSINGS.values(), ids=CROSSINGS)
 def test_what_is_saved_is_a_plain_lora_adapter(llama, tmp_path, options):
     base, address = llama
@@ -78,6 +79,7 @@ def load_file_names(model, folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("options", CROSSINGS.values(), ids=CROSSINGS)
 def test_a_run_resumed_from_a_checkpoint_has_the_same_bits(llama, tmp_path, options):
     base, address = llama
@@ -132,6 +134,7 @@ def test_autocast(llama):
     assert {grad.dtype for grad in found[1][1].values()} == {torch.float32}
 
 
+@pytest.mark.thorough
 def test_cores_are_lora_with_frozen_factors(llama):
     base, address = llama
     edge = connect(address, base, adapter(r=3, lora_alpha=5), dtype=torch.float64, crossing="core")
@@ -178,6 +181,7 @@ def test_a_core_goes_on_between_its_own_factors_only(llama, tmp_path):
         step(edge, ragged())
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("packing", "tolerance"), [("bf16", 0.05), ("int8", 0.15)])
 @pytest.mark.parametrize("options", [{}, {"crossing": "core"}, {"head": "cloud"}, {"edge_blocks": (1, 1)}], ids=str)
 def test_packing_rounds_and_saves(llama, packing, tolerance, options):
@@ -205,6 +209,7 @@ def test_noise_is_added_to_what_leaves(llama):
     assert not torch.equal(logits(edge), logits(edge))
 
 
+@pytest.mark.thorough
 def test_a_run_says_what_crossed(llama, tmp_path):
     base, address = llama
     edge = connect(address, base, adapter(), dtype=torch.float64)
@@ -272,6 +277,7 @@ def test_with_nothing_alive_in_the_span_later_epochs_need_no_network(llama, tmp_
     assert 0 < one_is_new.sent < 0.7 * both_new.sent
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("options", CROSSINGS.values(), ids=CROSSINGS)
 def test_the_lowest_groups_input_crosses_once(llama, tmp_path, options):
     base, address = llama

@@ -31,6 +31,7 @@ def llama(tmp_path_factory):
         yield base, address
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("options", PLACEMENTS.values(), ids=PLACEMENTS)
 def test_every_placement_is_local_lora(llama, options):
     base, address = llama
@@ -143,7 +144,7 @@ def test_modules_that_were_never_alive_cost_nothing(llama):
     assert edge.remote_span.active_modules == 1
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("options", [{}, {"edge_blocks": (1, 1)}, {"head": "cloud"}], ids=str)
 @pytest.mark.parametrize(
     "how",

@@ -140,7 +140,7 @@ def run_setting(address, base, folder, setting, **more):
 QUICK = ("plain", "killed", "in_flight")
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "setting", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
 )
@@ -156,7 +156,7 @@ def test_a_run_with_faults_ends_with_the_same_bits(llama, tmp_path, setting):
         found[2].disconnect()
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", ["Open", "Install", "Decide", "Factors", "MicroBatch"])
 def test_every_fault_of_every_call_is_survived(llama, tmp_path, method):
     base, model = llama
@@ -195,7 +195,7 @@ def test_a_thousand_faults(llama, tmp_path, setting):
         found[2].disconnect()
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("kind", ["restarted", "lost within", "half-open"])
 def test_generation_goes_on_after_its_cache_is_lost(llama, kind, beams):
@@ -210,6 +210,7 @@ def test_generation_goes_on_after_its_cache_is_lost(llama, kind, beams):
         edge.disconnect()
 
 
+@pytest.mark.thorough
 def test_a_replay_leaves_the_random_numbers_of_the_run_alone(llama):
     base, model = llama
     after = []
@@ -243,6 +244,7 @@ def tensors():
     return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
 
 
+@pytest.mark.thorough
 def test_many_micro_batches_leave_nothing_behind(llama):
     base, model = llama
     with through(model, Plan(0.3, seed=5, kinds=("lost within", "lost before", "damaged"))) as (server, proxy):

@@ -66,6 +66,7 @@ VALID = {
 }  # fmt: skip
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("field", VALID)
 def test_a_session_is_opened_with_what_makes_sense_only(edge, field):
     for value in JSON:
@@ -182,7 +183,7 @@ def test_what_makes_no_sense_is_not_computed(edge, name, mode):
     check_refused(edge.stream(edge.forward(**{"mode": mode, **FORWARDS[name]})))
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("field", ["mode", "alive", "copies", "skipped", "version", "given", "hidden_gradient", "rows"])
 def test_every_field_of_every_type_is_answered(edge, field):
     for value in JSON:
@@ -367,6 +368,7 @@ def many(llama, connections, streams):
     cloud.sessions.close_idle()
 
 
+@pytest.mark.thorough
 def test_a_well_behaved_edge_is_not_disturbed(llama, edge):
     fuzz(llama, 600)
 
@@ -433,6 +435,7 @@ def some_message(draw):
     return Message(draw(st.text(max_size=9)), fields, made)
 
 
+@pytest.mark.thorough
 @given(some_message(), st.integers(1, 80))
 def test_messages_arrive_as_they_were_sent(message, chunk):
     with pytest.MonkeyPatch.context() as patch:

@@ -100,6 +100,7 @@ def flops(model):
     return counter.get_total_flops()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("checkpointing", [None, "plain", "with input gradients"])
 def test_backward_ends_below_the_lowest_active_module(checkpointing):
     counts = {}
@@ -233,7 +234,7 @@ def save(model, optimizer):
     return file.getvalue()
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("stop", [1, 2, 3, 5, 6])
 @pytest.mark.parametrize("rule", [{}, {"idle": "last", "warmup": 3}, {"choose": "redrawn"}, {"warmup": 2}], ids=str)
 def test_a_resumed_run_ends_with_the_same_bits(stop, rule):

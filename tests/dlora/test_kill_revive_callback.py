@@ -92,7 +92,7 @@ def test_all_modules_at_once_are_plain_training_to_the_bit(tmp_path):
     assert_equal(*found)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "rule",
     [{"interval": 3}, {"interval": 2, "warmup": 2, "idle": "last"}, {"interval": 0.4, "unit": "epochs"}],
@@ -120,6 +120,7 @@ def test_resuming_with_other_settings_is_refused_by_name(tmp_path):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.thorough
 def test_resuming_a_run_that_had_none_says_so(tmp_path):
     trainer(tmp_path, save_strategy="steps", save_steps=4).train()
     run = trainer(tmp_path, KillReviveCallback(active=2, interval=3))
@@ -159,6 +160,7 @@ def test_a_run_that_broke_off_is_followed_by_a_whole_one(tmp_path):
     assert len(callback.kill_revive.names) == 6 and trainable(model) == before
 
 
+@pytest.mark.thorough
 def test_a_smaller_batch_that_fits_is_found(tmp_path):
     class Small(Trainer):
         def training_step(self, model, inputs, *args):
@@ -185,6 +187,7 @@ def test_model_init_gives_every_call_a_model_of_its_own(tmp_path):
     assert_equal(*found)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("interval", "expected"), [(1, [3, 6, 9]), (0.5, [2, 3, 5, 6, 8, 9]), (1.5, [5, 9])])
 def test_epochs_are_counted_in_steps_also_ragged_ones(tmp_path, interval, expected):
     """Eleven samples, two a batch, two batches a step: three steps an epoch, the last of one batch."""
@@ -275,6 +278,7 @@ def test_engines_with_flat_parameters_are_refused_by_name(tmp_path, engine, monk
         run.begin()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 @pytest.mark.filterwarnings("ignore")
@@ -307,6 +311,7 @@ def test_trainers_of_trl_kill_and_revive(tmp_path, kind, checkpointing):
     assert moved == [True] * 4 and callback.kill_revive.state.decisions == 2
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("mode", [{}, {"r": 4, "init_lora_weights": "gaussian"}], ids=["full", "lora"])
 def test_it_goes_with_d2ft(tmp_path, mode):
     """Both choose at once: which heads run in a micro-batch, and which modules train."""

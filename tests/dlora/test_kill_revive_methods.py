@@ -21,7 +21,7 @@ def moved(before, after):
     return {name for name in before if not all(map(torch.equal, before[name], after[name]))}
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", WORKS)
 def test_only_active_modules_have_gradients_and_move(name):
     model = adapt(WORKS[name])

@@ -81,6 +81,7 @@ def in_two_processes(case: str, variant: str) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("case", "variant"), [("probe", ""), ("last", "gradient_as_bucket_view"), ("redrawn", "static_graph")]
 )
@@ -127,6 +128,7 @@ def by_the_trainer(batch_size: str, resume: str = "") -> dict[str, torch.Tensor]
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.thorough
 def test_the_trainer_in_two_processes_equals_one_also_resumed(tmp_path):
     single = by_the_trainer("4")
     first, second = run(__name__, "by_the_trainer", tmp_path, "2", str(tmp_path / "resumed"))

@@ -55,6 +55,7 @@ def test_as_many_modules_as_asked_for_are_active_after_every_decision(case):
     assert len(states[0].active) == (size if all_first else min(rule.active, size))
 
 
+@pytest.mark.thorough
 @deterministic
 @given(cases())
 def test_what_is_killed_was_active_and_what_is_revived_was_idle(case):
@@ -66,6 +67,7 @@ def test_what_is_killed_was_active_and_what_is_revived_was_idle(case):
         check_decision(before, after, killed, revived)
 
 
+@pytest.mark.thorough
 @deterministic
 @given(cases())
 def test_the_same_numbers_give_the_same_decision_also_after_a_trip_as_json(case):

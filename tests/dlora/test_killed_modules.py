@@ -39,7 +39,7 @@ def freeze(model, *names):
             parameter.requires_grad_(False)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("options", [{}, {"head": "cloud"}, {"edge_blocks": (1, 0)}, {"in_flight": 2}], ids=str)
 @pytest.mark.parametrize("killed", ["cloud_copy", "exchange"])
 def test_a_killed_module_goes_on_adding_what_it_learned(llama, killed, options):
@@ -102,7 +102,7 @@ def test_a_copy_follows_its_module(llama):
     check_close(step(edge, ragged())[1], step(local, ragged())[1])
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("killed", ["cloud_copy", "exchange"])
 @pytest.mark.parametrize("idle", ["probe", "last", "random"])
 def test_a_trainers_run_is_the_local_one(llama, tmp_path, killed, idle):
@@ -117,6 +117,7 @@ def test_a_trainers_run_is_the_local_one(llama, tmp_path, killed, idle):
     check_close(trained(edge), trained(local), 1e-9)
 
 
+@pytest.mark.thorough
 def test_dropped_modules_begin_again(llama, tmp_path):
     base, address = llama
     edge = connect(address, base, adapter(init_lora_weights=True), dtype=torch.float64, killed="drop")
@@ -134,6 +135,7 @@ def test_dropped_modules_begin_again(llama, tmp_path):
         torch.testing.assert_close(edge.eval()(**ragged()).logits, plain.eval()(**ragged()).logits)
 
 
+@pytest.mark.thorough
 def test_the_cloud_decides_as_the_edge_would(llama, tmp_path):
     base, address = llama
     states = []
@@ -148,6 +150,7 @@ def test_the_cloud_decides_as_the_edge_would(llama, tmp_path):
     check_close(states[1][1], states[0][1], 0)
 
 
+@pytest.mark.thorough
 def test_bytes_fall_with_the_modules_that_are_alive(llama, tmp_path):
     base, address = llama
     sent = []

@@ -196,6 +196,7 @@ def test_messages_on_their_way_are_bounded_together(llama):
     cloud.stop()
 
 
+@pytest.mark.thorough
 def test_an_edge_that_does_not_read_is_not_computed_for(llama, monkeypatch):
     _, model = llama
     computed = []
@@ -214,6 +215,7 @@ def test_an_edge_that_does_not_read_is_not_computed_for(llama, monkeypatch):
     cloud.stop()
 
 
+@pytest.mark.thorough
 def test_silent_sessions_and_streams_are_let_go(llama):
     base, model = llama
     cloud, address = start(model, limits=Limits(idle_seconds=0.2))
@@ -243,6 +245,7 @@ def test_silent_sessions_and_streams_are_let_go(llama):
     cloud.stop()
 
 
+@pytest.mark.thorough
 def test_a_server_that_computes_for_long_is_waited_for(llama, monkeypatch):
     base, model = llama
     monkeypatch.setattr(protocol, "FIRST_ANSWER_SECONDS", 0.2)

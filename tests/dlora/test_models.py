@@ -129,7 +129,7 @@ def check_alike(edge, local, batch, dtype):
     check_close(edge_grads, grads, 1e-9 if dtype is torch.float64 else 1e-4)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [*DECODERS, *slow(MORE_DECODERS)])
 def test_decoders(tmp_path, name):

@@ -6,6 +6,7 @@ import torch
 from .cases import adapter, check_close, edge_like, ragged, serve, step, tiny_base, whole
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("options", [{}, {"edge_blocks": (1, 0)}, {"edge_blocks": (2, 0), "head": "cloud"}], ids=str)
 def test_gradients_are_those_of_a_local_model_with_the_same_noise(tmp_path, options):
     base = tiny_base(tmp_path)

@@ -81,7 +81,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing", "ignore:.*use_reentrant")
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options_of_the_trainer(llama, tmp_path, options):
@@ -95,6 +95,7 @@ def test_a_compiled_model(llama, tmp_path):
     check_same_run(llama, lambda model: trainer(model, tmp_path, **options).train().training_loss)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("head", ["edge", "cloud"])
 def test_evaluation_between_steps_and_the_best_checkpoint_in_the_end(llama, tmp_path, head):
     def run(model):
@@ -108,6 +109,7 @@ def test_evaluation_between_steps_and_the_best_checkpoint_in_the_end(llama, tmp_
     check_same_run(llama, run, 1e-12, head=head)
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_in_the_middle_of_an_epoch_and_once_more(llama, tmp_path):
     def run(model):
         folder = tmp_path / type(model).__name__
@@ -146,6 +148,7 @@ def test_a_pass_that_is_given_up_or_gone_through_twice_leaves_nothing_in_the_clo
     check_empty(cloud)
 
 
+@pytest.mark.thorough
 def test_kill_and_revive_with_parts_in_flight(llama, tmp_path):
     def run(model):
         callback = KillReviveCallback(active=5, interval=2)
@@ -173,7 +176,7 @@ def test_a_batch_that_is_too_large_is_halved(llama, tmp_path):
     check_same_run(llama, run)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("options", [{}, {"head": "cloud", "in_flight": 2}], ids=str)
 def test_a_step_that_breaks_off_leaves_nothing_in_the_cloud(llama, tmp_path, error, options):
@@ -196,6 +199,7 @@ def test_a_step_that_breaks_off_leaves_nothing_in_the_cloud(llama, tmp_path, err
     check_same_run(llama, run, 1e-12, **options)
 
 
+@pytest.mark.thorough
 def test_a_model_made_by_the_trainer(llama, tmp_path):
     local, edge = both(llama)
     start = {name: value.clone() for name, value in trained(local).items()}
@@ -209,6 +213,7 @@ def test_a_model_made_by_the_trainer(llama, tmp_path):
     check_close(trained(edge), trained(local), 0)
 
 
+@pytest.mark.thorough
 def test_a_loop_of_ones_own(llama):
     def run(model):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -298,6 +303,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("config", ADAPTERS.values(), ids=ADAPTERS)
 def test_fields_of_the_adapter(llama, config):
     found = []
@@ -324,6 +330,7 @@ def test_fields_that_cannot_be_are_refused(llama, config, options, message):
         connect(address, base, adapter(**{"init_lora_weights": True, **config}), dtype=torch.float64, **options)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_vocabulary_that_grew_on_the_edge(tmp_path, tied):
     base = tiny_base(tmp_path, tie_word_embeddings=tied)

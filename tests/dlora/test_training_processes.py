@@ -27,7 +27,7 @@ def in_two_processes(folder: str, base: str, address: str, kills: str) -> dict[s
     return trained(model)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("kills", ["", "kills"])
 def test_edges_in_two_processes_train_what_two_local_ones_train(tmp_path, kills):
     base = tiny_base(tmp_path / "base")

@@ -43,7 +43,7 @@ def execute_on_rank(folder: str) -> list[set[str]]:
     return [set(execute(page, here)) for page in ON_RANKS]
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in ON_RANKS])
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -101,7 +101,7 @@ class _Synchronizations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.quick(6)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("shortcut", ["zero", "mean", "rescale"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", TINY)
@@ -171,6 +171,7 @@ def _train(model, forward, no_sync, ranks):
     return [p.detach() for p in model.parameters() if p.requires_grad]
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_data_parallel_processes_equal_one(tmp_path):
     model = d2ft_model(TINY["llama"].build().double(), "full").train()

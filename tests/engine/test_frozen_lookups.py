@@ -78,6 +78,7 @@ def test_files_of_other_weights_make_room(tmp_path):
     assert len(os.listdir(tmp_path)) == 1
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("damage", ["a value", "a header", "the end is missing", "the file's head"])
 def test_what_is_damaged_is_computed_again_with_a_warning(tmp_path, damage):
     batch, model = TINY["vit"].batch(4), build("vit")

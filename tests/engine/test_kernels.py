@@ -53,7 +53,7 @@ def _per_block(name, mode, operations, heads=8):
     return _kernels(name, mode, operations, 3, heads) - _kernels(name, mode, operations, 2, heads)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name, projections, biases", [("llama", 7, 0), ("vit", 6, 4)])
 def test_half_of_the_heads_launch_hardly_more_kernels_than_all(name, projections, biases, mode):

@@ -38,7 +38,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.quick(5)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(("name", "choice", "attention", "padding"), CASES)
 def test_chosen_tokens_equal_the_twin(name, choice, attention, padding):
     base, batch = base_of(name, attn_implementation=attention), batch_of(name, padding)
@@ -55,7 +55,7 @@ def test_chosen_tokens_equal_the_twin(name, choice, attention, padding):
     assert_same_gradients(model, twin, "full")
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("kind", CHECKPOINTING)
@@ -71,6 +71,7 @@ def test_recomputation_runs_on_the_tokens_of_its_forward_pass(name, kind, mode):
     assert_same_gradients(model, twin, mode)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_two_passes_of_a_micro_batch_keep_their_choices_apart(kind):
@@ -127,6 +128,7 @@ def test_a_budget_of_one_is_plain_fine_tuning_to_the_bit(name):
     assert planner.pop_logs()["flops_ratio"] == 1.0
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize(("model", "length"), [("bert", 320), ("llama", 320)])
 def test_counted_flops_meet_the_budget_and_are_what_was_foreseen(model, length, mode):
@@ -164,6 +166,7 @@ def test_whatever_is_not_trained_sees_all_tokens():
     assert {state.shape[1] for state in hidden} == {TOKENS}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_nothing_of_the_model_changes_but_for_a_forward_that_unload_takes_away(mode):
     base = base_of("vit")

@@ -114,7 +114,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name, mode, checkpointing", CASES)
 def test_loss_and_every_gradient_stay(name, mode, checkpointing):
     model, batch = build(name, mode), batch_of(name)
@@ -126,6 +126,7 @@ def test_loss_and_every_gradient_stay(name, mode, checkpointing):
     assert rows < 0.5 * 3 * 9 and len(names) >= 3
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", ["vit", "bert", "gpt2 classifier", "llama", "gpt2"])
 def test_loss_and_every_gradient_stay_under_eager_attention(name):
     model, batch = build(name, attention="eager"), batch_of(name)
@@ -136,6 +137,7 @@ def test_loss_and_every_gradient_stay_under_eager_attention(name):
     assert left_out(model)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("labels", ["none in one sample", "every label counts"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert masked lm"])
 def test_labels_may_be_anywhere(name, labels):
@@ -178,7 +180,7 @@ def test_a_plan_that_leaves_heads_out_of_the_last_block_is_followed(name):
     assert len(left_out(model)[0]) > 2
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("mode, attention", [("full", "sdpa"), ("lora", "eager")])
 @pytest.mark.parametrize("name", ["vit", "bert", "llama classifier", "llama", "gpt2"])
 def test_counted_flops_are_the_foreseen_ones(name, mode, attention):

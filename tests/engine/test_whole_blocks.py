@@ -90,7 +90,7 @@ def assert_equal_under_plans(adapted, twin, blocks, batch):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 def test_blocks_run_as_plain_code_has_it(name, lora):
     model, batch = double(name)
     adapted = whole(model, lora)
@@ -114,7 +114,7 @@ def test_checkpointed_blocks_recompute_under_their_plan(name, lora, reentrant):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 def test_all_full_is_the_model_to_the_bit(name, lora):
     model, batch = WHOLE[name].build(), WHOLE[name].batch()
     adapted = whole(model, lora)

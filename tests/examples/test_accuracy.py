@@ -36,6 +36,7 @@ def run(tmp_path, monkeypatch):
     return run_script
 
 
+@pytest.mark.thorough
 def test_rows_run_their_share_of_the_compute(run):
     names = ("plain", "fewer_steps", "fewer_samples", "bilevel:backward_score=fisher")
     whole = [f"{name}{',' if ':' in name else ':'}skip_unread_rows=False" for name in names]
@@ -50,6 +51,7 @@ def test_rows_run_their_share_of_the_compute(run):
         assert 0 <= row["value"] <= 100 and row["cpu_seconds"] > row["planning_seconds"] > 0
 
 
+@pytest.mark.thorough
 def test_a_run_is_made_once(run):
     first = run("plain")
     assert run("plain", "importance")[:1] == first and len(run("plain", "importance")) == 2

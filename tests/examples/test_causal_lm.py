@@ -65,7 +65,7 @@ def run(assets, tmp_path):
     return run_script
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("method", ["d2ft", "plain"])
 @pytest.mark.parametrize("args", [(), ("--train_boundary", "false"), ("--r", "4", "--lora_alpha", "8")])
 def test_what_is_saved_is_what_was_evaluated(assets, run, tmp_path, method, args):
@@ -88,6 +88,7 @@ def test_what_is_saved_is_what_was_evaluated(assets, run, tmp_path, method, args
     assert result["perplexity"] < 14
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_ends_with_the_same_weights(run):
     args = ("--r", 4, "--num_full", 2, "--num_forward_only", 1, "--save_strategy", "steps", "--save_steps", 2)
     whole, whole_output = run(*args, output="whole")
@@ -108,6 +109,7 @@ def test_fewer_samples_are_fewer_steps(run):
         run("--baseline_fewer_samples", 0.5)
 
 
+@pytest.mark.thorough
 def test_the_last_line_and_limits_on_samples(run, capsys):
     result, _ = run("--max_train_samples", 20, "--max_eval_samples", 5, "--shortcut", "mean")
     last = capsys.readouterr().out.splitlines()[-1]

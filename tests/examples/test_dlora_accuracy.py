@@ -26,17 +26,20 @@ def found(tmp_path_factory):
         return [run(name, 0.01, 0, task, blocks, blocks, base, address, steps=5) for name in names]
 
 
+@pytest.mark.thorough
 def test_a_run_across_the_cloud_is_the_local_run(found):
     local, cloud, *_ = found
     assert cloud["loss"] == pytest.approx(local["loss"], abs=1e-5)
     assert "sent_per_token" not in local
 
 
+@pytest.mark.thorough
 def test_the_saved_adapter_is_what_was_trained(found):
     for row in found[:4]:
         assert row["loss_stock_peft"] == pytest.approx(row["loss"], abs=1e-3 if "int8" in row["row"] else 1e-5)
 
 
+@pytest.mark.thorough
 def test_packing_cores_and_killed_modules_send_less(found):
     _, cloud, *others, _ = found
     for row in others:
@@ -66,6 +69,7 @@ def test_rows_that_share_a_rate_name_one_that_has_its_own():
     assert all(ROWS[row.like].like is None for row in ROWS.values() if row.like)
 
 
+@pytest.mark.thorough
 def test_tables_and_picture(found, tmp_path):
     text = tables(found, [])
     assert all(f"| {row['row']} " in text for row in found)

@@ -88,6 +88,7 @@ def test_gradients_of_two_classes_point_in_two_directions():
     assert torch.equal(found, labels) or torch.equal(~found, labels)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("context", [False, True])
 def test_an_inverter_reads_what_it_has_learned_to_read(context):
     embedding, turned = torch.randn(20, 12), torch.randn(12, 12)

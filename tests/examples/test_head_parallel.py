@@ -32,6 +32,7 @@ def two_steps(folder: str) -> dict:
     return {"differences": head_parallel.main(["--steps", "2", "--folder", folder]), "started": started}
 
 
+@pytest.mark.thorough
 def test_the_example_trains_the_weights_of_one_process(tmp_path):
     arguments = ["--steps", "2", "--folder", str(tmp_path), "--alone"]
     assert run(__name__, "alone", tmp_path, *arguments, processes=1) == [True]

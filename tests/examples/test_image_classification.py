@@ -77,7 +77,7 @@ def reload(assets, output):
     return (PeftModel.from_pretrained(model, output) if path != output else model).eval()
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("method", ["d2ft", "plain"])
 @pytest.mark.parametrize("args", [(), ("--train_boundary", "false"), ("--r", "4", "--lora_alpha", "8")])
 def test_what_is_saved_is_what_was_evaluated(assets, run, tmp_path, method, args):
@@ -108,6 +108,7 @@ def test_d2ft_and_plain_train_the_same_parameters(assets, given):
     assert trained[0] == trained[1] and "classifier.weight" in trained[0]
 
 
+@pytest.mark.thorough
 def test_other_sources_of_images(run):
     result, _ = run(data=("--dataset_name", "folder"))
     assert result["accuracy"] > 0.5
@@ -115,6 +116,7 @@ def test_other_sources_of_images(run):
     assert result["accuracy"] > 0.5
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("method", [(), ("--num_full", 2, "--num_forward_only", 1), ("--method", "plain", "--r", 4)])
 def test_a_resumed_run_ends_with_the_same_bits_flips_included(run, method):
     args = (*method, "--save_strategy", "steps", "--save_steps", 2)

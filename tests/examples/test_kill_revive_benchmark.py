@@ -32,6 +32,7 @@ def run(tmp_path, monkeypatch):
     return run_script
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 def test_rows_train_their_share_of_the_modules(run, tmp_path, capsys):
     picture = tmp_path / "activity.png"
@@ -50,7 +51,7 @@ def test_rows_train_their_share_of_the_modules(run, tmp_path, capsys):
     assert "fewer_steps" in capsys.readouterr().out
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("method", kill_revive.METHODS)
 def test_every_method_makes_a_row(method, monkeypatch, run):

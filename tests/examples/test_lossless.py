@@ -76,6 +76,7 @@ def test_the_default_row_is_what_a_budget_alone_gives(task):
     assert config_of("default:compute_budget=0.5", 0.6, "full", task, seed=0).compute_budget == 0.5
 
 
+@pytest.mark.thorough
 def test_rows_cost_their_share_of_the_flops(script):
     whole = ":skip_unread_rows=False"
     d2ft = [name + whole for name in ("all_full", "fewer_steps", "fewer_samples")]
@@ -131,6 +132,7 @@ def test_a_loss_is_the_mean_over_the_tokens_that_have_a_label(task, script):
     assert row["value"] == pytest.approx(again["value"], abs=1e-5)
 
 
+@pytest.mark.thorough
 def test_every_row_runs_at_its_own_rate_found_on_samples_of_no_other_run(task, script, tmp_path, capsys):
     seen = []
     train = lossless.train
@@ -157,6 +159,7 @@ def test_every_row_runs_at_its_own_rate_found_on_samples_of_no_other_run(task, s
         script("--rows", "fewer_samples", "--rates", path)
 
 
+@pytest.mark.thorough
 def test_a_run_is_made_once_and_rounds_of_times_go_on(script):
     first = script("--rows", "plain")
     assert script("--rows", "plain") == first

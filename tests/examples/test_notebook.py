@@ -31,6 +31,7 @@ def check(names, folder):
     assert names["schedule"].counts
 
 
+@pytest.mark.thorough
 def test_every_cell_runs(tmp_path, monkeypatch, capsys):
     check(run(tmp_path, monkeypatch, steps=3), tmp_path)
 

@@ -41,7 +41,7 @@ def forked(monkeypatch, tmp_path):
     monkeypatch.setattr(parallel, "subprocess", SimpleNamespace(run=start))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_bytes_losses_and_predictions(forked, tmp_path):
     path = tmp_path / "parallel.json"
@@ -70,6 +70,7 @@ def test_bytes_losses_and_predictions(forked, tmp_path):
         assert moved == pytest.approx(rows[name]["sent"], rel=0.02), name
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["parallel.json", "parallel_llama.json"])
 def test_predictions_are_near_what_was_measured(capsys, name):
     """The files beside the scripts hold measured steps, and micro-measurements from which these are predicted."""
@@ -88,6 +89,7 @@ def test_predictions_are_near_what_was_measured(capsys, name):
             assert prediction.seconds == pytest.approx(row["step_seconds"], rel=0.15), variant
 
 
+@pytest.mark.thorough
 def test_the_picture_of_what_cannot_be_run(tmp_path, monkeypatch):
     monkeypatch.setattr(simulate_plot, "cases", lambda cases=simulate_plot.cases: [next(cases())])
     printed = simulate_plot.draw(str(tmp_path / "simulated.png"))

@@ -18,6 +18,7 @@ SIZES = {
 }  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_a_quick_run_writes_everything_and_reads_its_model_back(tmp_path, capsys):
     rows = quickstart.main(["--quick", "--output", str(tmp_path)])
     check_rows(rows)
@@ -67,6 +68,7 @@ def test_the_pre_trained_model_is_kept_for_its_recipe(tmp_path):
         assert torch.equal(again.state_dict()[name], value), name
 
 
+@pytest.mark.thorough
 def test_all_ways_see_the_same_samples_in_the_same_order():
     """Before the first update all models agree, so equal losses mean equal samples."""
     torch.manual_seed(0)

@@ -42,6 +42,7 @@ def task():
     )
 
 
+@pytest.mark.thorough
 def test_screening_is_paid_with_samples(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(screening, "load_task", lambda *args, **kwargs: task)
     path = tmp_path / "rows.jsonl"

@@ -85,6 +85,7 @@ def test_padding_changes_nothing(model):
     assert sparse_lora.loss_of(model, padded).item() == pytest.approx(first.item(), abs=1e-12)
 
 
+@pytest.mark.thorough
 def test_rows_cost_what_they_leave():
     args = SimpleNamespace(steps=2, batch=4, lr=1e-2)
     names = ["dense:share=0.5", "columns:skip=0.5,blocks=all,start=0", "columns:skip=0.5,start=0.5,lora=cut"]

@@ -58,7 +58,7 @@ def by_name(rows):
     return {(row["mode"], row["schedule"] or row["variant"], row["budget"]): row for row in rows}
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("args", [(), ("--bf16",)])
 def test_known_ratios(measured, args):
     rows = by_name(measured(*args)[0])
@@ -79,6 +79,7 @@ def test_known_ratios(measured, args):
     assert 0.85 < rows["lora", "lora_fa", 1.0]["flops_ratio"] < 1
 
 
+@pytest.mark.thorough
 def test_memory_of_the_peers(run):
     rows = by_name(run("--peers", "checkpointing", "lora_fa", "--schedules", cell="tiny_llama:4:6"))
     assert rows["full", "checkpointing", 1.0]["memory_ratio"] < 0.9
@@ -153,6 +154,7 @@ def test_step_time_keeps_its_rows(tmp_path, monkeypatch):
         assert three["flops_ratio"] == pytest.approx(0.6, rel=0.02)
 
 
+@pytest.mark.thorough
 def test_table_and_picture(measured, tmp_path, capsys):
     _, path = measured()
     capsys.readouterr()
@@ -164,6 +166,7 @@ def test_table_and_picture(measured, tmp_path, capsys):
     assert imread(tmp_path / "speed.png").std() > 0.01, "an empty picture"
 
 
+@pytest.mark.thorough
 def test_other_policies_are_schedules_too(run):
     names = ["drop_bp", "lisa", "stochastic_depth", "dynamic_pruning", "moe"]
     rows = by_name(run("--peers", "--schedules", *names, "--budgets", "0.7"))

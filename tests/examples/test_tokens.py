@@ -37,6 +37,7 @@ def run(tmp_path, monkeypatch):
     return run_script
 
 
+@pytest.mark.thorough
 def test_every_row_costs_its_share_of_the_plain_run(run):
     fixed = ["--size", "64", "--low", "48", "--steps", "5", "--micro-batch-size", "1", "--rows"]
     rows = run("accuracy", *fixed, "plain", "fewer_samples", "lower_resolution", "fewer_tokens:token_choice=variance")

@@ -24,6 +24,7 @@ def two_turns(out: str) -> bool:
     return True
 
 
+@pytest.mark.thorough
 def test_both_variants_run_as_many_samples(tmp_path):
     assert all(run(__name__, "two_turns", tmp_path, str(tmp_path / "figures.json")))
     measured = json.loads(Path(tmp_path / "figures.json").read_text())

@@ -83,6 +83,7 @@ def features_of(model, name):
     return torch.cat(found), torch.cat(labels)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
@@ -111,6 +112,7 @@ def test_the_head_of_any_model_is_found_and_fitted_to_what_it_reads(name, mode):
     assert not model._forward_hooks and not head.layer._forward_hooks
 
 
+@pytest.mark.thorough
 def test_logits_that_are_equal_by_chance_do_not_matter():
     """A head of zeros gives every token the same logits; so does bfloat16 with one output for many."""
     model = wrap(build("llama"), "lora")

@@ -45,6 +45,7 @@ def step(model, batch):
     return seen.detach()
 
 
+@pytest.mark.quick(8)
 @each
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_random_schedules_equal_the_reference(name, mode):
@@ -103,6 +104,7 @@ def values(model, batch):
     return outputs.logits if "labels" in batch else outputs.last_hidden_state
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", SAVED)
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_what_was_trained_is_saved_loaded_and_merged(name, mode, tmp_path):

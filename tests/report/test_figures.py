@@ -223,6 +223,7 @@ def test_bad_windows_are_refused(window):
         loss_curves_figure(CURVES, window=window)
 
 
+@pytest.mark.thorough
 def test_reports_load_neither_torch_nor_pyplot():
     # A bare package in place of d2ft_peft, whose own __init__ needs torch.
     code = (

@@ -21,7 +21,7 @@ WHOLE = {"all_full", "fewer_tokens"}  # the latter keeps its budget in the forwa
 KINDS = ("compute", "communication", "counts")
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", policy_names())
 @deterministic
 @given(problem=problems(max_rows=6, max_subnets=5, budgets=KINDS))
@@ -34,7 +34,7 @@ def test_a_schedule_covers_all_cells_and_keeps_the_problems_facts(name, problem)
         assert (getattr(schedule, fact) == getattr(problem, fact)).all()
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", sorted(set(policy_names()) - WHOLE))
 @deterministic
 @given(problem=problems(max_rows=6, max_subnets=5, budgets=("compute", "communication")))
@@ -58,7 +58,7 @@ def test_counts_are_hit_exactly(name, problem):
     assert ((operations == Operation.FORWARD_ONLY).sum(axis=0) == num_forward_only).all()
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", policy_names())
 @deterministic
 @given(problem=problems(max_rows=6, max_subnets=5, budgets=KINDS), seed=st.integers(0, 100))
@@ -67,6 +67,7 @@ def test_the_same_problem_and_seed_give_the_same_schedule(name, problem, seed):
     assert first == second
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", BY_SCORE)
 @deterministic
 @given(problem=problems(max_rows=6, max_subnets=5, budgets=KINDS), seed=st.integers(0, 100))

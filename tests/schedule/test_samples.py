@@ -61,6 +61,7 @@ def shares(name, scores, runs=4000, budget=0.25):
     return count / count.mean()
 
 
+@pytest.mark.thorough
 def test_importance_draws_in_proportion_within_floor_and_cap():
     """One of many is drawn: its chance is its share of the scores, none below a tenth of the mean or above ten."""
     scores = np.array([1.0, 2.0, 3.0, 0.0])
@@ -70,6 +71,7 @@ def test_importance_draws_in_proportion_within_floor_and_cap():
     assert outlier[-1] == pytest.approx(40 * 10 / (10 + 39 * 0.1), rel=0.1)
 
 
+@pytest.mark.thorough
 def test_selective_backprop_draws_by_percentile_and_fewer_samples_by_nothing():
     scores = np.array([0.1, 5.0, 5.1, 1e6])
     np.testing.assert_allclose(shares("selective_backprop", scores), np.array([1, 2, 3, 4]) / 10 * 4, atol=0.12)

@@ -75,7 +75,7 @@ def test_depth_is_exact(rows, scores):
     assert worth == best_by_sums(items, int(3 * problem.limits.sum() + 1e-6))
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(4)
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("policy", ["bilevel", "joint", "depth"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.63])

@@ -80,6 +80,7 @@ CASES = [(name, mode) for name in (*TINY, *LAYOUTS) for mode in ("full", "lora")
 CASES.remove(("deepseek_v3", "lora"))  # its dense FFN carries no LoRA
 
 
+@pytest.mark.quick(6)
 @pytest.mark.parametrize("name, mode", CASES)
 def test_sample_scores_equal_autograd_on_each_sample_alone(name, mode):
     model, partition = adapted(name, mode)

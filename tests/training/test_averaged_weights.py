@@ -195,6 +195,7 @@ def test_the_best_checkpoint_gives_what_was_evaluated_there(tmp_path, best):
     assert_equal(trained(trainer.model), trainer.seen[best // 2 - 1])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("config", [{"train_boundary": True}, {"mode": "lora"}, {"keep_base": False}])
 def test_under_d2ft_steps_that_do_not_run_are_none(tmp_path, config):
     """Two of four steps run; a step that does not run leaves the weights alone, and is not averaged again."""
@@ -274,6 +275,7 @@ def train_on_two_processes(folder: str) -> dict[str, torch.Tensor]:
     return trained(trainer.model)
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_processes_end_with_the_same_averages(tmp_path):
     first, second = run(__name__, "train_on_two_processes", tmp_path, str(tmp_path))

@@ -51,14 +51,14 @@ NEEDS = {
 POLICIES = [name for name in policy_names() if not name.startswith("test")]
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy(tmp_path, policy):
     """What a policy keeps for an interval of ten steps is kept over a stop within it."""
     assert_resumes(tmp_path, {"policy": policy, "compute_budget": 0.6, **NEEDS.get(policy, {})})
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("policy", ["depth", "random", "importance"])
 def test_ragged_lengths(tmp_path, policy):
     """Costs are those of the length that the run began with, whatever batch a resumed one sees first."""
@@ -73,7 +73,7 @@ WINDOWS = {
 }
 
 
-@pytest.mark.quick(2)
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", WINDOWS.values(), ids=WINDOWS)
 @pytest.mark.parametrize("config", [{"num_full": 3}, {"policy": "importance", "compute_budget": 0.5}])
 def test_windows(tmp_path, config, size):
@@ -82,7 +82,7 @@ def test_windows(tmp_path, config, size):
     assert_resumes(tmp_path, config, (1, 3, 4, 5, 7), data=data, accumulation=1, steps=8, every=1)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", [26, 13], ids=["short last step", "a last batch of one"])
 def test_rests_of_epochs(tmp_path, size):
     assert_resumes(tmp_path, {"policy": "random", "compute_budget": 0.5}, data=samples(n=size))
@@ -98,7 +98,7 @@ def test_means_of_features(tmp_path):
     assert_resumes(tmp_path, {"policy": "random", "compute_budget": 0.5, "shortcut": "mean"})
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_ratios_of_an_entry_that_spans_a_checkpoint(tmp_path, accumulation):
     """The Trainer forgets the losses before it; what was executed is remembered."""
@@ -149,7 +149,7 @@ def of_an_older_version(path):
     path.write_text(json.dumps({"rng": {}, "step": 3}))
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "file, damage, message",
     [
@@ -176,6 +176,7 @@ def test_scores_belong_to_a_data_set(tmp_path, checkpoint):
         train(tmp_path, FISHER, str(checkpoint), data=samples(n=44))
 
 
+@pytest.mark.thorough
 def test_another_number_of_accumulation_steps_is_followed(tmp_path):
     """A resumed run schedules what a fresh one with its arguments does."""
     config = {"policy": "round_robin", "num_full": 2, "num_forward_only": 1}
@@ -195,6 +196,7 @@ def test_damaged_arrays_are_named(tmp_path):
         train(tmp_path / "again", {"policy": "importance", "compute_budget": 0.5}, str(folder))
 
 
+@pytest.mark.thorough
 def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path):
     """It says why, which is not that somebody else wrote them."""
     train(tmp_path, {"num_full": 2}, steps=2, save_only_model=True)

@@ -98,7 +98,7 @@ def test_training_ends_with_the_same_bits_and_blocks_run_in_the_first_epoch_only
     assert runtime.cache is None and not cached.get_base_model().base_model._forward_pre_hooks
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("name, side", [("bert", "right"), ("llama", "left"), ("llama", "right")])
 def test_only_real_tokens_are_kept_and_padding_may_change_from_epoch_to_epoch(tmp_path, name, side, accumulation):
@@ -166,6 +166,7 @@ def test_augmented_inputs_are_computed_and_it_is_said_that_nothing_is_gained(tmp
     assert len([one for one in told if "second time" in str(one.message)]) == 1
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", [True, False], ids=["reentrant", "non-reentrant"])
 def test_checkpointed_blocks_are_recomputed_on_what_was_kept(tmp_path, kind):
     weights = []
@@ -187,6 +188,7 @@ def test_a_schedule_that_leaves_out_frozen_heads_runs_as_it_is(tmp_path):
     assert_equal(trained(cached), trained(plain))
 
 
+@pytest.mark.thorough
 def test_samples_of_a_policy_and_depths_are_looked_up_too(tmp_path):
     for policy in ("fewer_samples", "depth"):
         options = {"policy": policy, "compute_budget": 0.6, "layers_to_transform": [1, 2], "r": 4}
@@ -232,6 +234,7 @@ def train_in_a_process(directory):
     return trained(model), sum(rows), len(os.listdir(directory))
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_each_process_writes_a_file_and_reads_those_of_the_others(tmp_path):
     (ours, rows, files), (theirs, others, _) = run(__name__, "train_in_a_process", tmp_path, str(tmp_path / "cache"))

@@ -64,7 +64,7 @@ class Watching(D2FTTrainer):
         return super().training_step(*args, **kwargs)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "config",
     [
@@ -87,6 +87,7 @@ def test_the_first_step_begins_with_the_fitted_head(tmp_path, config):
     assert [log["step"] for log in losses] == [1, 2, 3] and "head_start_samples" not in losses[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("config", [{"policy": "fewer_samples"}, {"backward_score": "fisher", "num_full": 2}], ids=str)
 def test_what_it_costs_counts_as_training(tmp_path, config):
     with_start, without = (started(tmp_path, head_start=start, **config) for start in ("auto", False))
@@ -106,12 +107,14 @@ def test_one_pass_scores_and_collects(tmp_path, monkeypatch):
     assert not own and trainer._d2ft_session.head_start.samples == 41
 
 
+@pytest.mark.thorough
 def test_of_samples_that_are_not_scored_the_features_alone_are_read(tmp_path):
     trainer = started(tmp_path, backward_score="fisher", num_full=2, score_fraction=0.3)
     assert len(trainer.planner.scores["fisher"].samples) == 12
     assert trainer._d2ft_session.head_start.samples == 41
 
 
+@pytest.mark.thorough
 def test_the_random_state_is_that_of_a_run_without(tmp_path):
     states = []
 
@@ -126,6 +129,7 @@ def test_the_random_state_is_that_of_a_run_without(tmp_path):
     assert len(states) == 8 and states[0] == states[4]
 
 
+@pytest.mark.thorough
 def test_a_callback_does_the_same_as_the_trainer(tmp_path):
     ours = started(tmp_path, policy="fewer_samples")
     theirs = started(tmp_path, Trainer, callbacks=[D2FTCallback()], policy="fewer_samples")
@@ -133,6 +137,7 @@ def test_a_callback_does_the_same_as_the_trainer(tmp_path):
     assert_equal(trained(ours.model), trained(theirs.model))
 
 
+@pytest.mark.thorough
 def test_a_second_call_of_train_and_a_resumed_run_leave_the_head(tmp_path):
     trainer = started(tmp_path, policy="random", args={"save_strategy": "steps", "save_steps": 2})
     trainer.train()
@@ -143,6 +148,7 @@ def test_a_second_call_of_train_and_a_resumed_run_leave_the_head(tmp_path):
         assert resumed.state.global_step == 3 and resumed._d2ft_session.head_start is None
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(tmp_path):
     args = {"save_strategy": "steps", "save_steps": 2}
     whole = started(tmp_path, policy="importance", args=args)
@@ -152,6 +158,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(tmp_pa
     assert resumed.state.total_flos == whole.state.total_flos
 
 
+@pytest.mark.thorough
 def test_a_head_that_is_not_new_is_left_alone_unless_asked_for(tmp_path, caplog):
     caplog.set_level(logging.INFO, "d2ft_peft")
     for start, fitted in (("auto", False), (True, True), (False, False)):
@@ -172,6 +179,7 @@ CANNOT = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("case", CANNOT)
 def test_where_it_cannot_be_it_is_not_or_says_why(tmp_path, case, caplog):
     config, options, message = CANNOT[case]
@@ -189,6 +197,7 @@ def test_a_causal_model_is_left_alone(tmp_path):
     assert started(tmp_path, data=data, model=model)._d2ft_session.head_start is None
 
 
+@pytest.mark.thorough
 def test_texts_of_any_length_are_read_at_their_last_token(tmp_path):
     data = [{k: v[0] for k, v in b.items()} for b in batches("llama", sizes=[1] * 14)]
 
@@ -211,6 +220,7 @@ class Stop(TrainerCallback):
         control.should_training_stop = True
 
 
+@pytest.mark.thorough
 def test_a_fraction_and_the_runs_compute_bound_the_pass(tmp_path):
     def count(**config):
         return started(tmp_path, data=samples(400), policy="fewer_samples", **config)._d2ft_session.head_start.samples
@@ -233,6 +243,7 @@ def two_processes(batch_size):
     return {"head": trainer.first_head, "facts": facts, "flos": torch.tensor(trainer.state.total_flos)}
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_two_processes_fit_what_one_does(tmp_path):
     whole = two_processes("4")
@@ -242,6 +253,7 @@ def test_two_processes_fit_what_one_does(tmp_path):
     assert first["facts"][0] == 41 and first["facts"][2] == pytest.approx(whole["facts"][2].item())
 
 
+@pytest.mark.thorough
 def test_a_head_of_few_classes_starts_as_it_is_unless_asked_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(head_pass, "_FEWEST_CLASSES", 10)
     with caplog.at_level(logging.INFO):
@@ -250,6 +262,7 @@ def test_a_head_of_few_classes_starts_as_it_is_unless_asked_for(tmp_path, monkey
     assert started(tmp_path, head_start=True)._d2ft_session.head_start is not None
 
 
+@pytest.mark.thorough
 def test_under_lora_a_head_starts_as_it_is_unless_asked_for(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         assert started(tmp_path, r=4)._d2ft_session.head_start is None

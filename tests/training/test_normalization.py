@@ -93,7 +93,7 @@ DATA = {
 }
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("case", DATA)
 def test_the_models_own_loss(tmp_path, case, smoothing):
@@ -131,7 +131,7 @@ OWN = {
 }
 
 
-@pytest.mark.quick(6)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("base", [D2FTTrainer, Trainer], ids=["subclass", "callback"])
 @pytest.mark.parametrize("case", ["llama", "llama, second micro-batch without labels", "llama, ragged labels", "bert"])
 @pytest.mark.parametrize("loss", OWN)
@@ -141,6 +141,7 @@ def test_a_loss_of_ones_own(tmp_path, loss, case, base):
     assert_same(ours, mean_over_what_ran(name, DATA[case]))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("divides", [True, False])
 def test_a_loss_function(tmp_path, divides):
     def function(outputs, labels, num_items_in_batch=None):
@@ -157,6 +158,7 @@ def test_a_step_in_which_no_label_counts_leaves_the_weights_alone(tmp_path):
     assert trainer.state.log_history[0]["loss"] == 0
 
 
+@pytest.mark.thorough
 def test_the_loss_that_is_logged_is_the_mean_over_what_ran(tmp_path):
     """At any budget, where all samples are the same."""
     same, losses = classified(1) * 10, set()
@@ -237,6 +239,7 @@ class TestWatchedItems:
         assert not items.used
 
 
+@pytest.mark.thorough
 def test_a_loss_that_reads_the_number_is_asked_to_say_what_it_is(tmp_path):
     class Reads(D2FTTrainer):
         def compute_loss(self, model, inputs, num_items_in_batch=None):

@@ -157,7 +157,7 @@ def test_what_a_user_logs_is_left_alone(tmp_path):
     ]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo's own look at it
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_compiled_model_is_normalized_as_well(tmp_path, accumulation):

@@ -73,7 +73,7 @@ def last_log(trainer):
     return next(entry for entry in reversed(trainer.state.log_history) if "flops_ratio" in entry)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["bert", "llama"])
 @pytest.mark.parametrize("accumulation", [1, 4], ids=["one batch a step", "accumulated"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -248,6 +248,7 @@ def train_in_a_process(budget, name):
     return {**trained(trainer.model), "padded": torch.tensor(totals.padded), "flops": torch.tensor(totals.flops)}
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_two_processes_equal_one_and_do_equal_work(tmp_path, name):
@@ -261,6 +262,7 @@ def test_two_processes_equal_one_and_do_equal_work(tmp_path, name):
     assert max(padded) < 1.1 * min(padded)
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_two_processes_keep_a_budget_together(tmp_path):
     ranks = run(__name__, "train_in_a_process", tmp_path, "0.5", "llama")
@@ -281,6 +283,7 @@ def test_items_that_are_images_run_as_before(tmp_path):
     assert_equal(trained(found[0].model), trained(found[1].model))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_rows_without_padding_leave_every_step_as_it_was(tmp_path, attention):
     found, data = {}, ragged()

@@ -63,7 +63,7 @@ def adapted(case, cls, **config):
     return model
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("case", CASES)
 def test_it_trains_as_lora_does(tmp_path, case):
@@ -75,6 +75,7 @@ def test_it_trains_as_lora_does(tmp_path, case):
     assert_equal(trained(ours), trained(plain))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("config", [{"r": 4}, {}])
 def test_heads_of_a_dispatched_model_run_as_those_of_one_that_lies_in_one_place(tmp_path, config):
     found = []

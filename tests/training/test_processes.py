@@ -20,7 +20,7 @@ from tests.test_trainer import adapt, arguments, samples, trained
 from tests.training.test_step_log import InOrder, pad, texts
 
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.thorough]
 
 # Batches of two: short ones for process 0, long ones for process 1; the last of an epoch has one sample less.
 LENGTHS = [length for _ in range(10) for length in (4, 5, 90, 60)] + [4, 3, 70]
@@ -136,7 +136,6 @@ def processes(tmp_path_factory):
         yield run(__name__, "in_two_processes", tmp_path_factory.mktemp("processes"))
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["steps", "accumulated"])
 @pytest.mark.parametrize("policy", SOME)
 def test_processes_with_batches_of_other_lengths_run_one_schedule(processes, policy, kind):
@@ -147,7 +146,6 @@ def test_processes_with_batches_of_other_lengths_run_one_schedule(processes, pol
         torch.testing.assert_close(second[name], value, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.quick(4)
 @pytest.mark.parametrize(
     "kind, policy",
     [*(("exchanging every micro-batch", name) for name in SOME), *(("exchanging once", name) for name in POLICIES)],

@@ -43,7 +43,7 @@ def test_two_calls_of_train_equal_two_of_a_plain_trainer(tmp_path, accumulation)
     assert_equal(*weights)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @BOTH
 def test_a_batch_size_that_does_not_fit_is_tried_again_from_the_start(tmp_path, accumulation):
     class Full(TrainerCallback):
@@ -64,6 +64,7 @@ def test_a_batch_size_that_does_not_fit_is_tried_again_from_the_start(tmp_path, 
     assert found[0][1] == found[1][1] and len(found[0][1]) == 3
 
 
+@pytest.mark.thorough
 @BOTH
 def test_an_epoch_that_is_stopped_drops_its_window(tmp_path, accumulation):
     class Stop(TrainerCallback):
@@ -118,6 +119,7 @@ def test_a_model_that_is_made_by_the_trainer_is_the_one_that_is_scheduled(tmp_pa
         assert ratios(trainer) == [0.5] * 3
 
 
+@pytest.mark.thorough
 def test_hyperparameters_are_searched(tmp_path):
     """Each trial is a session of its own: another model, another number of micro-batches."""
     seen = []
@@ -139,6 +141,7 @@ def test_hyperparameters_are_searched(tmp_path):
     assert len({model for model, _ in seen}) == 2
 
 
+@pytest.mark.thorough
 def test_one_callback_serves_several_trainers(tmp_path):
     callback = D2FTCallback()
     for _ in range(2):
@@ -186,6 +189,7 @@ def test_a_change_in_the_middle_is_refused(tmp_path, change, named):
         trainer.train()
 
 
+@pytest.mark.thorough
 def test_an_adapter_that_was_switched_between_two_calls_is_followed(tmp_path):
     model = adapt("vit", "lora", policy="bilevel", compute_budget=0.5).float()
     model.add_adapter("other", D2FTConfig(r=4, policy="bilevel", compute_budget=0.25))
@@ -211,6 +215,7 @@ def test_evaluation_in_the_middle_changes_nothing(tmp_path, accumulation):
     assert_equal(*weights)
 
 
+@pytest.mark.thorough
 @BOTH
 def test_an_optimizer_with_a_mode_of_its_own(tmp_path, accumulation):
     """Schedule-free optimizers step in train mode only, and evaluation puts them into the other."""
@@ -240,6 +245,7 @@ def test_an_optimizer_with_a_mode_of_its_own(tmp_path, accumulation):
     assert modes and set(modes) == {"train"}
 
 
+@pytest.mark.thorough
 def test_a_gradient_scaler_passes_steps_that_do_not_run(tmp_path):
     """It asserts that somebody looked for infinities, which nobody did where nothing ran."""
 

@@ -76,6 +76,7 @@ def logged(trainer, name):
     return np.array([log[name] for log in trainer.state.log_history if "loss" in log and name in log])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_all_of_the_compute_trains_what_the_plain_trainer_trains(name, tmp_path):
     """In one batch: over several, T5's and BART's losses are means of each, which the plain Trainer adds up."""
@@ -87,6 +88,7 @@ def test_all_of_the_compute_trains_what_the_plain_trainer_trains(name, tmp_path)
         torch.testing.assert_close(merged[key], value, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_budget_alone_is_kept_and_counted_against_plain_training(name, tmp_path):
     """Composed by inputs and targets or in the loader's own batches: plain training costs the same."""
@@ -98,6 +100,7 @@ def test_a_budget_alone_is_kept_and_counted_against_plain_training(name, tmp_pat
     assert 0.55 < logged(ours, "flops_ratio").mean() < 0.63  # the account saves up until another sample fits
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("policy", [pytest.param("bilevel", id="heads"), pytest.param("depth", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_policy_over_heads_trains(name, policy, tmp_path):

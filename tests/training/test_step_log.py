@@ -43,7 +43,7 @@ def entries(trainer):
 RATIOS = {"compute_ratio", "communication_ratio", "workload_variance", "flops_ratio", "step_flops"}
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("policy", ["random", "bilevel", "fewer_samples", "all_full"])
 def test_every_entry_has_the_ratios(tmp_path, policy, accumulation):
@@ -105,6 +105,7 @@ def test_tokens_are_counted_where_they_ran(tmp_path, policy):
     assert trainer.state.num_input_tokens_seen == sum(ran)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("accumulation", [1, 5])
 def test_flops_follow_the_lengths_of_every_batch(tmp_path, accumulation):
     """Counted by PyTorch, a first batch that is thirty times shorter than the others notwithstanding."""

@@ -52,6 +52,7 @@ HEADS = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("head", HEADS)
 def test_the_head_steps_at_its_own_rate_and_all_else_at_the_trainers(tmp_path, head):
     model = adapt(policy="all_full", compute_budget=1.0, head_learning_rate_factor=10, **HEADS[head]).float()
@@ -93,7 +94,7 @@ def test_the_schedule_scales_both_rates_and_a_second_call_of_train_divides_nothi
         assert at == pytest.approx({key: (0.005 if key in head else 0.01) * share for key in at})
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("rule", [None, "sqrt"])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, rule):
     def train(folder, **kwargs):
@@ -254,6 +255,7 @@ def train_on_two_processes() -> dict[str, torch.Tensor]:
     return {**trained(model), "factors": torch.tensor(factors), "last": torch.tensor(last)}
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_processes_step_at_the_same_rates(tmp_path):
     first, second = run(__name__, "train_on_two_processes", tmp_path)

@@ -111,6 +111,7 @@ def one_process():
     return trained(trainer.model), trainer.drawn
 
 
+@pytest.mark.thorough
 @pytest.mark.distributed
 def test_each_process_draws_tokens_of_its_own_and_all_end_with_the_same_weights(tmp_path):
     (weights, drawn), (others, drawn_there) = run(__name__, "one_process", tmp_path)

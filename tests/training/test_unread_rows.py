@@ -202,6 +202,7 @@ class Asking(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("change, calls", [(False, 0), (True, 1)])
 def test_rows_are_counted_on_the_host_unless_labels_changed_since(tmp_path, change, calls):
     seen = []
@@ -237,6 +238,7 @@ def own_loss(outputs, labels, num_items_in_batch=None):
     return nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "more", [{"trainer": OwnLoss}, {"compute_loss_func": own_loss}, {"settings": {"label_smoothing_factor": 0.1}}]
 )
@@ -244,6 +246,7 @@ def test_where_somebody_else_reads_the_logits_they_are_whole(tmp_path, more):
     assert flops_ratio(run(tmp_path, "llama", **more)[1]) == 1.0
 
 
+@pytest.mark.thorough
 def test_a_loss_of_ones_own_on_a_classifier_sees_the_logits_that_it_needs(tmp_path):
     runs = [run(tmp_path, "bert", OwnLoss, config={"skip_unread_rows": skips}) for skips in (True, False)]
     assert_close(runs[0][0], runs[1][0])

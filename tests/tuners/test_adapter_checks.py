@@ -28,6 +28,7 @@ def quantized(kind):
     return model
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", ["subclass", torch.int8, torch.float8_e4m3fn])
 def test_weights_that_cannot_be_cut_are_refused(kind):
     where = "the weight of model.layers.1.mlp.up_proj is a .*, which cannot be "

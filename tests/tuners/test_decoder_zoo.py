@@ -56,6 +56,7 @@ def pair(model, mode):
     return ours, twin, twin
 
 
+@pytest.mark.quick(8)
 @ignore_targets_left_out
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @each_decoder
@@ -73,6 +74,7 @@ def test_random_schedules_equal_the_reference(name, mode):
         assert_same_gradients(ours, twin, mode, **tolerance)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("checkpointing", ["non-reentrant", pytest.param("reentrant", marks=pytest.mark.slow)])
 @each_decoder
 def test_gradient_checkpointing_equals_the_reference(name, checkpointing):
@@ -88,6 +90,7 @@ def test_gradient_checkpointing_equals_the_reference(name, checkpointing):
     assert_same_gradients(ours, twin, "full", **TOLERANCE[model.dtype])
 
 
+@pytest.mark.quick(4)
 @ignore_targets_left_out
 @pytest.mark.parametrize("mode", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 @each_decoder
@@ -109,6 +112,7 @@ def test_a_trained_adapter_is_saved_loaded_and_merged(name, mode, tmp_path):
         torch.testing.assert_close(ours.merge_and_unload()(**batch).logits, expected)
 
 
+@pytest.mark.quick(4)
 @each_decoder
 def test_every_head_full_is_the_plain_model_to_the_bit(name):
     model, batch = built(name)

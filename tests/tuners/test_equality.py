@@ -83,7 +83,7 @@ def assert_same_gradients(model, twin, mode, **tolerance):
         torch.testing.assert_close(ours[name], gradient, **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("mode", ["full", "full with boundary", "lora"])
 @pytest.mark.parametrize("name", TINY)

@@ -53,6 +53,7 @@ def saved_bytes(model, batch, plan):
     return sum(storages.values())
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", TINY)
 def test_only_full_heads_are_kept_for_backward(name, mode):
@@ -70,7 +71,7 @@ def test_only_full_heads_are_kept_for_backward(name, mode):
     assert kept["half, rest forward"] == pytest.approx(kept["half"], rel=0.1)
 
 
-@pytest.mark.quick(6)
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("shortcut", ["mean", "rescale"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", ["vit", "bert", "gpt2"])
@@ -107,6 +108,7 @@ def test_both_attention_kernels_run_on_some_heads(name, attention):
     assert_same_gradients(model, twin, "full")
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", TINY)
 def test_autocast_to_bfloat16(name, mode):

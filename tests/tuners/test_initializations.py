@@ -34,7 +34,7 @@ def logits(model):
         return model.eval()(**TINY["llama"].batch(4)).logits
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 @pytest.mark.filterwarnings("ignore:lora with eva initialization used with low_cpu_mem_usage=False")
 @pytest.mark.parametrize("way", WAYS)

@@ -32,6 +32,7 @@ def bytes_of(tensors) -> int:
     return sum(t.numel() * t.element_size() for t in {t.data_ptr(): t for t in tensors}.values())
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", TINY)
 @each_kind
 def test_memory_is_that_of_plain_fine_tuning(name, mode):
@@ -44,6 +45,7 @@ def test_memory_is_that_of_plain_fine_tuning(name, mode):
     assert ours == sum(p.numel() for p in adapted(name, mode).parameters() if p.requires_grad)
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("name", TINY)
 @each_kind
 def test_gradients_are_those_beside_a_kept_base(name, mode):
@@ -64,6 +66,7 @@ def test_gradients_are_those_beside_a_kept_base(name, mode):
             same(in_place[parameter], grad)
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name, mode", [(name, mode) for name in TINY for mode in MODES])
 def test_the_adapter_loads_into_a_fresh_base_to_the_bit(name, mode, tmp_path):
     model = trained(name, mode, keep_base=False, modules_to_save=MODULES_TO_SAVE[name])

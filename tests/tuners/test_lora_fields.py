@@ -56,7 +56,7 @@ def assert_equal_under_plans(model, twin, batch, seed, n):
         assert_same_gradients(model, twin, "lora")
 
 
-@pytest.mark.quick(5)
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("name", "fields", "targets"),
     [*(pytest.param("vit", fields, VIT, id=f"vit, {key}") for key, fields in FIELDS.items()),

@@ -27,6 +27,7 @@ def twin_of(model, mode, targets):
     return twin
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("mode", ["full", "lora"])
 @pytest.mark.parametrize("name", TINY)
 def test_untargeted_projections_are_cut_too(name, mode):

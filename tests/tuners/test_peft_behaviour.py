@@ -79,6 +79,7 @@ def case(request) -> Case:
     return Case(name, mode, model, untrained_state, untrained, logits(model, name))
 
 
+@pytest.mark.quick(5)
 def test_an_untrained_adapter_changes_nothing(case):
     same(case.untrained, logits(case.plain, case.name))
 
@@ -102,6 +103,7 @@ def test_disable_adapter(case):
     same(logits(case.model, case.name), case.trained)
 
 
+@pytest.mark.quick(5)
 def test_merge_and_unmerge(case):
     model = case.copy()
     before = state(model)
@@ -121,6 +123,7 @@ def test_disabling_a_merged_adapter_unmerges_it(mode):
         close(logits(model, "vit"), logits(plain_model("vit"), "vit"))
 
 
+@pytest.mark.quick(5)
 def test_merge_and_unload_gives_the_plain_model(case):
     model = case.copy()
     model.gradient_checkpointing_enable()
@@ -134,6 +137,7 @@ def test_merge_and_unload_gives_the_plain_model(case):
     close(logits(merged, case.name), expected)
 
 
+@pytest.mark.quick(5)
 def test_unload_gives_the_base_back(case):
     base = case.copy().unload()
     assert_plain(base)

@@ -57,6 +57,7 @@ def load(name, folder, **kwargs):
     return PeftModel.from_pretrained(fresh(name), folder, **kwargs)
 
 
+@pytest.mark.quick(5)
 @pytest.mark.parametrize("name, mode", CASES)
 def test_round_trip(name, mode, tmp_path):
     shared(name, mode).save_pretrained(tmp_path)

@@ -101,7 +101,7 @@ def test_lora_leaves_alone_what_the_model_reads_without_calling_it():
 
 @each_mode
 @pytest.mark.parametrize("name", ["mamba", "hand_written"])
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 def test_the_trainer_trains_them_under_a_budget_alone(name, mode, tmp_path):
     rows = WHOLE[name].batch(24)
     rows.pop("attention_mask")
@@ -121,6 +121,7 @@ def test_the_trainer_trains_them_under_a_budget_alone(name, mode, tmp_path):
     assert any(not before[n].equal(p) for n, p in model.named_parameters() if n in before)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("mode", ["plain", "full", "lora"])
 def test_blocks_cost_what_a_counter_counts(mode):
     """But for the gradient of the lowest block's input, which is foreseen although nothing below needs it."""
@@ -167,7 +168,7 @@ def test_scores_are_sums_over_the_weights_of_a_block():
 
 
 @pytest.mark.parametrize("policy", ["random", "bilevel", "joint", "depth"])
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 def test_policies_schedule_blocks(policy):
     model = adapted("mamba", "lora", policy=policy, compute_budget=0.6).train()
     planner, batches = D2FTPlanner(model), [WHOLE["mamba"].batch(2, seed) for seed in range(5)]
