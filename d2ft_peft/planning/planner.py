@@ -281,7 +281,7 @@ def _as_many_everywhere(composition: Composition) -> Composition:
     if samples.max() and not samples.min():
         raise ValueError(
             f"process {samples.argmin()} runs no sample of a step, and process {samples.argmax()} runs "
-            f"{samples.max()}; under FSDP all run equally many micro-batches: raise compute_budget or "
+            f"{samples.max()}; under FSDP or DeepSpeed all run equally many micro-batches: raise compute_budget or "
             "per_device_train_batch_size, or use DistributedDataParallel."
         )
     return composition.regrouped(int(min(counts.max(), samples.min())))

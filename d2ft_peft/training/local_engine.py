@@ -1,4 +1,4 @@
-"""Micro-batches that run where the Trainer runs them: on one process, under DistributedDataParallel or FSDP2."""
+"""Micro-batches that run where the Trainer runs them: on one process, under DDP, FSDP2 or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class LocalEngine:
     """How a session's micro-batches run, and how the model is clipped, saved and loaded.
 
-    What stands here is a Trainer on one process, under DistributedDataParallel or FSDP2, to whose own methods
-    (`default`) almost everything is left; `HeadParallelEngine` overrides it.
+    What stands here is a Trainer on one process, or under DistributedDataParallel, FSDP2 or DeepSpeed, to whose own
+    methods (`default`) almost everything is left; `HeadParallelEngine` overrides it.
 
     Args:
         trainer: The Trainer.

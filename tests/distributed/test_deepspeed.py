@@ -90,7 +90,7 @@ def trained(*case, **kwargs):
         before = whole(trainer)
         trainer.train()
         after = whole(trainer)
-        assert sum(not value.equal(before[name]) for name, value in after.items()) > 0.9 * len(after)
+        assert not all(value.equal(before[name]) for name, value in after.items())
         assert trainer.accelerator.distributed_type == (DistributedType.DEEPSPEED if way in STAGES else "MULTI_CPU")
         return after
 
