@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers as tf
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from torch import nn
 
 from .architecture_choice import PLANNED_ONLY, TASKS, choose_task, read_config
@@ -72,18 +73,7 @@ def read_data(name: str, held_out_share: float = 0.1, cache_dir: str | None = No
     """
     if not 0 < held_out_share < 1:
         raise ValueError(f"held_out={held_out_share} must be in (0, 1).")
-    ending = os.path.splitext(name)[1].lower()
-    if os.path.isfile(name):
-        if ending not in _KINDS:
-            raise ValueError(f"data={name!r} ends in {ending or 'nothing'}; give one of {sorted(_KINDS)}, or a folder.")
-        options = {"sep": "\t"} if ending == ".tsv" else {}
-        splits = load_dataset(_KINDS[ending], data_files={"train": name}, cache_dir=cache_dir, **options)
-    elif any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
-        splits = load_from_disk(name)
-    elif name.startswith((".", "/", "~")) and not os.path.isdir(name):
-        raise ValueError(f"data={name!r} does not exist.")
-    else:
-        splits = load_dataset(name, cache_dir=cache_dir)
+    splits = _load(name, cache_dir)
     splits = DatasetDict(train=splits) if isinstance(splits, Dataset) else splits
     if "train" not in splits:
         raise ValueError(f"data={name!r} has the splits {sorted(splits)} and no 'train'.")
@@ -94,6 +84,26 @@ def read_data(name: str, held_out_share: float = 0.1, cache_dir: str | None = No
         raise ValueError(f"data={name!r} has {len(splits['train'])} rows; at least 2 are needed to hold one out.")
     parts = splits["train"].train_test_split(held_out_share, seed=0, shuffle=splits["train"].column_names != ["text"])
     return DatasetDict(train=parts["train"], held_out=parts["test"])
+
+
+def _load(name: str, cache_dir: str | None) -> DatasetDict | Dataset:
+    ending = os.path.splitext(name)[1].lower()
+    if os.path.isfile(name):
+        if ending not in _KINDS:
+            raise ValueError(f"data={name!r} ends in {ending or 'nothing'}; give one of {sorted(_KINDS)}, or a folder.")
+        if not os.path.getsize(name):
+            raise ValueError(f"data={name!r} is empty.")
+    elif name.startswith((".", "/", "~")) and not os.path.isdir(name):
+        raise ValueError(f"data={name!r} does not exist.")
+    try:
+        if os.path.isfile(name):
+            options = {"sep": "\t"} if ending == ".tsv" else {}
+            return load_dataset(_KINDS[ending], data_files={"train": name}, cache_dir=cache_dir, **options)
+        if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
+            return load_from_disk(name)
+        return load_dataset(name, cache_dir=cache_dir)
+    except (DatasetsError, ValueError, OSError) as error:
+        raise ValueError(f"data={name!r} cannot be read: {error.__cause__ or error}") from error
 
 
 def load_task(
@@ -126,6 +136,11 @@ def load_task(
     splits = read_data(data, held_out_share, cache_dir)
     columns = find_columns(splits["train"].features, given)
     name = choose_task(config, task or columns.task)
+    if task is None and name == "causal-lm" and choose_task(config, None) == "sequence-classification":
+        raise ValueError(
+            f"the columns {splits['train'].column_names} have no label, and a {config.model_type} model is no language "
+            "model; name a label_column, or give task='causal-lm' if it is one all the same."
+        )
     if name in PLANNED_ONLY:
         raise ValueError(
             f"task={name!r} can be planned only; train it with a Trainer of its kind and d2ft_peft.D2FTTrainerMixin."
