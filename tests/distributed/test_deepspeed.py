@@ -145,8 +145,8 @@ USES = {
         data_collator=collate,
     ),
     "more micro-batches than counted": trained(
-        "llama", "full", {**EXACT, "compute_budget": 0.6}, data=ragged("llama", 32, seed=2), max_steps=1,
-        gradient_accumulation_steps=2, data_collator=collate,
+        "llama", "full", {**EXACT, "compute_budget": 0.9}, data=ragged("llama", 32, seed=2), max_steps=1,
+        per_device_train_batch_size=8, gradient_accumulation_steps=1, data_collator=collate,
     ),
     "evaluates and predicts": evaluates_and_predicts,
     "keeps the best": keeps_the_best,
