@@ -36,7 +36,7 @@ PACKAGE = Path(d2ft_peft.__file__).parent
 OVERRIDES = {
     D2FTTrainerMixin: (Trainer, {
         "_build_accelerator_args", "_inner_training_loop", "_get_dataloader", "_prepare_for_training",
-        "create_optimizer", "get_batch_samples", "training_step", "floating_point_ops",
+        "create_optimizer", "get_batch_samples", "_prepare_inputs", "training_step", "floating_point_ops",
         "_track_num_input_tokens", "_clip_grad_norm", "_get_grad_norm", "log", "evaluation_loop", "_save",
         "_save_optimizer_and_scheduler", "_save_rng_state", "_push_from_checkpoint", "_load_rng_state",
         "_load_from_checkpoint", "_load_best_model", "_load_optimizer_and_scheduler",
