@@ -16,7 +16,7 @@ from tests.whole_models import reference_blocks
 
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`gradient_checkpointing(_kwargs)?` is deprecated:FutureWarning"),  # by transformers
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing(_kwargs)?` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:the adapter's base model is the local path"),
     pytest.mark.filterwarnings("ignore:Merge lora module to .-bit linear may get different"),  # by PEFT
 ]
