@@ -16,6 +16,7 @@ from contract import ROOT, environment
 from package import extras
 
 
+TESTS = ("tests/tuners/test_quantized.py", "tests/tuners/test_quantized_heads.py")
 # Imported by transformers with the package: hqq's compiled functions.
 IMPORTING_HQQ = "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 
@@ -25,7 +26,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", IMPORTING_HQQ, f"--junitxml={report}"]
-        command += ["-m", "thorough or not thorough", "tests/tuners/test_quantized.py"]
+        command += ["-m", "thorough or not thorough", *TESTS]
         failed = subprocess.run(command, cwd=ROOT).returncode
         skipped = sum(int(suite.get("skipped", 0)) for suite in ElementTree.parse(report).iter("testsuite"))
     if skipped:

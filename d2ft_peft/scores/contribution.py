@@ -66,7 +66,8 @@ def weight_magnitude(model: nn.Module, partition: Partition) -> np.ndarray:
             module = base.get_submodule(projection.name)
             layer = module.active_layer() if isinstance(module, D2FTLayer) else unwrap(module)
             axis = HeadAxis(projection.kind, projection.layout, projection.transposed)
-            weight = _whole(layer.weight) if is_dense(layer.weight) else dequantize_module_weight(layer)
+            dense = is_dense(getattr(layer, "weight", None))
+            weight = _whole(layer.weight) if dense else dequantize_module_weight(layer)
             heads.add(index, _by_head(weight.abs()[None], axis))
             if projection.kind == "column" and layer.bias is not None:
                 heads.add(index, _by_head(_whole(layer.bias).abs()[None], HeadAxis("column", projection.layout)))

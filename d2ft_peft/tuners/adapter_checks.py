@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from ..engine.dequantize import quantized_weight
 from ..partition import Partition, is_plain_linear, unwrap
 from ..schedule import policy_facts
 from .config import D2FTConfig
@@ -142,7 +143,8 @@ def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) ->
     """Refuse to train weights that cannot be, or to slice those that cannot be cut into heads.
 
     Such are quantized ones: layers of other classes than ``nn.Linear`` (bitsandbytes, HQQ, GPTQ), or tensors of other
-    classes in an ordinary one (torchao). They run as a whole, so LoRA works where projections or blocks do.
+    classes in an ordinary one (torchao). They run as a whole, so LoRA works where projections or blocks do; those whose
+    dense weight can be read are cut as well.
 
     Raises:
         ValueError: If full fine-tuning, or a policy that cuts projections, meets such a weight.
@@ -158,7 +160,7 @@ def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) ->
                 "offloading."
             )
         return
-    why = why_not_sliced(model, partition, config)
+    why = why_not_sliced(model, partition, config, readable=not config.head_parallel)
     if why:
         raise ValueError(
             f"{why}; choose policy='exact_first', 'all_full', 'fewer_samples', 'importance' or 'selective_backprop', "
@@ -166,12 +168,20 @@ def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) ->
         )
 
 
-def why_not_sliced(model: nn.Module, partition: Partition, config: D2FTConfig) -> str:
-    """Why projections cannot be run on some of their heads, as the policy does; empty if they can, or need not."""
+def why_not_sliced(model: nn.Module, partition: Partition, config: D2FTConfig, readable: bool) -> str:
+    """Why projections cannot be run on some of their heads, as the policy does; empty if they can, or need not.
+
+    Args:
+        model: The model.
+        partition: Its heads.
+        config: The adapter's configuration.
+        readable: Whether a quantized weight can be, if it is known how to make it dense.
+    """
     if config.inference_mode or config.policy == "all_full" or policy_facts(config.policy).rows != "micro_batches":
         return ""
     for name in partition.projections:
-        found = _not_dense(unwrap(model.get_submodule(name)), name)
+        layer = unwrap(model.get_submodule(name))
+        found = "" if readable and quantized_weight(layer) else _not_dense(layer, name)
         if found:
             return f"{found}, which cannot be cut into heads as policy={config.policy!r} does"
     return ""

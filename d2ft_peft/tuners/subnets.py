@@ -41,7 +41,9 @@ def partition_for(model: nn.Module, config: D2FTConfig, other: Partition | None 
     else:
         partition = partition_model(model, config.heads_per_subnet, config.stacks, config.subnets)
         why = (
-            why_not_sliced(model, partition, config) if config.subnets is None and config.heads_per_subnet == 1 else ""
+            why_not_sliced(model, partition, config, readable=False)
+            if config.subnets is None and config.heads_per_subnet == 1
+            else ""
         )
         if why and config.is_lora:
             partition = partition_into_blocks(model, why)

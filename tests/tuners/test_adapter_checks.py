@@ -41,6 +41,52 @@ def test_weights_that_cannot_be_cut_are_refused(kind):
         get_peft_model(quantized(kind), D2FTConfig(policy="all_full"))
 
 
+class QuantLinear(nn.Linear):
+    """A stand-in for GPTQ's and AWQ's layers: integers, scales, a forward of its own. PEFT takes it for a linear."""
+
+    def __init__(self, dense: nn.Linear):
+        super().__init__(dense.in_features, dense.out_features, bias=False)
+        scales = dense.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scales", scales)
+        self.register_buffer("qweight", (dense.weight.detach() / scales).round().to(torch.int8))
+        del self.weight
+        self.weight = torch.zeros(0)  # what is sliced by mistake is not the weight
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qweight * self.scales)
+
+
+def with_quant_linears(dense=False):
+    model = fresh("llama")
+    for block in model.model.layers:
+        layer = QuantLinear(block.mlp.up_proj)
+        if dense:
+            block.mlp.up_proj.weight.data.copy_(layer.qweight * layer.scales)
+        else:
+            block.mlp.up_proj = layer
+    return model
+
+
+def test_quantized_layers_of_an_unknown_kind_run_whole():
+    """Whole samples under the default policy, whole blocks under one that would cut heads."""
+    with pytest.raises(
+        ValueError, match="up_proj is a QuantLinear, which cannot be cut into heads as policy='bilevel'"
+    ):
+        get_peft_model(with_quant_linears(), D2FTConfig(r=4, policy="bilevel", subnets="heads"))
+    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .*up_proj is a QuantLinear"):
+        ours = get_peft_model(with_quant_linears(), D2FTConfig(r=4, policy="bilevel", target_modules=["q_proj"]))
+    twin = D2FTConfig(r=4, policy="bilevel", target_modules=["q_proj"], subnets="blocks")
+    whole = get_peft_model(with_quant_linears(), D2FTConfig(r=4, target_modules=["q_proj"]))
+    with get_runtime(whole).use(compile_plan(get_runtime(whole).partitions["default"], [2] * 6)):
+        same(whole.train()(**TINY["llama"].batch()).loss, with_quant_linears(dense=True)(**TINY["llama"].batch()).loss)
+    losses = []
+    for model in (ours, get_peft_model(with_quant_linears(dense=True), twin)):
+        runtime = get_runtime(model.train())
+        with runtime.use(compile_plan(runtime.partitions["default"], [2, 0, 2])):
+            losses.append(model(**TINY["llama"].batch()).loss)
+    same(*losses)
+
+
 @pytest.mark.parametrize("policy", [None, "all_full", "fewer_samples", "importance", "selective_backprop"])
 def test_whole_projections_of_such_weights_train_under_lora(policy):
     model = get_peft_model(quantized("subclass"), D2FTConfig(r=4, policy=policy)).train()

@@ -149,7 +149,7 @@ def test_what_cannot_be_trained_or_cut_is_refused(kind):
     with pytest.raises(ValueError, match=r"which cannot be fine-tuned; set r \(LoRA\), or load the model without"):
         get_peft_model(quantized(kind), D2FTConfig())
     with pytest.raises(ValueError, match="as policy='bilevel' does; choose policy=.*, or subnets='blocks'"):
-        get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel", subnets="heads"))
+        get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel", subnets="heads", head_parallel=True))
 
 
 @each_kind
@@ -181,5 +181,6 @@ def test_the_magnitude_of_weights_is_that_of_what_they_stand_for(kind):
         linears = [module for module in block.modules() if hasattr(module, "in_features")]
         norms = [p for name, p in block.named_parameters() if "norm" in name]
         weights = [dequantize_module_weight(module) for module in linears]
-        expected.append(sum(float(w.detach().abs().double().sum()) for w in [*weights, *norms]))
+        biases = [module.bias for module in linears if module.bias is not None]
+        expected.append(sum(float(w.detach().abs().double().sum()) for w in [*weights, *biases, *norms]))
     np.testing.assert_allclose(weight_magnitude(ours, partition), expected, rtol=1e-5)
