@@ -220,7 +220,7 @@ def _not_trainable(module: nn.Module, name: str) -> str:
 
 def is_dense(weight: torch.Tensor | None) -> bool:
     """Whether a weight is a dense floating tensor, whole or sharded (`DTensor`): what can be sliced by heads."""
-    if weight is None:
+    if not isinstance(weight, torch.Tensor):  # none, or what stands for one (GPTQ's metadata)
         return False
     plain = type(weight.data) in (torch.Tensor, nn.Parameter, DTensor)
     return plain and weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.layout == torch.strided

@@ -1,5 +1,7 @@
 """Adapters that are refused when they are made: what could not train, stand beside others, or be loaded again."""
 
+import types
+
 import pytest
 import torch
 import transformers as tf
@@ -9,6 +11,7 @@ from torch import nn
 
 from d2ft_peft import D2FTConfig, partition_model
 from d2ft_peft.engine import compile_plan, get_runtime
+from d2ft_peft.scores import weight_magnitude
 from d2ft_peft.tuners.adapter_checks import is_dense
 from tests.models import TINY
 from tests.tuners.cases import adapted, config_for, fresh, logits, same, train_briefly
@@ -50,7 +53,7 @@ class QuantLinear(nn.Linear):
         self.register_buffer("scales", scales)
         self.register_buffer("qweight", (dense.weight.detach() / scales).round().to(torch.int8))
         del self.weight
-        self.weight = torch.zeros(0)  # what is sliced by mistake is not the weight
+        self.weight = types.SimpleNamespace(shape=(self.out_features, self.in_features))  # as GPTQ's
 
     def forward(self, x):
         return nn.functional.linear(x, self.qweight * self.scales)
@@ -85,6 +88,11 @@ def test_quantized_layers_of_an_unknown_kind_run_whole():
         with runtime.use(compile_plan(runtime.partitions["default"], [2, 0, 2])):
             losses.append(model(**TINY["llama"].batch()).loss)
     same(*losses)
+    for model in (ours, whole):
+        with pytest.raises(
+            ValueError, match="up_proj is a QuantLinear, whose weights D2FT cannot read; choose a score"
+        ):
+            weight_magnitude(model, get_runtime(model).partitions["default"])
 
 
 @pytest.mark.parametrize("policy", [None, "all_full", "fewer_samples", "importance", "selective_backprop"])
