@@ -160,7 +160,7 @@ def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) ->
                 "offloading."
             )
         return
-    why = why_not_sliced(model, partition, config, readable=not config.head_parallel)
+    why = why_not_sliced(model, partition, config, dequantize=True)
     if why:
         raise ValueError(
             f"{why}; choose policy='exact_first', 'all_full', 'fewer_samples', 'importance' or 'selective_backprop', "
@@ -168,20 +168,24 @@ def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) ->
         )
 
 
-def why_not_sliced(model: nn.Module, partition: Partition, config: D2FTConfig, readable: bool) -> str:
+def why_not_sliced(model: nn.Module, partition: Partition, config: D2FTConfig, dequantize: bool) -> str:
     """Why projections cannot be run on some of their heads, as the policy does; empty if they can, or need not.
 
     Args:
         model: The model.
         partition: Its heads.
         config: The adapter's configuration.
-        readable: Whether a quantized weight can be, if it is known how to make it dense.
+        dequantize: Whether heads of quantized weights are cut where it is known how to make them dense.
     """
     if config.inference_mode or config.policy == "all_full" or policy_facts(config.policy).rows != "micro_batches":
         return ""
     for name in partition.projections:
         layer = unwrap(model.get_submodule(name))
-        found = "" if readable and quantized_weight(layer) else _not_dense(layer, name)
+        found = _not_dense(layer, name)
+        if found and not config.head_parallel and not _is_offloaded(layer) and quantized_weight(layer):
+            if dequantize:
+                continue
+            return f"{found}, whose blocks run faster than its heads; subnets='heads' cuts it as {config.policy!r} does"
         if found:
             return f"{found}, which cannot be cut into heads as policy={config.policy!r} does"
     return ""

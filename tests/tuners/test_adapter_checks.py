@@ -37,7 +37,7 @@ def test_weights_that_cannot_be_cut_are_refused(kind):
     where = "the weight of model.layers.1.mlp.up_proj is a .*, which cannot be "
     with pytest.raises(ValueError, match=where + "cut into heads as policy='bilevel' does; choose policy='exact_"):
         get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel", subnets="heads"))
-    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* because heads cannot be cut: " + where):
+    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* because heads are not cut: " + where):
         model = get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel"))
     assert get_runtime(model).partitions["default"].num_scheduled == 3
     with pytest.raises(ValueError, match=where + "fine-tuned; set r"):
@@ -109,7 +109,7 @@ def test_weights_that_accelerate_offloads_are_not_trained_and_not_sliced():
     where = r"the weight of model.layers.0.self_attn.q_proj is offloaded by accelerate"
     with pytest.raises(ValueError, match=where + ".*cannot be fine-tuned; set r .LoRA., or load the model without"):
         get_peft_model(cpu_offload(fresh("llama"), execution_device="cpu"), D2FTConfig())
-    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* heads cannot be cut: " + where):
+    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* heads are not cut: " + where):
         get_peft_model(cpu_offload(fresh("llama"), execution_device="cpu"), D2FTConfig(r=4, policy="bilevel"))
 
 

@@ -124,7 +124,9 @@ def test_the_trainer_trains_under_a_budget_alone(kind, tmp_path):
 @each_kind
 @some_kinds
 def test_blocks_of_quantized_weights_run_as_plain_code_has_it(kind):
-    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* as policy='depth' does"):
+    with pytest.warns(
+        UserWarning, match="the subnets are the 3 whole blocks .*; subnets='heads' cuts it as 'depth' does"
+    ):
         ours = adapted(kind, policy="depth")
     expected, runtime = plain(kind), get_runtime(ours)
     blocks = list(expected.base_model.model.model.layers)
