@@ -21,9 +21,15 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+MEETING = "_d2ft_processes_meet"
+"""Attribute of a model in whose passes processes meet, though its modules do not show it (DeepSpeed)."""
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters of a model are shared out (FSDP), so that the processes meet in every pass through it."""
-    return any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    """Whether parameters, or their gradients, are shared out (FSDP, DeepSpeed's ZeRO), so that the processes meet in
+    every pass through a model."""
+    sharded = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return sharded or getattr(model, MEETING, False)
 
 
 def gather(values: np.ndarray) -> np.ndarray:

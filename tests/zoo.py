@@ -31,7 +31,8 @@ class Animal(Tiny):
     """A recipe of the zoo.
 
     Attributes:
-        group: ``"text encoders"``, ``"vision"`` or ``"speech"``: where the family stands in docs/architectures.md.
+        group: ``"text encoders"``, ``"vision"``, ``"speech"`` or ``"decoders"``: where the family stands in
+            docs/architectures.md.
         family: Its name there.
         quick: Whether the default suite tests it; the others are marked slow.
         refused: Words of the reason why it is not cut into heads, if it is not.
@@ -54,12 +55,17 @@ class Animal(Tiny):
                 "input_ids": torch.randint(3, 60, (n, 7), generator=generator),
                 "attention_mask": (torch.arange(7) < torch.tensor([7] * (n - 1) + [5])[:, None]).long(),
             },
+            "boxes": lambda: {
+                "input_ids": torch.randint(3, 60, (n, 7), generator=generator),
+                "bbox": torch.randint(0, 8, (n, 7, 4), generator=generator).sort(-1)[0],
+            },
             "both": lambda: {
                 "input_ids": torch.randint(3, 60, (n, 7), generator=generator),
                 "pixel_values": values(3, 16, 16),
                 "pixel_mask": torch.ones(n, 16, 16, dtype=torch.long),
             },
             "image": lambda: {"pixel_values": values(3, 16, 16)},
+            "large image": lambda: {"pixel_values": values(3, 32, 32)},
             "video": lambda: {"pixel_values": values(4, 3, 16, 16)},
             "patches": lambda: {
                 "pixel_values": values(4, 192),
@@ -73,6 +79,7 @@ class Animal(Tiny):
             "wave": lambda: {"input_values": values(60)},
             "spectrogram": lambda: {"input_values": values(16, 8)},
             "mel": lambda: {"input_features": values(8, 12)},
+            "frames": lambda: {"input_features": values(12, 8)},
         }[self.kind]()
         if "num_labels" in self.kwargs:
             inputs["labels"] = torch.randint(5, (n,), generator=generator)
@@ -82,6 +89,12 @@ class Animal(Tiny):
 def _text(config, model, family, **kwargs) -> Animal:
     marks = _marks(kwargs)
     return Animal(config, model, {**_TEXT, **kwargs}, "tokens", "text encoders", family, **marks)
+
+
+def _lm(name, family, refused, **kwargs) -> Animal:
+    config, model = getattr(tf, f"{name}Config"), getattr(tf, f"{name}Model")
+    known = {**_HEADS, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return Animal(config, model, {**known, **kwargs}, "tokens", "decoders", family, refused=refused)
 
 
 def _image(config, model, family, kind="image", **kwargs) -> Animal:
@@ -172,6 +185,56 @@ ZOO: dict[str, Animal] = {
     "longformer": _text(
         tf.LongformerConfig, tf.LongformerForSequenceClassification, "Longformer", refused="global tokens"
     ),
+    "layoutlmv3": Animal(
+        tf.LayoutLMv3Config, tf.LayoutLMv3ForSequenceClassification,
+        {**_TEXT, "visual_embed": False, "coordinate_size": 5, "shape_size": 6, "max_2d_position_embeddings": 64,
+         "has_relative_attention_bias": True, "has_spatial_attention_bias": True},
+        "boxes", "text encoders", "LayoutLMv3", quick=True,
+    ),
+    "bros": Animal(
+        tf.BrosConfig, tf.BrosModel, {**_TEXT, "hidden_size": 64}, "boxes",
+        "text encoders", "BROS",
+    ),
+    "eurobert": _text(tf.EuroBertConfig, tf.EuroBertForSequenceClassification, "EuroBERT", num_key_value_heads=2),
+    "splinter": Animal(tf.SplinterConfig, tf.SplinterModel, _TEXT, "tokens", "text encoders", "Splinter"),
+    "tapas": Animal(
+        tf.TapasConfig, tf.TapasModel, {**_TEXT, "type_vocab_sizes": [2] * 7}, "tokens", "text encoders", "TAPAS",
+    ),
+    "roc_bert": _text(
+        tf.RoCBertConfig, tf.RoCBertForSequenceClassification, "RoCBERT", pronunciation_vocab_size=64,
+        shape_vocab_size=64, pronunciation_embed_dim=8, shape_embed_dim=8,
+    ),
+    "xlm": Animal(
+        tf.XLMConfig, tf.XLMModel, {"vocab_size": 64, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "dropout": 0.0,
+        "attention_dropout": 0.0}, "tokens", "text encoders", "XLM", refused="lists of their own",
+    ),
+    "flaubert": Animal(
+        tf.FlaubertConfig, tf.FlaubertModel, {"vocab_size": 64, "emb_dim": 32, "n_layers": 2, "n_heads": 4,
+        "dropout": 0.0, "attention_dropout": 0.0}, "tokens", "text encoders", "FlauBERT", refused="lists of their own",
+    ),
+    "xlnet": Animal(
+        tf.XLNetConfig, tf.XLNetModel, {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48,
+        "dropout": 0.0}, "tokens", "text encoders", "XLNet", refused="parameters of all heads",
+    ),
+    "funnel": Animal(
+        tf.FunnelConfig, tf.FunnelModel, {"vocab_size": 64, "d_model": 32, "block_sizes": [1, 1], "n_head": 4,
+        "d_head": 8, "d_inner": 48, "hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
+        "tokens", "text encoders", "Funnel", refused="parameters of all heads",
+    ),
+    "fnet": _text(tf.FNetConfig, tf.FNetForSequenceClassification, "FNet", refused="Fourier"),
+    "convbert": _text(
+        tf.ConvBertConfig, tf.ConvBertForSequenceClassification, "ConvBERT", embedding_size=32, head_ratio=2,
+        refused="beside a convolution",
+    ),
+    "ibert": _text(tf.IBertConfig, tf.IBertForSequenceClassification, "I-BERT", refused="quantized activations"),
+    "lilt": Animal(
+        tf.LiltConfig, tf.LiltForSequenceClassification, {**_TEXT, "hidden_size": 48, "channel_shrink_ratio": 2},
+        "boxes", "text encoders", "LiLT", refused="second stream",
+    ),
+    "nystromformer": _text(
+        tf.NystromformerConfig, tf.NystromformerForSequenceClassification, "Nystromformer", num_landmarks=7,
+        segment_means_seq_len=7, refused="convolution of its own",
+    ),
     "clip_text_model": _text(tf.CLIPTextConfig, tf.CLIPTextModel, "CLIP, text tower"),
     "siglip_text_model": _text(tf.SiglipTextConfig, tf.SiglipTextModel, "SigLIP, text tower"),
     "deit": _image(tf.DeiTConfig, tf.DeiTForImageClassification, "DeiT"),
@@ -221,12 +284,49 @@ ZOO: dict[str, Animal] = {
     ),
     "swin": Animal(
         tf.SwinConfig, tf.SwinForImageClassification,
-        {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2},
+        {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2,
+         "num_labels": 5, "drop_path_rate": 0.0},
         "image", "vision", "Swin", refused="per head",
     ),
     "hiera": _image(
-        tf.HieraConfig, tf.HieraForImageClassification, "Hiera", refused="from stage to stage", image_size=[32, 32],
+        tf.HieraConfig, tf.HieraForImageClassification, "Hiera", "large image", drop_path_rate=0.0,
+        refused="from stage to stage", image_size=[32, 32],
         patch_size=[7, 7], embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8],
+    ),
+    "convnext": Animal(
+        tf.ConvNextConfig, tf.ConvNextForImageClassification,
+        {"image_size": 32, "hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "num_labels": 5}, "image",
+        "vision", "ConvNeXt", refused="no attention",
+    ),
+    "convnextv2": Animal(
+        tf.ConvNextV2Config, tf.ConvNextV2ForImageClassification,
+        {"image_size": 32, "hidden_sizes": [8, 16], "depths": [1, 2], "num_stages": 2, "num_labels": 5}, "image",
+        "vision", "ConvNeXt V2", refused="no attention",
+    ),
+    "resnet": Animal(
+        tf.ResNetConfig, tf.ResNetForImageClassification,
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "layer_type": "basic", "num_labels": 5},
+        "image", "vision", "ResNet", refused="no attention",
+    ),
+    "swinv2": Animal(
+        tf.Swinv2Config, tf.Swinv2ForImageClassification,
+        {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2,
+         "num_labels": 5, "drop_path_rate": 0.0},
+        "image", "vision", "Swin V2", refused="per head",
+    ),
+    "segformer": Animal(
+        tf.SegformerConfig, tf.SegformerForImageClassification,
+        {"num_encoder_blocks": 2, "depths": [1, 2], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "num_labels": 5,
+         "patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2],
+         "drop_path_rate": 0.0, **_STILL, "classifier_dropout_prob": 0.0},
+        "image", "vision", "SegFormer", refused="from stage to stage",
+    ),
+    "pvt_v2": Animal(
+        tf.PvtV2Config, tf.PvtV2ForImageClassification,
+        {"image_size": 32, "num_encoder_blocks": 2, "depths": [1, 2], "sr_ratios": [2, 1], "hidden_sizes": [16, 32],
+         "patch_sizes": [7, 3], "strides": [4, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2],
+         "num_labels": 5, "drop_path_rate": 0.0, **_STILL},
+        "image", "vision", "PVT v2", refused="from stage to stage",
     ),
     "audio-spectrogram-transformer": _speech(
         tf.ASTConfig, tf.ASTForAudioClassification, "AST", "spectrogram", **_HEADS, **_STILL, **_NO_LABELS,
@@ -241,10 +341,41 @@ ZOO: dict[str, Animal] = {
     "unispeech-sat": _speech(tf.UniSpeechSatConfig, tf.UniSpeechSatForSequenceClassification, "UniSpeech-SAT"),
     "data2vec-audio": _speech(tf.Data2VecAudioConfig, tf.Data2VecAudioForSequenceClassification, "Data2Vec, audio"),
     "wavlm": _speech(tf.WavLMConfig, tf.WavLMForSequenceClassification, "WavLM", refused="instead of calling"),
+    "wav2vec2-conformer": _speech(
+        tf.Wav2Vec2ConformerConfig, tf.Wav2Vec2ConformerForSequenceClassification, "Wav2Vec2-Conformer",
+        conformer_conv_dropout=0.0, conv_depthwise_kernel_size=3, refused="two feed-forward networks",
+    ),
+    "wav2vec2-bert": _speech(
+        tf.Wav2Vec2BertConfig, tf.Wav2Vec2BertModel, "Wav2Vec2-BERT", "frames", **_HEADS, conformer_conv_dropout=0.0,
+        feature_projection_input_dim=8, hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+        feat_proj_dropout=0.0, layerdrop=0.0, mask_time_prob=0.0, conv_depthwise_kernel_size=3,
+        refused="two feed-forward networks",
+    ),
     "whisper": _speech(
         tf.WhisperConfig, tf.WhisperForAudioClassification, "Whisper, encoder", "mel", quick=True, **_NO_LABELS,
         vocab_size=64, d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48, num_mel_bins=8,
         max_source_positions=6, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=48, pad_token_id=0,
         bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, classifier_proj_size=16, dropout=0.0,
+    ),
+    "bitnet": _lm("BitNet", "bitnet", "features of all heads together", num_key_value_heads=2),
+    "diffllama": _lm("DiffLlama", "diffllama", "one half of its heads", num_key_value_heads=2),
+    "falcon_h1": _lm(
+        "FalconH1", "falcon_h1", "side by side", num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4,
+        mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8,
+    ),
+    "mamba": _lm("Mamba", "mamba", "a recurrence over channels", state_size=4),
+    "mamba2": _lm(
+        "Mamba2", "mamba2", "a recurrence over channels", state_size=4, num_heads=8, head_dim=8, n_groups=1, expand=2,
+        chunk_size=4,
+    ),
+    "rwkv": _lm("Rwkv", "rwkv", "a recurrence over channels", attention_hidden_size=32, context_length=16),
+    "openai-gpt": Animal(
+        tf.OpenAIGPTConfig, tf.OpenAIGPTModel, {"vocab_size": 64, "n_positions": 16, "n_embd": 32, "n_layer": 2,
+        "n_head": 4, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, "tokens", "decoders", "openai-gpt",
+        refused="returns a list",
+    ),
+    "recurrent_gemma": _lm(
+        "RecurrentGemma", "recurrent_gemma", "attention or a recurrence", num_key_value_heads=2, lru_width=32,
+        num_hidden_layers=3, attention_window_size=8,
     ),
 }  # fmt: skip

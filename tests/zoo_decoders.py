@@ -42,6 +42,14 @@ DECODERS = {
         max_position_embeddings=32,
     ),
     "codegen": _lm("CodeGen", _GPT, n_head=8, n_ctx=16),
+    "ctrl": _tiny(
+        "CTRL", "CTRLLMHeadModel", n_embd=32, n_head=4, n_layer=2, dff=48, n_positions=16, resid_pdrop=0.0,
+        embd_pdrop=0.0,
+    ),
+    "imagegpt": _tiny(
+        "ImageGPT", "ImageGPTForCausalImageModeling", n_embd=32, n_head=4, n_layer=2, n_inner=48, n_positions=16,
+        attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+    ),
     "opt": _lm("OPT", _HEADS, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=32),
     "xglm": _lm("XGLM", d_model=32, attention_heads=4, ffn_dim=48, num_layers=2, max_position_embeddings=32),
     "biogpt": _lm("BioGpt", _HEADS, max_position_embeddings=32),

@@ -83,6 +83,7 @@ ENCODER_DECODERS = {
     "m2m_100": _bart_like("M2M100", encoder_layerdrop=0.0, decoder_layerdrop=0.0),
     "marian": _bart_like("Marian", decoder_vocab_size=64),
     "mbart": _bart_like("MBart"),
+    "mvp": _bart_like("Mvp"),
     "pegasus": _bart_like("Pegasus"),
     "plbart": _bart_like("PLBart"),
     "speech_to_text": Stacks(
@@ -101,6 +102,21 @@ T5S = {
         tf.T5Config, tf.T5ForConditionalGeneration, {**_T5, "feed_forward_proj": "gated-gelu"}, "seq2seq"
     ),
     "mt5": Stacks(tf.MT5Config, tf.MT5ForConditionalGeneration, _T5, "seq2seq"),
+    "switch_transformers": Stacks(
+        tf.SwitchTransformersConfig,
+        tf.SwitchTransformersForConditionalGeneration,
+        {
+            **_T5,
+            "num_experts": 2,
+            "expert_capacity": 64,
+            "router_jitter_noise": 0.0,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "router_aux_loss_coef": 0.0,
+            "router_z_loss_coef": 0.0,
+        },
+        "seq2seq",
+    ),
     "umt5": Stacks(tf.UMT5Config, tf.UMT5ForConditionalGeneration, _T5, "seq2seq", quick=True),
 }
 # Language models behind towers: each sample is an image and text, in which `_IMAGE_TOKENS` stand for the image.
@@ -147,6 +163,31 @@ def _patched(n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {**prompt, **kinds, "pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]] * n)}
 
 
+def _words(n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """No image: towers do not run."""
+    return _prompt(n, generator, 0)
+
+
+def _tiles(n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One image of one tile, which some blocks attend to from every token."""
+    return {
+        **_prompt(n, generator, 0),
+        "pixel_values": _images(n, generator)[:, None, None],
+        "aspect_ratio_ids": torch.ones(n, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(n, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(n, 9, 1, 1, dtype=torch.long),
+    }
+
+
+def _captions(n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return {"pixel_values": _images(n, generator), "labels": _targets(n, generator)}
+
+
+def _described(n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    ids = _ids(n, 7, generator)
+    return {"input_ids": ids, "attention_mask": _mask(n), "pixel_values": _images(n, generator), "labels": ids}
+
+
 def _typed(n: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     prompt = _prompt(n, generator, 4)
     kinds = {"token_type_ids": (prompt["input_ids"] == _IMAGE_TOKEN).long()}
@@ -172,7 +213,8 @@ def _with_four_tokens(n: int, generator: torch.Generator) -> dict[str, torch.Ten
 
 _BATCHES |= {
     "pairs": _pairs, "patched": _patched, "typed": _typed, "sized": _sized, "lists": _of_lists,
-    "one": _with_one_token, "four": _with_four_tokens,
+    "one": _with_one_token, "four": _with_four_tokens, "words": _words, "tiles": _tiles, "captions": _captions,
+    "described": _described,
 }  # fmt: skip
 
 
@@ -183,6 +225,16 @@ def _vlm(name: str, kind: str, vision: dict, text: dict, stacks=None, quick=Fals
 
 def _of(model_type: str, sizes: dict) -> dict:
     return {"model_type": model_type, **sizes}
+
+
+def _audio(name: str, **kwargs) -> Stacks:
+    config, model = getattr(tf, f"{name}Config"), getattr(tf, f"{name}ForConditionalGeneration")
+    of_audio = {"num_mel_bins": 8, "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 40, "max_source_positions": 6, "hidden_size": 24, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "intermediate_size": 40}  # fmt: skip
+    family = {"Qwen2Audio": ("qwen2_audio_encoder", "qwen2"), "Voxtral": ("voxtral_encoder", "llama")}[name]
+    configs = {"audio_config": _of(family[0], of_audio), "text_config": _of(family[1], _LM)}
+    return Stacks(config, model, {**configs, **kwargs}, "words")
 
 
 _LLAVA = (_of("clip_vision_model", _TOWER), _of("llama", _LM))
@@ -209,6 +261,31 @@ VISION_LANGUAGE = {
     "idefics3": _vlm("Idefics3", "lists", _TOWER, _of("llama", _LM), image_token_id=_IMAGE_TOKEN, scale_factor=2),
     "smolvlm": _vlm("SmolVLM", "lists", _TOWER, _of("llama", _LM), image_token_id=_IMAGE_TOKEN, scale_factor=2),
     "internvl": _vlm("InternVL", "one", _TOWER, _of("qwen2", _LM), image_token_id=_IMAGE_TOKEN),
+    "llava_next": _vlm("LlavaNext", "words", *_LLAVA, image_token_index=_IMAGE_TOKEN),
+    "llava_onevision": _vlm(
+        "LlavaOnevision", "words", _of("siglip_vision_model", _TOWER), _of("qwen2", _LM), image_token_index=_IMAGE_TOKEN
+    ),
+    "vipllava": _vlm("VipLlava", "words", *_LLAVA, image_token_index=_IMAGE_TOKEN, vision_feature_layers=[-1, -2]),
+    "mistral3": _vlm(
+        "Mistral3", "words", _of("pixtral", _TOWER), _of("mistral", _LM), image_token_index=_IMAGE_TOKEN
+    ),
+    "aya_vision": _vlm(
+        "AyaVision", "words", _of("siglip_vision_model", _TOWER), _of("cohere2", _LM), image_token_index=_IMAGE_TOKEN
+    ),
+    "idefics2": _vlm(
+        "Idefics2", "words", _TOWER, _of("mistral", _LM), image_token_id=_IMAGE_TOKEN,
+        perceiver_config={"hidden_size": 32, "resampler_n_latents": 2, "resampler_depth": 1, "resampler_n_heads": 2,
+                          "resampler_head_dim": 8, "num_key_value_heads": 1},
+    ),
+    "mllama": _vlm(
+        "Mllama", "tiles",
+        {"hidden_size": 24, "attention_heads": 2, "num_hidden_layers": 1, "num_global_layers": 1, "image_size": 16,
+         "intermediate_size": 40, "vision_output_dim": 48, "patch_size": 8, "intermediate_layers_indices": [0],
+         "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]},
+        {**_LM, "cross_attention_layers": [1], "dropout": 0.0}, image_token_index=_IMAGE_TOKEN,
+    ),
+    "qwen2_audio": _audio("Qwen2Audio", audio_token_index=_IMAGE_TOKEN),
+    "voxtral": _audio("Voxtral", audio_token_id=_IMAGE_TOKEN),
     "qwen2_vl": _vlm(
         "Qwen2VL", "patched", {**_QWEN_TOWER, "embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2}, _QWEN_LM, **_QWEN
     ),
@@ -237,4 +314,37 @@ TOWERS = {
         "pairs",
     ),
 }  # fmt: skip
-ZOO = {**ENCODER_DECODERS, **T5S, **VISION_LANGUAGE, **TOWERS}
+_STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+_BERT = {"model_type": "bert", **_TEXT_TOWER, **_STILL}
+_DECODES = {"is_decoder": True, "add_cross_attention": True}
+_IDS = {"decoder_start_token_id": 1, "pad_token_id": 0}
+# An encoder and a decoder of different makes, of which D2FT knows each: what the decoder reads of the other runs whole.
+PAIRS = {
+    "encoder-decoder (BERT, BERT)": Stacks(
+        tf.EncoderDecoderConfig, tf.EncoderDecoderModel, {"encoder": _BERT, "decoder": {**_BERT, **_DECODES}, **_IDS},
+        "seq2seq",
+    ),
+    "vision-encoder-decoder (ViT, BERT)": Stacks(
+        tf.VisionEncoderDecoderConfig, tf.VisionEncoderDecoderModel,
+        {"encoder": {"model_type": "vit", **_TOWER, **_STILL}, "decoder": {**_BERT, **_DECODES}, **_IDS}, "captions",
+    ),
+}  # fmt: skip
+REFUSED = {
+    "TrOCR (vision-encoder-decoder)": Stacks(
+        tf.VisionEncoderDecoderConfig, tf.VisionEncoderDecoderModel,
+        {"encoder": {"model_type": "vit", **_TOWER, **_STILL},
+         "decoder": {"model_type": "trocr", "vocab_size": 64, "d_model": 32, "decoder_layers": 2,
+                     "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "max_position_embeddings": 16,
+                     "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
+         **_IDS},
+        "captions",
+    ),
+    "BLIP": Stacks(
+        tf.BlipConfig, tf.BlipForConditionalGeneration,
+        {"vision_config": {**_TOWER, "hidden_size": 32}, "projection_dim": 16,
+         "text_config": {**_TEXT_TOWER, **_STILL, "encoder_hidden_size": 32}},
+        "described",
+    ),
+    "GIT": Stacks(tf.GitConfig, tf.GitForCausalLM, {"vision_config": _TOWER, **_TEXT_TOWER, **_STILL}, "described"),
+}  # fmt: skip
+ZOO = {**PAIRS, **ENCODER_DECODERS, **T5S, **VISION_LANGUAGE, **TOWERS}

@@ -5,7 +5,15 @@ from __future__ import annotations
 import typer
 
 from ..version import __version__
-from . import cloud_command, compare_command, plan_command, report_command, simulate_command, train_command
+from . import (
+    cloud_command,
+    compare_command,
+    edge_command,
+    plan_command,
+    report_command,
+    simulate_command,
+    train_command,
+)
 
 
 app = typer.Typer(
@@ -32,7 +40,15 @@ def _options(
     pass
 
 
-for command in (plan_command, compare_command, train_command, report_command, simulate_command, cloud_command):
+for command in (
+    plan_command,
+    compare_command,
+    train_command,
+    report_command,
+    simulate_command,
+    cloud_command,
+    edge_command,
+):
     command.add_to(app)
 
 

@@ -16,16 +16,27 @@ TASKS = {
     "seq2seq-lm": tf.AutoModelForSeq2SeqLM,
     "sequence-classification": tf.AutoModelForSequenceClassification,
     "image-classification": tf.AutoModelForImageClassification,
+    "image-text-to-text": tf.AutoModelForImageTextToText,
 }
-"""What the command line knows, and the class that stands for it; ``seq2seq-lm`` is planned only."""
+"""What the command line knows, and the class that stands for it."""
+
+PLANNED_ONLY = ("seq2seq-lm", "image-text-to-text")
+"""Tasks of which the command line reads no data."""
 
 _NAMES_OF = {
     "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "seq2seq-lm": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     "sequence-classification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "image-classification": modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    "image-text-to-text": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
-_USUAL_TOKENS = {"causal-lm": 512, "seq2seq-lm": 512, "sequence-classification": 128}
+_USUAL_TOKENS = {"causal-lm": 512, "seq2seq-lm": 512, "image-text-to-text": 512, "sequence-classification": 128}
+_USUAL_PIXELS = 224
+
+
+def has_new_head(task: str) -> bool:
+    """Whether a task gives a pre-trained model a head that is new."""
+    return task.endswith("-classification")
 
 
 def read_config(model: str) -> tf.PretrainedConfig:
@@ -86,7 +97,9 @@ def _usual_task(config: tf.PretrainedConfig) -> str:
     decodes = config.model_type in _NAMES_OF["causal-lm"]
     if decodes and config.model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "causal-lm"
-    return "sequence-classification"
+    if config.model_type in _NAMES_OF["sequence-classification"]:
+        return "sequence-classification"
+    return next((task for task, names in _NAMES_OF.items() if config.model_type in names), "sequence-classification")
 
 
 def model_on_meta(config: tf.PretrainedConfig, task: str) -> nn.Module:
@@ -122,19 +135,18 @@ def batch_on_meta(
         ValueError: If the model has no positions for so many tokens.
     """
     if task == "image-classification":
-        own = config.image_size
+        config = getattr(config, "vision_config", config)
+        own = getattr(config, "image_size", _USUAL_PIXELS)
         height, width = own if isinstance(own, list | tuple) else (own, own)
         options = {} if image_size in (None, own) else {"interpolate_pos_encoding": True}
         height, width = (height, width) if image_size is None else (image_size, image_size)
         with torch.device("meta"):
-            pixels = torch.ones(1, config.num_channels, height, width)
+            pixels = torch.ones(1, getattr(config, "num_channels", 3), height, width)
             return {"pixel_values": pixels, "labels": torch.zeros(1, dtype=torch.long), **options}
-    positions = getattr(config, "max_position_embeddings", None) or length or _USUAL_TOKENS[task]
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or length or _USUAL_TOKENS[task]
     if length is not None and not 1 <= length <= positions:
         raise ValueError(f"sequence_length={length} must be between 1 and the model's {positions} positions.")
     shape = 1, length or min(_USUAL_TOKENS[task], positions)
     with torch.device("meta"):
         ids = torch.ones(shape, dtype=torch.long)
-        if task in ("causal-lm", "seq2seq-lm"):
-            return {"input_ids": ids, "labels": ids}
-        return {"input_ids": ids, "labels": torch.zeros(1, dtype=torch.long)}
+        return {"input_ids": ids, "labels": torch.zeros(1, dtype=torch.long) if has_new_head(task) else ids}

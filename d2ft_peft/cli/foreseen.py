@@ -17,7 +17,7 @@ from ..planning.facts import BatchFacts
 from ..schedule import Operation, Schedule, policy_facts
 from ..simulate import Cluster, Device, Workload, head_parallel, tensor_parallel
 from ..tuners import D2FTConfig
-from .architecture_choice import batch_on_meta, model_on_meta
+from .architecture_choice import batch_on_meta, has_new_head, model_on_meta
 from .kept_bytes import kept_bytes
 
 
@@ -61,15 +61,22 @@ def make_config(
         options: Further fields of `D2FTConfig`.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    saved = head_names(model) if r is not None and task != "causal-lm" else None
+    saved = head_names(model) if r is not None and has_new_head(task) else None
     return D2FTConfig(r=r, compute_budget=budget, train_boundary=r is None, modules_to_save=saved, **given)
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """The modules outside of the pre-trained body: those that are new where a task gave the model a head."""
+    """The modules outside of the pre-trained body: those that are new where a task gave the model a head.
+
+    The body of some has another name than the class says (CLIP's image classifier): nothing new holds a list of blocks.
+    """
     body = getattr(model, "base_model_prefix", "")
     return [
-        name for name, child in model.named_children() if name != body and next(child.parameters(), None) is not None
+        name
+        for name, child in model.named_children()
+        if name != body
+        and next(child.parameters(), None) is not None
+        and not any(isinstance(inner, nn.ModuleList) for inner in child.modules())
     ]
 
 

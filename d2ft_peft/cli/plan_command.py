@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .answer import JSON, amount, answer, console, share, table
-from .architecture_choice import choose_task, read_config
+from .architecture_choice import TASKS, choose_task, read_config
 from .foreseen import Foresight, subnets_table
 from .options import Batch, ImageSize, MicroBatches, Rank
 
@@ -27,7 +27,7 @@ def plan(
     policy: Annotated[str | None, typer.Option(help="Scheduling policy, as D2FTConfig has it.")] = None,
     r: Rank = None,
     task: Annotated[
-        str | None, typer.Option(help="causal-lm, seq2seq-lm, sequence-classification or image-classification.")
+        str | None, typer.Option(help=f"One of {', '.join(TASKS)}; else what the model was made for.")
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens of a sample.")] = None,
     image_size: ImageSize = None,

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..partition import partition_model
 from ..training import D2FTTrainer
+from .architecture_choice import has_new_head
 from .foreseen import head_names, make_config
 from .taking_turns import Turns
 from .task_data import Task
@@ -94,7 +95,7 @@ def adapt(task: Task, way: str, setting: Setting, seed: int) -> nn.Module:
         return get_peft_model(model, make_config(model, task.name, setting.r, setting.budget, **options))
     if setting.r is None:
         return model
-    saved = None if task.name == "causal-lm" else head_names(model)
+    saved = head_names(model) if has_new_head(task.name) else None
     targets = list(partition_model(model).projections)
     return get_peft_model(model, LoraConfig(r=setting.r, target_modules=targets, modules_to_save=saved))
 

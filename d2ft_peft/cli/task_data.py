@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import transformers as tf
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from torch import nn
 
-from .architecture_choice import TASKS, choose_task, read_config
+from .architecture_choice import PLANNED_ONLY, TASKS, choose_task, read_config
 from .data_columns import Columns, find_columns
 
 
@@ -27,23 +28,34 @@ class Task:
     """What is trained on what.
 
     Attributes:
+        model: Folder or Hub id of the pre-trained model.
         name: See `TASKS`.
         columns: What was read.
         train, held_out: Samples as a Trainer takes them.
         collate: From samples to a batch.
         processor: Tokenizer or image processor, which is saved beside the model.
-        build: Makes the model, pre-trained, with a new head where the task needs one.
+        options: What `from_pretrained` takes besides the model's name: classes, what pads.
         classes: Names of the classes, or None.
     """
 
+    model: str
     name: str
     columns: Columns
     train: Any
     held_out: Any
     collate: Callable[[list], dict[str, Any]]
     processor: Any
-    build: Callable[[], nn.Module]
+    options: dict[str, Any] = field(default_factory=dict)
     classes: list[str] | None = None
+
+    @property
+    def model_class(self) -> Any:
+        """The Auto class of such models."""
+        return TASKS[self.name]
+
+    def build(self) -> nn.Module:
+        """The model, pre-trained, with a new head where the task needs one."""
+        return self.model_class.from_pretrained(self.model, dtype=torch.float32, **self.options)
 
 
 def read_data(name: str, held_out_share: float = 0.1, cache_dir: str | None = None) -> DatasetDict:
@@ -61,18 +73,7 @@ def read_data(name: str, held_out_share: float = 0.1, cache_dir: str | None = No
     """
     if not 0 < held_out_share < 1:
         raise ValueError(f"held_out={held_out_share} must be in (0, 1).")
-    ending = os.path.splitext(name)[1].lower()
-    if os.path.isfile(name):
-        if ending not in _KINDS:
-            raise ValueError(f"data={name!r} ends in {ending or 'nothing'}; give one of {sorted(_KINDS)}, or a folder.")
-        options = {"sep": "\t"} if ending == ".tsv" else {}
-        splits = load_dataset(_KINDS[ending], data_files={"train": name}, cache_dir=cache_dir, **options)
-    elif any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
-        splits = load_from_disk(name)
-    elif name.startswith((".", "/", "~")) and not os.path.isdir(name):
-        raise ValueError(f"data={name!r} does not exist.")
-    else:
-        splits = load_dataset(name, cache_dir=cache_dir)
+    splits = _load(name, cache_dir)
     splits = DatasetDict(train=splits) if isinstance(splits, Dataset) else splits
     if "train" not in splits:
         raise ValueError(f"data={name!r} has the splits {sorted(splits)} and no 'train'.")
@@ -83,6 +84,26 @@ def read_data(name: str, held_out_share: float = 0.1, cache_dir: str | None = No
         raise ValueError(f"data={name!r} has {len(splits['train'])} rows; at least 2 are needed to hold one out.")
     parts = splits["train"].train_test_split(held_out_share, seed=0, shuffle=splits["train"].column_names != ["text"])
     return DatasetDict(train=parts["train"], held_out=parts["test"])
+
+
+def _load(name: str, cache_dir: str | None) -> DatasetDict | Dataset:
+    ending = os.path.splitext(name)[1].lower()
+    if os.path.isfile(name):
+        if ending not in _KINDS:
+            raise ValueError(f"data={name!r} ends in {ending or 'nothing'}; give one of {sorted(_KINDS)}, or a folder.")
+        if not os.path.getsize(name):
+            raise ValueError(f"data={name!r} is empty.")
+    elif name.startswith((".", "/", "~")) and not os.path.isdir(name):
+        raise ValueError(f"data={name!r} does not exist.")
+    try:
+        if os.path.isfile(name):
+            options = {"sep": "\t"} if ending == ".tsv" else {}
+            return load_dataset(_KINDS[ending], data_files={"train": name}, cache_dir=cache_dir, **options)
+        if any(os.path.isfile(os.path.join(name, file)) for file in ("dataset_dict.json", "state.json")):
+            return load_from_disk(name)
+        return load_dataset(name, cache_dir=cache_dir)
+    except (DatasetsError, ValueError, OSError) as error:
+        raise ValueError(f"data={name!r} cannot be read: {error.__cause__ or error}") from error
 
 
 def load_task(
@@ -115,9 +136,14 @@ def load_task(
     splits = read_data(data, held_out_share, cache_dir)
     columns = find_columns(splits["train"].features, given)
     name = choose_task(config, task or columns.task)
-    if name == "seq2seq-lm":
+    if task is None and name == "causal-lm" and choose_task(config, None) == "sequence-classification":
         raise ValueError(
-            "task='seq2seq-lm' can be planned only; train it with Seq2SeqTrainer and d2ft_peft.D2FTTrainerMixin."
+            f"the columns {splits['train'].column_names} have no label, and a {config.model_type} model is no language "
+            "model; name a label_column, or give task='causal-lm' if it is one all the same."
+        )
+    if name in PLANNED_ONLY:
+        raise ValueError(
+            f"task={name!r} can be planned only; train it with a Trainer of its kind and d2ft_peft.D2FTTrainerMixin."
         )
     if (name == "image-classification") != (columns.image is not None):
         raise ValueError(f"task={name!r} does not go with the columns {columns}; name other ones, or another task.")
@@ -152,13 +178,9 @@ def _names(splits: DatasetDict, label: str, classes: dict[Any, int]) -> list[str
     return list(getattr(splits["train"].features[label], "names", None) or map(str, classes))
 
 
-def _pretrained(model: str, task: str, **options: Any) -> nn.Module:
-    return TASKS[task].from_pretrained(model, dtype=torch.float32, **options)
-
-
-def _classifier(model: str, task: str, names: list[str]) -> Callable[[], nn.Module]:
+def _new_head(names: list[str]) -> dict[str, Any]:
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    return partial(_pretrained, model, task, ignore_mismatched_sizes=True, **labels)
+    return {"ignore_mismatched_sizes": True, **labels}
 
 
 def _image_task(model: str, splits: DatasetDict, columns: Columns, classes: dict[Any, int], size: int | None) -> Task:
@@ -178,9 +200,8 @@ def _image_task(model: str, splits: DatasetDict, columns: Columns, classes: dict
 
     names = _names(splits, columns.label, classes)
     return Task(
-        "image-classification", columns, splits["train"].with_transform(transform),
-        splits["held_out"].with_transform(transform), collate, processor,
-        _classifier(model, "image-classification", names), names,
+        model, "image-classification", columns, splits["train"].with_transform(transform),
+        splits["held_out"].with_transform(transform), collate, processor, _new_head(names), names,
     )  # fmt: skip
 
 
@@ -201,17 +222,12 @@ def _text_task(model: str, splits: DatasetDict, columns: Columns, classes: dict[
 
     names = _names(splits, columns.label, classes)
     splits = splits.map(encode, batched=True, remove_columns=splits["train"].column_names)
-    build = _classifier(model, "sequence-classification", names)
-
-    def with_padding() -> nn.Module:
-        made = build()
-        if made.config.pad_token_id is None:
-            made.config.pad_token_id = tokenizer.pad_token_id
-        return made
-
+    options = _new_head(names)
+    if read_config(model).get_text_config().pad_token_id is None:
+        options["pad_token_id"] = tokenizer.pad_token_id
     return Task(
-        "sequence-classification", columns, splits["train"], splits["held_out"], tf.DataCollatorWithPadding(tokenizer),
-        tokenizer, with_padding, names,
+        model, "sequence-classification", columns, splits["train"], splits["held_out"],
+        tf.DataCollatorWithPadding(tokenizer), tokenizer, options, names,
     )  # fmt: skip
 
 
@@ -231,8 +247,7 @@ def _language_task(model: str, splits: DatasetDict, columns: Columns, length: in
                 "or prompts too long; choose another one."
             )
     collate = tf.DataCollatorForSeq2Seq(tokenizer) if columns.prompt is not None else tf.default_data_collator
-    build = partial(_pretrained, model, "causal-lm")
-    return Task("causal-lm", columns, splits["train"], splits["held_out"], collate, tokenizer, build)
+    return Task(model, "causal-lm", columns, splits["train"], splits["held_out"], collate, tokenizer)
 
 
 def _blocks(rows: dict[str, list], column: str, tokenizer: Any, between: str, size: int) -> dict[str, list]:

@@ -29,6 +29,7 @@ from .options import (
 )
 from .side_by_side import D2FT, PLAIN, Setting, accuracy, adapt, last_logged, usual_rate
 from .task_data import load_task
+from .trainer_arguments import trainer_arguments
 
 
 _EPILOG = (
@@ -78,12 +79,11 @@ def train(
         columns = Columns(image_column, text_column, label_column, prompt_column, completion_column)
         most = max_train_samples, max_eval_samples
         rate = learning_rate or usual_rate(r)
-        arguments = _arguments(context.args, output_dir, rate, batch, micro_batches)
+        arguments = trainer_arguments("train", context.args, output_dir, rate, batch, micro_batches)
         tf.set_seed(arguments.seed)
         found = load_task(model, data, columns, task, sequence_length, image_size, most, cache_dir=cache_dir)
         way, cls = (D2FT, D2FTTrainer) if method == "d2ft" else (PLAIN, Trainer)
         setting = Setting(micro_batches=micro_batches, batch_size=batch, r=r, budget=budget, policy=policy)
-        arguments.remove_unused_columns = False
         trainer = cls(
             model=adapt(found, way, setting, arguments.seed), args=arguments, train_dataset=found.train,
             eval_dataset=found.held_out, data_collator=found.collate, processing_class=found.processor,
@@ -100,29 +100,6 @@ def train(
         }  # fmt: skip
 
     answer(work, _show, as_json)
-
-
-def _arguments(others: list[str], folder: Path, rate: float, batch: int, micro_batches: int) -> tf.TrainingArguments:
-    """Training arguments: those of the command, and any that `transformers` knows besides.
-
-    Raises:
-        ValueError: If an option is known to neither.
-    """
-    own = {
-        "output_dir": str(folder), "learning_rate": str(rate), "per_device_train_batch_size": str(batch),
-        "gradient_accumulation_steps": str(micro_batches),
-    }  # fmt: skip
-    line = [part for name, value in own.items() for part in (f"--{name}", value)]
-    usual = [] if any(one.startswith("--report") for one in others) else ["--report_to", "none"]
-    try:
-        arguments, unknown = tf.HfArgumentParser(tf.TrainingArguments).parse_args_into_dataclasses(
-            [*line, *usual, *others], return_remaining_strings=True
-        )
-    except SystemExit as error:  # argparse has said on stderr what is wrong
-        raise ValueError("an option of transformers.TrainingArguments has no fitting value") from error
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is no option of d2ft train, nor of transformers.TrainingArguments.")
-    return arguments
 
 
 def _show(found: dict[str, Any]) -> None:

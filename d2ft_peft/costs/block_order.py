@@ -36,6 +36,8 @@ class BlockOrder:
 
     def disorder(self) -> str:
         """Why blocks cannot be left out; empty if they can."""
+        if len(self.names) == 1:
+            return "the model is one subnet, and there is none beside it to choose among"
         if self._reshaping:
             return f"{self._reshaping[0]} does not return hidden states of the shape that it takes"
         if self.ran != list(range(len(self.names))):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..batches import some_samples
 from ..engine.block_region import hidden_states
 from ..engine.row_counts import Lengths, RowCounts, rows_at
 from ..partition import Partition, base_model, is_linear_like, parts_elsewhere
@@ -49,6 +50,7 @@ def probe_model(model: nn.Module, partition: Partition, batch: dict[str, Any], w
 
     Raises:
         ProjectionsBypassed: If the forward pass goes past projections of the subnets.
+        ValueError: If it does not reach some of the stacks.
     """
     sample = _known(base_model(model), batch)
     if not whole:
@@ -60,7 +62,13 @@ def probe_model(model: nn.Module, partition: Partition, batch: dict[str, Any], w
         raise ProjectionsBypassed(
             f"the forward pass of {type(base_model(model)).__name__} goes past {len(probe.unreached)} projections of "
             f"the subnets (e.g. {probe.unreached[0]}), so that D2FT cannot leave out their heads: a fused kernel reads "
-            "their weights itself; switch it off (e.g. use_liger_kernel=False, or its swiglu and geglu)."
+            "their weights itself; switch it off (e.g. use_liger_kernel=False, or its swiglu and geglu). Or the "
+            "batch is not one that they work on, as text for a vision tower: begin with one that is."
+        )
+    if probe.idle:
+        raise ValueError(
+            f"a batch with keys {sorted(batch)} does not reach {', '.join(probe.idle)} of "
+            f"{type(base_model(model)).__name__}, so that it does not show what runs there."
         )
     return probe
 
@@ -116,6 +124,7 @@ class _Meter(TorchDispatchMode):
         self.place: str | int = "below"
         self.partition, self.is_over = partition, False
         self.samples = 0
+        self.entered: set[str] = set()  # prefixes of the blocks that ran
         self.rows = RowCounts(partition.gauges)
         base = self.base = base_model(model)
         # PEFT calls the model that it wraps, or only its forward: the pass begins with the outermost of the three.
@@ -140,13 +149,15 @@ class _Meter(TorchDispatchMode):
                 return
             if of_subnet:
                 self.probe.unreached = tuple(other for other in self.probe.unreached if other != name)
-            if block is not None:
+            if block is not None and (name or not self.stack):  # the model itself has wrappers
                 self.place = block
+                self.entered.add(f"{name}." if name else "")
                 if self.order is not None:
                     self.order.enter(block, hidden_states(args, kwargs))
-            if name in self.gauges:
+            if name in self.gauges and (name or not self.stack):
                 place = self.gauges[name]
-                self.rows.add(place, *rows_at(args, kwargs, self.partition.gauges[place].other))
+                of_other, only = self.partition.gauges[place].other, self.partition.is_one_subnet
+                self.rows.add(place, *rows_at(args, kwargs, of_other, only))
             of_outer = bool(self.stack) and self.stack[-1].of_subnet
             self.stack.append(_Frame(module, name, _positions((*args, *kwargs.values())), of_subnet or of_outer))
 
@@ -159,7 +170,7 @@ class _Meter(TorchDispatchMode):
                 frame.flops = _of_unknown_kernel(module, output)
             if frame.flops and not frame.of_subnet:
                 self.entries.setdefault(self.place, []).append(frame)
-            if block is not None and self.order is not None:
+            if block is not None and self.order is not None and (name or not self.stack):
                 self.order.leave(output)
             if block is not None and block not in self.ends:
                 self.place = "above"
@@ -185,8 +196,18 @@ class _Meter(TorchDispatchMode):
 
     def _finish(self) -> None:
         if self.rows.empty:
+            self.probe.idle = tuple(stack.name for stack in self.partition.stacks)
             return
         self.is_over = True
+        # A stack that this sample has no use for is not gone past.
+        ran, unreached = tuple(sorted(self.entered)), self.probe.unreached
+        self.probe.unreached = tuple(name for name in unreached if f"{name}.".startswith(ran))
+        blocks = self.partition.blocks
+        self.probe.idle = tuple(
+            stack.name
+            for stack in self.partition.stacks
+            if not any(f"{blocks[block]}.".startswith(ran) for block in stack.blocks)
+        )
         if self.order is not None:
             self.probe.disorder = self.order.disorder()
         self.samples, lengths = self.rows.per_sample()
@@ -205,11 +226,13 @@ class _Meter(TorchDispatchMode):
         stack = self.partition.stack_of(block)
         gauge = next((i for i, g in enumerate(self.partition.gauges) if g.stack == stack and not g.other), 0)
         sequences, tokens = lengths[gauge]
+        # Blocks that run several times in a pass are counted as more samples, as they are whenever they train.
+        runs = max(1, self.order.ran.count(0)) if self.order is not None else 1
         return [
             Entry(
                 frame.flops / self.samples,
                 any(p.requires_grad for p in frame.module.parameters(recurse=False)),
-                frame.positions >= self.samples * sequences * tokens,
+                frame.positions * runs >= self.samples * sequences * tokens,
                 frame.name,
                 gauge,
                 frame.products / self.samples,
@@ -255,8 +278,5 @@ def _known(base: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
 
 def _one_sample(batch: dict[str, Any]) -> dict[str, Any]:
     """The first sample of a batch."""
-    n = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1), None)
-    return {
-        name: value[:1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
-        for name, value in batch.items()
-    }
+    size = next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim > 1), None)
+    return dict(batch) if size is None else some_samples(batch, slice(1), size)

@@ -42,6 +42,7 @@ class Probe:
         unreached: Projections of subnets that the forward pass did not call.
         lengths: Of a model with several stacks, what came by each gauge per sample, see `RowCounts`; else empty.
         disorder: Where blocks are subnets as a whole: why their inputs cannot stand in for their outputs; or empty.
+        idle: Stacks that the forward pass did not reach, as a tower without an image: of those nothing is known.
         follows: Which of them follow the length of a sample's token ids: those of towers for images and sound do not.
     """
 
@@ -53,6 +54,7 @@ class Probe:
     lengths: Lengths = ()
     follows: tuple[bool, ...] = ()
     disorder: str = ""
+    idle: tuple[str, ...] = ()
 
     def at(self, tokens: int | Lengths) -> Probe:
         """The probe of a sample of another (padded) length, or with this at its gauges."""

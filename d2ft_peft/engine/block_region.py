@@ -54,7 +54,7 @@ class BlockRegion(RegionForward):
         Raises:
             ValueError: If it holds what a block that does not run could not hand on.
         """
-        hidden, name = hidden_of(output), self.branch.region
+        hidden, name = hidden_of(output), self.branch.region or "of the whole model"
         if not isinstance(hidden, Tensor) or hidden.shape != x.shape:
             what = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import of_samples
 from ..hidden_states import content_key, with_padding
 from ..partition.body import bound_arguments
 from .checkpointing import in_backward
@@ -118,9 +119,7 @@ class FrozenCache:
         if index < self.cut:
             if lookup.is_partial:
                 count, rows = len(lookup.keys), lookup.rows
-                args, kwargs = map_tensors(
-                    lambda value: value[rows] if value.ndim and value.shape[0] == count else value, (args, kwargs)
-                )
+                args, kwargs = map_tensors(lambda value: of_samples(value, rows, count), (args, kwargs))
             return not lookup.rows, args, kwargs
         hidden, self._lookup, self._passed_by = self._merge(lookup, hidden), None, False
         return False, (hidden, *args[1:]) if args else args, kwargs if args else {**kwargs, "hidden_states": hidden}

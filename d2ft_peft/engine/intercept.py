@@ -9,6 +9,7 @@ anew for each. What is entered from outside of another interception is therefore
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,6 +33,11 @@ class Intercept:
     def __init__(self, module: nn.Module, runtime: Runtime):
         self.module, self.runtime = module, runtime
         self._previous = None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the module's own forward, by which trainers know what a model takes."""
+        return inspect.signature(type(self.module).forward.__get__(self.module))
 
     def install(self) -> None:
         """Take the place of the module's forward."""

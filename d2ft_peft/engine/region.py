@@ -79,7 +79,8 @@ class RegionForward(Intercept):
             runtime.executed[self.index] = cell
             for place, gauge in enumerate(runtime.gauges):
                 if gauge.branch == self.index:
-                    runtime.count_rows(place, *rows_at(args, kwargs, gauge.other))
+                    only = self.branch.row is None and len(runtime.blocks) == 1
+                    runtime.count_rows(place, *rows_at(args, kwargs, gauge.other, only))
         return cell
 
     def _run(self, cell: Cell, args: tuple, kwargs: dict) -> Any:
@@ -126,6 +127,11 @@ class RegionForward(Intercept):
                 out = self.original(*args, **kwargs)
             finally:
                 self.runtime.run = None
+        if isinstance(out, list):  # two would not add up, but follow one another
+            raise ValueError(
+                f"region {self.branch.region} returns a list, and D2FT takes apart a tensor or a tuple; such a model "
+                "cannot be cut into heads: set subnets='blocks'."
+            )
         self._returned = len(out) if isinstance(out, tuple) else 0
         return out
 

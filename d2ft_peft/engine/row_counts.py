@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..partition import Gauge
@@ -77,16 +78,27 @@ def last_place(gauges: tuple[Gauge, ...]) -> int:
     return max(place for place, gauge in enumerate(gauges) if not gauge.other)
 
 
-def rows_at(args: tuple, kwargs: dict[str, Any], other: bool = False) -> tuple[int | None, int]:
+def rows_at(args: tuple, kwargs: dict[str, Any], other: bool = False, only: bool = False) -> tuple[int | None, int]:
     """Sequences and tokens of each among the arguments of attention; see `RowCounts.add`.
 
     Args:
         args, kwargs: The arguments.
         other: Whether to look at what cross attention reads.
+        only: Whether they are those of a model that is one subnet: token ids, hidden states, or anything else whose
+            length is not known.
     """
+    if only:
+        return _of_model([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim])
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     hidden = tensors[0]
     if other:
         named = [kwargs[name] for name in _STATES if isinstance(kwargs.get(name), Tensor)]
         hidden = named[0] if named else tensors[1]
     return (None, hidden.shape[0]) if hidden.ndim == 2 else tuple(hidden.shape[:2])
+
+
+def _of_model(tensors: list[Tensor]) -> tuple[int, int]:
+    ids = [value.shape for value in tensors if value.ndim == 2 and value.dtype in (torch.int64, torch.int32)]
+    if ids:
+        return tuple(max(ids, key=lambda shape: shape[1]))
+    return tuple(tensors[0].shape[:2]) if tensors[0].ndim == 3 else (len(tensors[0]), 1)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..batches import batch_size
 from ..partition import base_model
 from ..planning.facts import token_length
-from ..planning.micro_batch import batch_size
 from ..schedule import Schedule
 from ..scores import INDEX_KEY
 from .agreement import Agreement

@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from ..batches import some_samples
 from ..costs import inference
 from ..partition import base_model
 from ..scores import INDEX_KEY, preserved_rng, shifts_labels
@@ -59,8 +60,8 @@ def find_head(model: nn.Module, batch: dict[str, Any]) -> LinearHead:
             f"{type(base_model(model)).__name__} predicts the next token, and its head is no new one; leave "
             "head_start='auto' or set head_start=False."
         )
-    sample = {name: value[:1] if isinstance(value, Tensor) and value.ndim else value for name, value in batch.items()}
-    sample = {name: value for name, value in sample.items() if name not in (INDEX_KEY, "labels")}
+    inputs = {name: value for name, value in batch.items() if name not in (INDEX_KEY, "labels")}
+    sample = some_samples(inputs, slice(1))
     factors = {inner for module in model.modules() if isinstance(module, LoraLayer) for inner in module.modules()}
     layers = {module: name for name, module in model.named_modules() if module not in factors and _trains(module)}
     ran: list[tuple[nn.Linear, Tensor]] = []

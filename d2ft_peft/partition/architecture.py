@@ -33,6 +33,61 @@ _REFUSED = {
     "led": "its attention has a second set of projections for global tokens, which only some batches use",
     "squeezebert": "its projections are convolutions",
     "wavlm": "its attention reads the weights of its projections instead of calling them",
+    **dict.fromkeys(
+        (
+            "bit",
+            "convnext",
+            "convnextv2",
+            "dinov3_convnext",
+            "efficientnet",
+            "focalnet",
+            "mobilenet_v1",
+            "mobilenet_v2",
+            "poolformer",
+            "regnet",
+            "resnet",
+        ),
+        "it mixes pixels by convolutions or pooling and has no attention",
+    ),
+    "fnet": "it mixes tokens by Fourier transforms and has no attention",
+    **dict.fromkeys(
+        ("cvt", "glpn", "levit", "mobilevit", "mobilevitv2", "pvt", "pvt_v2", "segformer"),
+        "its blocks change their width from stage to stage, and convolutions stand among them",
+    ),
+    **dict.fromkeys(
+        ("flaubert", "xlm"), "attention and feed-forward networks are in lists of their own, and a block is in neither"
+    ),
+    **dict.fromkeys(
+        ("funnel", "xlnet"),
+        "its attention multiplies with parameters of all heads instead of calling linear layers",
+    ),
+    "canine": "it runs three stacks, on characters, on molecules of them, and on characters again",
+    "convbert": "its attention stands beside a convolution, and both make the features of its output projection",
+    "ibert": "its layers hand on the scales of quantized activations beside their values",
+    "lilt": "its attention has a second stream, of the layout, whose heads are narrower",
+    "nystromformer": "its attention has a convolution of its own for every head",
+    "bigbird_pegasus": "its sparse attention is built for a fixed number of heads",
+    "bitnet": "its attention norms the features of all heads together",
+    "diffllama": "its attention subtracts one half of its heads from the other",
+    **dict.fromkeys(
+        ("deepseek_v32", "glm_moe_dsa"), "an indexer beside its latent attention chooses keys, for all heads together"
+    ),
+    "deepseek_v4": "all its heads share one key and value, and groups of them an output projection",
+    "falcon_h1": "attention and a recurrence run side by side in its blocks, on one input",
+    "nemotron_h": "each of its blocks is attention, a recurrence or experts alone",
+    "recurrent_gemma": "its blocks hold attention or a recurrence under one name",
+    **dict.fromkeys(("zamba", "zamba2"), "its blocks share one block of attention, which runs in several of them"),
+    "jetmoe": "the queries and outputs of its attention are experts",
+    "openai-gpt": "its attention returns a list, of which two cannot be added",
+    **dict.fromkeys(
+        ("blip_text_model", "blip_2_qformer"), "its blocks hold a second attention beside the first, to an image"
+    ),
+    "blip_vision_model": "its attention takes the width of a head from its input, whichever heads run",
+    "trocr": "its attention gives what it returns the width of its input, whichever heads run",
+    **dict.fromkeys(
+        ("wav2vec2-bert", "wav2vec2-conformer"),
+        "its blocks hold two feed-forward networks and a convolution, and its attention embeddings of distances",
+    ),
 }
 
 

@@ -70,6 +70,21 @@ _CODEGEN = Architecture(
     _fused("attn", "qkv_proj", "out_proj", parts=3, repeats=4, scaled_attributes=("num_attention_heads",)),
     _GPTJ_FFN,
 )
+_CTRL = Architecture(
+    "h",
+    BranchSpec(
+        "multi_head_attention",
+        ("multi_head_attention.Wq", "multi_head_attention.Wk", "multi_head_attention.Wv"),
+        "multi_head_attention.dense",
+        scaled_attributes=("num_heads", "d_model_size"),
+    ),
+    BranchSpec("ffn", ("ffn.0",), "ffn.2"),
+)
+_IMAGEGPT = Architecture(
+    "h",
+    _fused("attn", "c_attn", "c_proj", parts=3, scaled_attributes=("split_size", "num_heads")),
+    BranchSpec("mlp", ("mlp.c_fc",), "mlp.c_proj"),
+)
 _GPTJ = Architecture("h", _separate("attn", "out_proj", scaled_attributes=("num_attention_heads",)), _GPTJ_FFN)
 _GPT_NEO = Architecture(
     "h",
@@ -126,12 +141,14 @@ _DECODERS = {
     "biogpt": _BIOGPT,
     "bloom": _BLOOM,
     "codegen": _CODEGEN,
+    "ctrl": _CTRL,
     "falcon": _FALCON,
     "gpt_bigcode": _GPT_BIGCODE,
     "gpt_neo": _GPT_NEO,
     "gpt_neox": _GPT_NEOX,
     "gpt_oss": _GPT_OSS,
     "gptj": _GPTJ,
+    "imagegpt": _IMAGEGPT,
     "mpt": _MPT,
     "opt": _OPT,
     "persimmon": _PERSIMMON,

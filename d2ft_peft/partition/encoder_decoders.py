@@ -18,14 +18,16 @@ def _self_and_cross(attention: BranchSpec, path: str) -> BranchSpec:
     return replace(attention, region=path, columns=columns, row=moved(attention.row), other_input=columns[1:])
 
 
+_SEPARATE = BranchSpec("self_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj")
+# What of an attention module counts heads, or their features.
+_SCALED = {"whisper": ("num_heads",), "mvp": ("num_heads", "embed_dim")}
+
+
 def _bart(config: Any) -> tuple[Architecture, ...]:
     """BART and what was copied from it: ``fc1``, the activation and ``fc2`` stand in the block itself."""
     ffn = BranchSpec("fc1", ("fc1",), "fc2", joined=True)
-    attention = BranchSpec(
-        "self_attn", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.out_proj"
-    )
-    if config.model_type == "whisper":
-        attention = replace(attention, scaled_attributes=("num_heads",))
+    scaled = _SCALED.get(config.model_type, ())
+    attention = replace(_SEPARATE, scaled_attributes=scaled)
     cross = _self_and_cross(attention, "encoder_attn")
     return Architecture("encoder.layers", attention, ffn), Architecture("decoder.layers", attention, ffn, cross)
 
@@ -40,6 +42,11 @@ def _umt5(config: Any) -> tuple[Architecture, ...]:
     return _t5_stacks(config, position_bias={"per_head": (("relative_attention_bias", 2),)})
 
 
+def _switch(config: Any) -> tuple[Architecture, ...]:
+    """Switch transformers: T5 whose feed-forward networks are experts in some blocks; all of them run whole."""
+    return tuple(replace(stack, ffn=None) for stack in _t5(config))
+
+
 def _t5_stacks(config: Any, position_bias: dict[str, Any]) -> tuple[Architecture, ...]:
     path = "layer.0.SelfAttention"
     attention = BranchSpec(
@@ -48,7 +55,7 @@ def _t5_stacks(config: Any, position_bias: dict[str, Any]) -> tuple[Architecture
     cross = _self_and_cross(attention, "layer.1.EncDecAttention")
     if not attention.hands_on:
         cross = replace(cross, per_head=())
-    columns = ("wi_0", "wi_1") if config.is_gated_act else ("wi",)
+    columns = ("wi_0", "wi_1") if getattr(config, "is_gated_act", False) else ("wi",)
 
     def ffn(layer: int) -> BranchSpec:
         path = f"layer.{layer}.DenseReluDense"
@@ -58,9 +65,11 @@ def _t5_stacks(config: Any, position_bias: dict[str, Any]) -> tuple[Architecture
 
 
 for _model_type in (
-    "bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "pegasus", "plbart", "speech_to_text",
-    "whisper",
+    "bart", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart", "mvp", "pegasus", "plbart",
+    "speech_to_text", "whisper",
 ):  # fmt: skip
     register_architecture(_model_type, _bart)
-for _model_type, _stacks in {"t5": _t5, "mt5": _t5, "umt5": _umt5}.items():
+for _model_type, _stacks in {
+    "t5": _t5, "mt5": _t5, "umt5": _umt5, "switch_transformers": _switch,
+}.items():  # fmt: skip
     register_architecture(_model_type, _stacks)

@@ -15,6 +15,14 @@ _MODERNBERT_DECODER = Architecture(
 )
 
 
+def _bert(**kwargs: Any) -> Architecture:
+    """BERT with more in its attention."""
+    path = "attention.self"
+    columns, counts = (f"{path}.query", f"{path}.key", f"{path}.value"), ("num_attention_heads", "all_head_size")
+    attention = BranchSpec(path, columns, "attention.output.dense", scaled_attributes=counts, **kwargs)
+    return Architecture("encoder.layer", attention, _BERT_FFN)
+
+
 def _deberta(config: Any) -> Architecture:
     """DeBERTa (arXiv 2006.03654): a fused projection with biases of its own, and projections of relative positions."""
     kinds = (config.pos_att_type or []) if getattr(config, "relative_attention", False) else []
@@ -36,5 +44,7 @@ for _model_type, _architecture in {
     "modernbert": _MODERNBERT,
     "modernbert-decoder": _MODERNBERT_DECODER,
     "deberta": _deberta,
+    "bros": _bert(),  # what it makes of boxes is common to all heads
+    "layoutlmv3": _bert(per_head=(("rel_pos", 1), ("rel_2d_pos", 1))),
 }.items():
     register_architecture(_model_type, _architecture)

@@ -215,6 +215,11 @@ class Partition:
         """Whether blocks are cut into heads; else each block is one subnet."""
         return not self.why_whole
 
+    @property
+    def is_one_subnet(self) -> bool:
+        """Whether there is nothing to choose among: one module, or the model itself, is the only subnet."""
+        return not self.cuts_heads and len(self.subnets) == 1
+
     @cached_property
     def owned(self) -> tuple[str, ...]:
         """Paths of the modules whose weights are the subnets': projections, or whole blocks."""
@@ -266,6 +271,8 @@ class Partition:
         Args:
             sequence_length: Tokens that each token attends to; the attention products grow with it.
         """
+        if self.is_one_subnet:
+            return f"{self.blocks[0] or 'the model'} is the only subnet ({self.why_whole})"
         if not self.cuts_heads:
             return f"{self.num_scheduled} whole blocks are scheduled ({self.why_whole}); the rest always runs FULL"
         rows = [("block", "subnets", "heads each", "attention", "ffn", "parameters", "FLOPs/token")]
@@ -283,6 +290,11 @@ class Partition:
             rows.append((str(block), str(len(subnets)), str(share or "-"), *features, f"{parameters:,}", f"{flops:,}"))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        without = len(self.blocks) - len({branch.block for branch in self.branches if branch.name == "ffn"})
+        if without:
+            lines.append(
+                f"in {without} of {len(self.blocks)} blocks no FFN is cut: what they have of one always runs FULL"
+            )
         sizes = f"{self.num_subnets} subnets: {self.num_scheduled} scheduled"
         return "\n".join([*lines, f"{sizes}; embedding and head, which always run FULL"])
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .architecture import Architecture
 from .branches import has_module
 from .find_architecture import find_architecture
+from .whole_blocks import lists_of_blocks, size_of
 
 
 # Towers that see inputs of their own, and whose outputs meet after the last block of both.
@@ -152,6 +153,8 @@ def _text_config(model: nn.Module) -> Any:
 def _default(model: nn.Module, found: list[FoundStack], refused: dict[str, ValueError]) -> list[FoundStack]:
     text = _text_config(model)
     if text is None or model.config.model_type in _SIDE_BY_SIDE:
+        if getattr(model.config, "sub_configs", None):
+            _check_covers(model, found, refused)
         return found
     of_text = [stack for stack in found if stack.config is text]
     if not of_text and found:
@@ -161,6 +164,29 @@ def _default(model: nn.Module, found: list[FoundStack], refused: dict[str, Value
             + f" To schedule another of its stacks, name it in `stacks`: {', '.join(stack.name for stack in found)}."
         )
     return of_text
+
+
+def _check_covers(model: nn.Module, found: list[FoundStack], refused: dict[str, ValueError]) -> None:
+    """Refuse to schedule some tower of a model by default, and nothing of what else computes much.
+
+    Raises:
+        ValueError: With the stacks that can be cut.
+    """
+    names = {stack.name for stack in found}
+    covered = sum(size_of(stack.blocks) for stack in found)
+    others = [
+        name
+        for name in lists_of_blocks(model)
+        if 2 * size_of(model.get_submodule(name)) >= covered
+        and not any(f"{stack}.".startswith(f"{name}.") or name.startswith(f"{stack}.") for stack in names)
+    ]
+    if others and found:
+        why = [str(error) for prefix, error in refused.items() if f"{others[0]}.".startswith(f"{prefix}.")]
+        why = why or ["only parts with a configuration of their own are looked at"]
+        raise ValueError(
+            f"{others[0]} of {type(model).__name__} cannot be cut into heads ({'; '.join(why)}). To schedule others "
+            f"of its stacks, name them in `stacks`: {', '.join(stack.name for stack in found)}."
+        )
 
 
 def _chosen(

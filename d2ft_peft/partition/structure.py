@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -39,14 +40,23 @@ def read_structure(model: nn.Module) -> Architecture:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     stack, blocks = _find_stack(model, model_type)
     attention = _read_attention(blocks[0], f"{stack}.0")
-    ffn = _read_ffn(blocks[0], attention)
+    ffns = _read_ffn(blocks[0], attention)
     try:
-        attention, ffn = _tried(model, model_type, blocks[0], f"{stack}.0", attention, ffn)
+        attention, ffn = _tried(model, model_type, blocks[0], f"{stack}.0", attention, ffns)
     except AttributeError as error:  # its config does not say what those of transformers' encoders and decoders say
         raise ValueError(
             f"model_type={model_type!r} cannot be partitioned into heads: {error}; describe the model with "
             "d2ft_peft.register_architecture."
         ) from error
+    whole = [] if ffn is not None else list(_with_matrices(blocks[0], attention))
+    if whole:
+        warnings.warn(
+            f"no feed-forward network that could be cut was found in {stack}.0 of model_type={model_type!r}: "
+            f"{', '.join(whole[:4])}{', ...' if whole[4:] else ''} run whole in every block and micro-batch. Only "
+            "attention is cut, and a policy over micro-batches chooses within its share of the compute; describe the "
+            "model with d2ft_peft.register_architecture if more can be cut.",
+            stacklevel=2,
+        )
     return Architecture(stack, attention, ffn)
 
 
@@ -126,28 +136,61 @@ def _output_projection(block: nn.Module, region: str, columns: tuple[str, ...], 
     return None
 
 
-def _read_ffn(block: nn.Module, attention: BranchSpec) -> BranchSpec | None:
-    """The feed-forward network outside of attention; None if there is none, or more than one."""
-    inside = (*attention.columns, attention.row)
-    top = _common(inside)
+def _read_ffn(block: nn.Module, attention: BranchSpec) -> list[BranchSpec | None]:
+    """What the feed-forward network outside of attention may be, likeliest first; None where it is not found.
+
+    A projection of twice the features that the row takes holds a gate and what it gates: one after the other, or
+    feature by feature.
+    """
     hidden = linear_shape(block, "", attention.row)[1]
-    paths = [path for path in _linears(block) if path not in inside and not path.startswith(top + ".")]
-    shapes = {path: linear_shape(block, "", path)[:2] for path in paths}
-    rows = [path for path in paths if shapes[path][1] == hidden]
+    shapes = {path: linear_shape(block, "", path)[:2] for path in _outside(block, attention)}
+    rows = [path for path, (_, out) in shapes.items() if out == hidden]
     rows = [row for row in rows if ("." + row).endswith(tuple("." + name for name in _FFN_ROW))] or rows
     # Of several FFNs the outermost, which every block has.
     rows.sort(key=lambda path: path.count("."))
     for row in rows:
-        columns = tuple(path for path in paths if path != row and shapes[path] == (hidden, shapes[row][0]))
-        # Nearest by name: those of an FFN in a list of FFNs belong to that one.
-        nearest = [path for path in columns if path.rpartition(".")[0] == row.rpartition(".")[0]]
-        columns = tuple(nearest) or tuple(path for path in columns if path.count(".") == row.count("."))
+        columns = _columns_of(row, shapes, hidden, 1)
         if 1 <= len(columns) <= 2:
             region = _common(columns)
             if not region and len(columns) == 2:
-                return None
-            return BranchSpec(region or columns[0], columns, row)
-    return None
+                return [None]
+            return [BranchSpec(region or columns[0], columns, row)]
+    for row in rows:
+        columns = _columns_of(row, shapes, hidden, 2)
+        if len(columns) == 1:
+            region = _common(columns) or columns[0]
+            return [*(BranchSpec(region, columns, row, parts=parts) for parts in (2, 1)), None]
+    return [None]
+
+
+def _columns_of(row: str, shapes: dict[str, tuple[int, int]], hidden: int, parts: int) -> tuple[str, ...]:
+    """The projections that may come before a row-parallel one, nearest by name."""
+    columns = tuple(path for path in shapes if path != row and shapes[path] == (hidden, parts * shapes[row][0]))
+    # Those of an FFN in a list of FFNs belong to that one.
+    nearest = [path for path in columns if path.rpartition(".")[0] == row.rpartition(".")[0]]
+    return tuple(nearest) or tuple(path for path in columns if path.count(".") == row.count("."))
+
+
+def _outside(block: nn.Module, attention: BranchSpec) -> list[str]:
+    """Paths of the linear layers of a block that are no part of its attention."""
+    return [path for path in _linears(block) if not _is_of(attention, path)]
+
+
+def _is_of(attention: BranchSpec, path: str) -> bool:
+    inside = (*attention.columns, attention.row)
+    return path in inside or path.startswith(_common(inside) + ".")
+
+
+def _with_matrices(block: nn.Module, attention: BranchSpec, prefix: str = "") -> Iterator[str]:
+    """Paths of the modules of a block that multiply with matrices of their own and are no part of its attention."""
+    for name, child in block.named_children():
+        path, module = f"{prefix}{name}", unwrap(child)
+        if isinstance(module, nn.Linear) or any(
+            sum(size > 1 for size in p.shape) > 1 for p in module.parameters(recurse=False)
+        ):
+            yield from () if _is_of(attention, path) else (path,)
+        else:
+            yield from _with_matrices(module, attention, f"{path}.")
 
 
 def _common(paths: tuple[str, ...]) -> str:
@@ -158,16 +201,26 @@ def _common(paths: tuple[str, ...]) -> str:
 
 
 def _tried(
-    model: nn.Module, model_type: str, block: nn.Module, prefix: str, attention: BranchSpec, ffn: BranchSpec | None
+    model: nn.Module,
+    model_type: str,
+    block: nn.Module,
+    prefix: str,
+    attention: BranchSpec,
+    ffns: list[BranchSpec | None],
 ) -> tuple[BranchSpec, BranchSpec | None]:
-    """The branches with what the trial found out about them."""
+    """The branches with what the trial found out about them; of what the FFN may be, what passes first."""
     region = block.get_submodule(attention.region)
     reasons = []
-    for scaled in _scaled_attributes(model, block, region, attention, prefix):
+    for ffn, scaled in itertools.product(ffns, _scaled_attributes(model, block, region, attention, prefix)):
         tried = replace(attention, scaled_attributes=scaled, per_head=_biases(block, region))
         branches = [attention_branch(model, block, prefix, 0, tried)]
         if ffn is not None:
-            branches.append(ffn_branch(block, prefix, 0, ffn, branches[0].heads))
+            try:
+                branches.append(ffn_branch(block, prefix, 0, ffn, branches[0].heads))
+            except ValueError:  # its features are no multiple of the heads
+                if None in ffns:
+                    continue
+                raise
         found = try_block(block, prefix, branches, getattr(model.config, "hidden_size", None))
         if isinstance(found, str):
             reasons.append(found)

@@ -44,8 +44,9 @@ class _Trial:
 
     @staticmethod
     def features(layout: FeatureLayout, heads: list[int]) -> list[int]:
-        """The features of some heads; trials are for projections in one part."""
-        return [head * layout.width + feature for head in heads for feature in range(layout.width)]
+        """The features of some heads, part by part; trials are for projections in equal parts."""
+        starts = range(0, layout.size, layout.heads * layout.width)
+        return [part + head * layout.width + i for part in starts for head in heads for i in range(layout.width)]
 
     def projection(self, layout: FeatureLayout, kind: str) -> Callable[[StandIn, Tensor], Tensor]:
         """What a projection computes: ``"column"``, ``"row inside"`` of its region, or ``"row"`` outside of it."""
@@ -125,7 +126,7 @@ def try_block(
     Args:
         block: The block; it is only looked at.
         prefix: Its path in the model.
-        branches: Its branches, attention first, whose projections have one part.
+        branches: Its branches, attention first, whose projections have one part, or several equal ones.
         hidden_size: Width of what enters the block, if it is not that of attention's input.
 
     Returns:

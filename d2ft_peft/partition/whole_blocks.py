@@ -1,4 +1,5 @@
-"""Whole blocks as subnets: for models whose blocks cannot be cut into heads, or are not to be."""
+"""Whole blocks as subnets: for models whose blocks cannot be cut into heads, or are not to be. A model without blocks
+that can be told apart is one subnet."""
 
 from __future__ import annotations
 
@@ -26,16 +27,13 @@ def partition_into_blocks(model: nn.Module, why: str = ASKED) -> Partition:
         model: The model, with or without PEFT layers in it; it need not be a transformers model.
         why: Why its blocks are not cut into heads.
 
-    Raises:
-        ValueError: If there is no such list, or it holds one block several times.
+    A model without such a list, or whose list holds one block several times, or is one of several that take turns
+    (XLM's attention and feed-forward networks), is one subnet: what is around the list, or else the whole model.
     """
     names = _find_blocks(model)
-    blocks = [model.get_submodule(name) for name in names]
-    if len(set(blocks)) < len(blocks):
-        raise ValueError(
-            f"{type(model).__name__} runs one and the same block several times ({names[0]}, ...), so that there are no "
-            "blocks to choose among; D2FT cannot partition it."
-        )
+    if not names:
+        why = f"{why}; {type(model).__name__} has no list of two or more blocks that run one after the other"
+        names = [_one_subnet(model)]
     return Partition(
         model_type=getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__,
         branches=tuple(Branch("block", index, name) for index, name in enumerate(names)),
@@ -59,7 +57,8 @@ def modules_with_weights(module: nn.Module, name: str) -> list[str]:
         return []
     if hasattr(module, "base_layer") or next(module.parameters(recurse=False), None) is not None:
         return [name]
-    return [path for child, part in module.named_children() for path in modules_with_weights(part, f"{name}.{child}")]
+    children = ((f"{name}.{child}".lstrip("."), part) for child, part in module.named_children())
+    return [path for child, part in children for path in modules_with_weights(part, child)]
 
 
 def boundary(module: nn.Module, prefix: str, owned: set[str]) -> list[str]:
@@ -93,23 +92,40 @@ def boundary_below(base: nn.Module, partition: Partition, stack: Stack | None = 
 
 
 def _find_blocks(model: nn.Module) -> list[str]:
-    lists = _outermost_lists(model, "")
-    if not lists:
-        raise ValueError(
-            f"{type(model).__name__} has no nn.ModuleList of blocks that run one after the other, so that it cannot be "
-            "partitioned into blocks either; D2FT needs at least two."
-        )
-    by_size = sorted(lists, key=lambda name: -_size(model.get_submodule(name)))
+    """Paths of the blocks; none where there are not two of their own, or others run between them."""
+    lists = lists_of_blocks(model)
+    by_size = sorted(lists, key=lambda name: -size_of(model.get_submodule(name)))
     two_stacks = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     chosen = [name for name in lists if name in by_size[: 2 if two_stacks else 1]]
-    return [path for name in chosen for path in _blocks_of(model.get_submodule(name), name)]
+    if any(_takes_turns(model, name, lists) for name in chosen):
+        return []
+    names = [path for name in chosen for path in _blocks_of(model.get_submodule(name), name)]
+    blocks = [model.get_submodule(name) for name in names]
+    return names if len(set(blocks)) == len(blocks) > 1 else []
+
+
+def _takes_turns(model: nn.Module, name: str, lists: list[str]) -> bool:
+    """Whether a list has another one beside it, of as many modules and of a size that counts."""
+    blocks, beside = model.get_submodule(name), name.rpartition(".")[0]
+    others = [model.get_submodule(n) for n in lists if n != name and n.rpartition(".")[0] == beside]
+    return any(len(other) == len(blocks) and 10 * size_of(other) > size_of(blocks) for other in others)
+
+
+def _one_subnet(model: nn.Module) -> str:
+    """Path of the module that runs the only list of blocks, if that is most of the model; else of the model: ""."""
+    lists = sorted(lists_of_blocks(model, "", like=True), key=lambda name: -size_of(model.get_submodule(name)))
+    path = lists[0] if lists else ""
+    while isinstance(model.get_submodule(path), nn.ModuleList | nn.ModuleDict):
+        path = path.rpartition(".")[0]
+    tables = sum(size_of(module) for module in model.modules() if isinstance(module, nn.Embedding))
+    return path if 2 * size_of(model.get_submodule(path)) >= size_of(model) - tables else ""
 
 
 def _blocks_of(blocks: nn.Module, name: str) -> list[str]:
     """Paths of a list's blocks, or of those within its stages."""
     children = [(f"{name}.{index}", child) for index, child in blocks._modules.items()]
     alike = all(_shapes(a) == _shapes(b) for (_, a), (_, b) in pairwise(children))
-    within = [] if alike else [_outermost_lists(child, path, like=True) for path, child in children]
+    within = [] if alike else [lists_of_blocks(child, path, like=True) for path, child in children]
     if not within or not all(within):
         return [path for path, _ in children]
     stages = [path for paths in within for path in paths]
@@ -120,7 +136,7 @@ def _at(module: nn.Module, prefix: str, path: str) -> nn.Module:
     return module.get_submodule(path.removeprefix(prefix + "."))
 
 
-def _outermost_lists(module: nn.Module, prefix: str, like: bool = False) -> list[str]:
+def lists_of_blocks(module: nn.Module, prefix: str = "", like: bool = False) -> list[str]:
     """Paths of the lists of blocks in a module that are in no other such list, in its order."""
     found = []
     for name, child in module.named_children():
@@ -128,7 +144,7 @@ def _outermost_lists(module: nn.Module, prefix: str, like: bool = False) -> list
         if _is_list_of_blocks(child, like):
             found.append(path)
         else:
-            found += _outermost_lists(child, path, like)
+            found += lists_of_blocks(child, path, like)
     return found
 
 
@@ -143,7 +159,7 @@ def _is_list_of_blocks(module: nn.Module, like: bool) -> bool:
         return False
     children = list(module._modules.values())  # repeated ones as well
     one_class = len({type(child) for child in children}) == 1
-    composed = all(_size(child) and next(child.children(), None) is not None for child in children)
+    composed = all(size_of(child) and next(child.children(), None) is not None for child in children)
     return composed and (one_class or not (like or isinstance(module, nn.Sequential)))
 
 
@@ -151,5 +167,6 @@ def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
     return sorted(tuple(parameter.shape) for parameter in module.parameters())
 
 
-def _size(module: nn.Module) -> int:
+def size_of(module: nn.Module) -> int:
+    """Number of its parameters."""
     return sum(parameter.numel() for parameter in module.parameters())

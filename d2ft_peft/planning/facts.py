@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..batches import batch_size
 from ..scores import IGNORED, INDEX_KEY
-from .micro_batch import batch_size
 
 
 FACTS_KEY = "d2ft_facts"
@@ -62,8 +62,8 @@ def take_facts(batch: dict[str, Any], shifts: bool) -> BatchFacts:
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"a batch is a {type(batch).__name__}, and micro-batches are dictionaries of tensors: a trainer that makes "
-            "its model inputs within a step (GRPO generates them) gives D2FT nothing to schedule; leave D2FT's "
-            "callback or mixin out, and the adapter trains as a whole."
+            "its model inputs within a step gives D2FT nothing to schedule (TRL's GRPOTrainer and RLOOTrainer are "
+            "followed); leave D2FT's callback or mixin out, and the adapter trains as a whole."
         )
     facts = batch.pop(FACTS_KEY, None)
     facts = facts_of(batch, shifts) if facts is None else facts

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor
 
 from ..engine import Plan
 
@@ -33,11 +29,3 @@ class MicroBatch:
     def skipped(self) -> bool:
         """Whether it is not to be run at all."""
         return self.plan.skipped
-
-
-def batch_size(batch: Mapping[str, Any]) -> int:
-    """Samples in a batch: the length of its first tensor."""
-    for value in batch.values():
-        if isinstance(value, Tensor) and value.ndim:
-            return len(value)
-    raise ValueError(f"a batch with keys {sorted(batch)} has no tensor; micro-batches are dictionaries of tensors.")

@@ -130,7 +130,7 @@ class ModelCosts:
             return
         with watch(self.model, self.partition) as seen:
             yield
-        if seen.sequence_length:
+        if seen.sequence_length and not seen.idle:
             self.probe, self._surroundings_known = seen.at(self.probe.sequence_length), True
             self._by_length.clear()
 

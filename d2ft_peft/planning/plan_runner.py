@@ -11,7 +11,7 @@ from torch import nn
 
 from ..engine.plan import executed_operations
 from ..partition import base_model
-from ..processes import is_sharded, world_size
+from ..processes import MEETING, is_sharded, world_size
 from ..schedule import Schedule
 from ..unequal import Shares
 from ..value_checks import check_integer, is_integer
@@ -156,6 +156,8 @@ class PlanRunner(ScheduleMaker):
     def _zero_missing_gradients(self) -> None:
         """A projection that was FULL nowhere in a step has a gradient of zero, like the heads that were not FULL in one
         that was: an optimizer with momentum then treats them alike, on one process as on several."""
+        if getattr(self.model, MEETING, False):
+            return  # DeepSpeed has made the step, in which what has no gradient counts as zero
         # Looked up when they are needed: FSDP exchanges the parameters of a model that is wrapped.
         for parameter in (parameter for module in self._owned for parameter in module.parameters()):
             if parameter.grad is None and parameter.requires_grad:

@@ -268,18 +268,20 @@ class D2FTPlanner(PlanRunner):
 
 
 def _as_many_everywhere(composition: Composition) -> Composition:
-    """The composition of this process in as many micro-batches as the process with most of them has: where parameters
-    are shared out, a process that ran one more would wait in it for the others.
+    """The composition of this process in as many micro-batches as all the others run: where parameters are shared out,
+    a process that ran one more would wait in it for the others.
+
+    They are as many as the process with most of them has, or as few as the process with fewest samples can run.
 
     Raises:
-        ValueError: A process runs fewer samples than that; on every process.
+        ValueError: A process runs no sample, and another does; on every process.
     """
     parts = composition.micro_batches
     counts, samples = gather(np.array([len(parts), sum(map(len, parts))], dtype=float)).astype(int).T
-    if counts.max() > samples.min():
+    if samples.max() and not samples.min():
         raise ValueError(
-            f"process {samples.argmin()} runs {samples.min()} samples of a step, and process {counts.argmax()} has "
-            f"{counts.max()} micro-batches; under FSDP all run equally many: raise compute_budget or "
-            "per_device_train_batch_size, set padding='keep', or use DistributedDataParallel."
+            f"process {samples.argmin()} runs no sample of a step, and process {samples.argmax()} runs "
+            f"{samples.max()}; under FSDP or DeepSpeed all run equally many micro-batches: raise compute_budget or "
+            "per_device_train_batch_size, or use DistributedDataParallel."
         )
-    return composition.cut_into(int(counts.max()))
+    return composition.regrouped(int(min(counts.max(), samples.min())))

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from ..batches import some_samples
 from ..costs import inference
 from ..engine import Runtime
 from ..engine.read_rows import IGNORED, RULES, Counted, Reading, Rule
@@ -62,7 +63,7 @@ class UnreadRule:
             logger.info("all rows of the last block run: shortcut='mean' looks at them.")
             return
         if is_sharded(self.model):
-            logger.info("all rows of the last block run: what FSDP spreads over processes is not tried out in parts.")
+            logger.info("all rows of the last block run: what is spread over processes is not tried out in parts.")
             return
         try:
             with self._undisturbed():
@@ -235,11 +236,8 @@ def probe_batch(base: nn.Module, batch: dict[str, Any], ragged: bool = True) -> 
     """
     takes = inspect.signature(type(base).forward).parameters
     batch = {name: value for name, value in batch.items() if name in takes or name == "shift_labels"}
-    size = next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
-    few = {
-        name: value[:_SAMPLES].clone() if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-        for name, value in batch.items()
-    }
+    few = some_samples(batch, slice(_SAMPLES))
+    few = {name: value.clone() if isinstance(value, Tensor) else value for name, value in few.items()}
     ids, mask = few.get("input_ids"), few.get("attention_mask")
     simple = few.keys() <= {"input_ids", "attention_mask", "token_type_ids", "labels"}
     simple = ragged and simple and all(isinstance(value, Tensor) for value in few.values())

@@ -21,22 +21,28 @@ class Composition:
     micro_batches: tuple[np.ndarray, ...]
     schedule: Schedule
 
-    def cut_into(self, count: int) -> "Composition":
-        """The same samples in more micro-batches, where processes have to run equally many.
+    def regrouped(self, count: int) -> "Composition":
+        """The same samples in another number of micro-batches, where processes have to run equally many.
 
         Args:
-            count: Number of micro-batches, at least as many as there are and at most the samples that run.
+            count: Number of micro-batches, at most the samples that run. For more of them the largest are halved, for
+                fewer the smallest neighbours, which are about as long, run together.
         """
-        micro_batches, rows = list(self.micro_batches), list(range(len(self.micro_batches)))
-        while len(micro_batches) < count:
-            largest = max(range(len(micro_batches)), key=lambda i: len(micro_batches[i]))
-            micro_batches[largest : largest + 1] = np.array_split(micro_batches[largest], 2)
-            rows.insert(largest, rows[largest])
         here, ran = self.schedule, len(self.micro_batches)
-        shares = [len(part) / len(self.micro_batches[row]) for part, row in zip(micro_batches, rows, strict=True)]
-        weights = np.concatenate([here.weights[rows] * shares, here.weights[ran:]])
-        operations = np.concatenate([here.operations[rows], here.operations[ran:]])
-        return Composition(tuple(micro_batches), replace(here, operations=operations, weights=weights, capacities=None))
+        parts = list(zip(self.micro_batches, range(ran), here.weights, strict=False))
+        while len(parts) < count:
+            largest = max(range(len(parts)), key=lambda i: len(parts[i][0]))
+            part, row, weight = parts[largest]
+            halves = np.array_split(part, 2)
+            parts[largest : largest + 1] = [(half, row, weight * len(half) / len(part)) for half in halves]
+        while len(parts) > count:
+            smallest = min(range(len(parts) - 1), key=lambda i: len(parts[i][0]) + len(parts[i + 1][0]))
+            (part, row, weight), (other, _, others) = parts[smallest : smallest + 2]
+            parts[smallest : smallest + 2] = [(np.sort(np.concatenate([part, other])), row, weight + others)]
+        micro_batches, rows, weights = zip(*parts, strict=True) if parts else ((), (), ())
+        operations = here.operations[[*rows, *range(ran, len(here.weights))]]
+        weights = np.array([*weights, *here.weights[ran:]])
+        return Composition(micro_batches, replace(here, operations=operations, weights=weights, capacities=None))
 
     def among_processes(self, ran: int, candidates: int) -> tuple[Schedule, np.ndarray]:
         """The step as all processes make it, of which this composition is one's part.

@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from ..batches import batch_size, some_samples
 from ..partition import Partition, base_model
 from ..tuners import D2FTLayer
 from ..tuners.adapter_checks import is_dense
@@ -80,11 +81,10 @@ def gradient_scores_of_blocks(
     parameters = [parameter for block in blocks for parameter in block]
     if not parameters:
         raise ValueError("nothing in the blocks trains, so gradients score nothing; unfreeze the model.")
-    size = len(next(value for value in batch.values() if isinstance(value, Tensor)))
-    rows = range(size) if per_sample else [slice(None)]
-    scores = np.zeros((len(rows), partition.num_scheduled))
-    for row, which in enumerate(rows):
-        loss = getattr(model(**_some(batch, which, size)), "loss", None)
+    parts = [slice(i, i + 1) for i in range(batch_size(batch))] if per_sample else [slice(None)]
+    scores = np.zeros((len(parts), partition.num_scheduled))
+    for row, which in enumerate(parts):
+        loss = getattr(model(**some_samples(batch, which)), "loss", None)
         if loss is None:
             raise ValueError("the model returned no loss, so gradients score nothing; give labels in the batch.")
         gradients = iter(torch.autograd.grad(loss, parameters, allow_unused=True))
@@ -101,11 +101,3 @@ def gradient_scores_of_blocks(
 def wide(values: Tensor) -> Tensor:
     """Half-precision values in float32: their squares and sums leave the range, or the resolution, of their type."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def _some(batch: Mapping[str, Tensor], which: int | slice, size: int) -> dict[str, Tensor]:
-    rows = slice(which, which + 1) if isinstance(which, int) else which
-    return {
-        name: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
-        for name, value in batch.items()
-    }

@@ -28,6 +28,7 @@ from ..planning import D2FTPlanner
 from ..processes import world_size
 from ..tuners import check_trains
 from ..whole_files import replacing
+from .generating import generator
 from .local_engine import LocalEngine
 
 
@@ -114,6 +115,11 @@ class HeadParallelEngine(LocalEngine):
             raise ValueError(
                 f"head_parallel=True does not run under {kind.value}: both share the weights out, by heads and by "
                 "parameters; launch with plain torchrun, or set head_parallel=False."
+            )
+        if name := generator(self.trainer):
+            raise ValueError(
+                f"head_parallel=True does not run in {name}, which generates with the whole model; set "
+                "head_parallel=False, and every process generates its own."
             )
         if args.world_size == 1:
             raise ValueError(

@@ -81,7 +81,7 @@ def _head(trainer: Trainer, data: TrainingData, batch: dict[str, Any]) -> Linear
             "it out, or set head_start=False."
         )
     if is_sharded(planner.model):
-        raise HeadStartRefused("FSDP spreads the head over the processes; fit it with fit_head before.")
+        raise HeadStartRefused("FSDP and DeepSpeed spread the head over processes; fit it with fit_head before.")
     head = find_head(planner.model, batch)
     if planner.config.head_start == "auto" and planner.config.is_lora:
         raise HeadStartRefused("a head start costs accuracy under LoRA; head_start=True fits the head all the same.")

@@ -1,9 +1,10 @@
-"""Micro-batches that run where the Trainer runs them: on one process, under DistributedDataParallel or FSDP2."""
+"""Micro-batches that run where the Trainer runs them: on one process, under DDP, FSDP2 or DeepSpeed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.trainer import SCHEDULER_NAME
 from ..head_parallel.storage.optimizer_state import OPTIMIZER_FILE, load_optimizer
 from ..planning import D2FTPlanner
 from ..planning.schedule_maker import active_adapter
+from ..processes import MEETING
 from ..scores import IGNORED
 from ..tuners import check_intercepted, check_trains
 from .parallelism import check_parallelism, check_shardable
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 class LocalEngine:
     """How a session's micro-batches run, and how the model is clipped, saved and loaded.
 
-    What stands here is a Trainer on one process, under DistributedDataParallel or FSDP2, to whose own methods
-    (`default`) almost everything is left; `HeadParallelEngine` overrides it.
+    What stands here is a Trainer on one process, or under DistributedDataParallel, FSDP2 or DeepSpeed, to whose own
+    methods (`default`) almost everything is left; `HeadParallelEngine` overrides it.
 
     Args:
         trainer: The Trainer.
@@ -56,6 +58,8 @@ class LocalEngine:
         usual = session.accumulation
         if usual == 1:
             usual = session.model.peft_config[active_adapter(session.model)].num_micro_batches
+        if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            setattr(session.model, MEETING, True)
         planner = D2FTPlanner(session.model, usual, progress)
         check_shardable(trainer, planner)
         return planner
@@ -83,7 +87,7 @@ class LocalEngine:
         unread = session.planner.unread
         unread.labels = computes_stock_loss(trainer)
         unread.head = unread.labels and not session.planner.source.live
-        self._loss = StepLoss(trainer, session.planner, trainer.args.world_size)
+        self._loss = StepLoss(trainer, session.planner, trainer.args.world_size, session.rollouts)
 
     def _prepare_shares(self) -> None:
         """Let nothing but the gradient exchange make unequal processes wait for each other."""
@@ -129,6 +133,22 @@ class LocalEngine:
             self._loss.around(micro_batch, task.facts),
         ):
             return default(model, inputs, items)
+
+    @contextmanager
+    def accumulating(self, model: nn.Module) -> Iterator[None]:
+        """Let a micro-batch add to the gradients of the step, which others of the same step synchronize."""
+        accelerator = self.trainer.accelerator
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:
+            with accelerator.no_sync(model):
+                yield
+            return
+        # DeepSpeed steps at the end of a backward pass that synchronizes.
+        state, before = accelerator.gradient_state, accelerator.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            yield
+        finally:
+            state._set_sync_gradients(before)
 
     def flops(self, session: TrainingSession) -> float:
         """FLOPs of the current micro-batch in this process, as executed."""

@@ -15,8 +15,10 @@ from ..head_start import HeadStart
 from ..planning import D2FTPlanner
 from ..planning.schedule_maker import active_adapter
 from .data import TrainingData
+from .generating import check_generation, generator
 from .head_pass import start_head
 from .local_engine import LocalEngine
+from .rollouts import Rollouts
 from .step_log import StepLog
 from .step_rate import FollowBatch, check_steps_by_groups
 from .step_tasks import StepTasks
@@ -37,6 +39,7 @@ class TrainingSession:
     Attributes:
         planner: Makes the schedules.
         data: Makes the data loaders.
+        rollouts: Generates what is trained on, where the Trainer does so within its steps; else None.
         current: The micro-batch that the Trainer is at.
         is_last: Whether it is the last of its optimizer step.
         ran: Whether the Trainer ran it, or passed over it.
@@ -51,6 +54,7 @@ class TrainingSession:
     """
 
     def __init__(self, trainer: Trainer, engine: LocalEngine, make_loader: Callable[..., DataLoader]):
+        check_generation(trainer)
         self.trainer, self.engine, self._make_loader = trainer, engine, make_loader
         self.model = trainer.accelerator.unwrap_model(trainer.model)
         self.accumulation = trainer.args.gradient_accumulation_steps
@@ -58,7 +62,8 @@ class TrainingSession:
         self._before = runtime.driven, runtime.touch_gradients, runtime.after_backward
         self.planner: D2FTPlanner = engine.make_planner(self)
         self.data = TrainingData(trainer, self.planner, make_loader)
-        self._tasks = StepTasks(self.planner, self.data, self._before_first_schedule, self.accumulation)
+        self.rollouts = Rollouts(trainer, self.planner) if generator(trainer) else None
+        self._tasks = StepTasks(self.planner, self.data, self._before_first_schedule, self.accumulation, self.rollouts)
         self.current: Task | None = None
         self.step_tasks: list[Task] = []
         self.step_runs = False
@@ -144,7 +149,7 @@ class TrainingSession:
         self.ran, self.flops, last = True, 0.0, self.current
         losses = []
         for self.current in last.before:
-            with self.trainer.accelerator.no_sync(model):  # the last one exchanges the gradients of all
+            with self.engine.accumulating(model):  # the last one exchanges the gradients of all
                 losses.append(self._run(default, model, dict(self.current.batch), items))
         self.current = last
         return sum(losses, self._run(default, model, inputs, items))

@@ -6,9 +6,10 @@ subclass, TRL.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from ..planning import D2FTPlanner, MicroBatch
 from ..planning.facts import BatchFacts
 from ..processes import is_sharded
 from .normalization import WatchedItems
+from .parallelism import shards_modules
+from .rollouts import Rollouts
 
 
 def computes_stock_loss(trainer: Trainer) -> bool:
@@ -38,10 +41,11 @@ class StepLoss:
         trainer: The Trainer.
         planner: Whose scores may follow training.
         processes: Number of processes whose gradients DistributedDataParallel averages.
+        rollouts: What the Trainer generates within its steps, or None.
     """
 
-    def __init__(self, trainer: Trainer, planner: D2FTPlanner, processes: int):
-        self.trainer, self.planner, self.processes = trainer, planner, processes
+    def __init__(self, trainer: Trainer, planner: D2FTPlanner, processes: int, rollouts: Rollouts | None = None):
+        self.trainer, self.planner, self.processes, self.rollouts = trainer, planner, processes, rollouts
         self._is_compiled: bool | None = None
         self._used: list[str] | None = None
         self._warned = False
@@ -50,6 +54,8 @@ class StepLoss:
     def around(self, micro_batch: MicroBatch, facts: BatchFacts) -> Iterator[None]:
         """Weight what `compute_loss` returns for a micro-batch."""
         trainer = self.trainer
+        if self.rollouts is not None:
+            micro_batch = dataclasses.replace(micro_batch, weight=self.rollouts.weight(micro_batch.weight))
         original, of_instance = trainer.compute_loss, vars(trainer).get("compute_loss")
 
         def weighted(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -79,6 +85,7 @@ class StepLoss:
         items = None if given is None else WatchedItems.watch(given, self.trainer.args.device)
         with (
             self._observing(inputs, facts),
+            self._part_of_step(micro_batch, inputs) as inputs,
             self._unscaled_by_processes(),
             self._noting_outputs(facts) as seen,
             self._watching(model, items) as shown,
@@ -95,13 +102,22 @@ class StepLoss:
             loss = touch(loss, self.planner.model.parameters(), runtime.after_backward)
         return (loss, *outputs) if outputs else loss
 
+    def _part_of_step(self, micro_batch: MicroBatch, inputs: dict[str, Any]) -> AbstractContextManager[dict[str, Any]]:
+        """The inputs as the loss of a trainer that generates them is to see them."""
+        return nullcontext(inputs) if self.rollouts is None else self.rollouts.as_part(micro_batch.weight, inputs)
+
     @contextmanager
     def _noting_outputs(self, facts: BatchFacts) -> Iterator[list[Tensor]]:
         """What the model returns for a batch without a label, where the other processes meet this one in backward."""
         model, outputs = self.planner.model, []
-        if facts.items or not is_sharded(model):
+        if facts.items != 0 or not is_sharded(model):  # None: a loss without labels
             yield outputs
             return
+        if shards_modules(self.trainer):
+            raise ValueError(
+                "a micro-batch has no label, so that backward takes another way through the model than in the other "
+                "processes, which ZeRO-3 does not allow; leave such samples out of the data set, or use ZeRO-2."
+            )
 
         def note(module: nn.Module, args: tuple, output: Any) -> None:
             outputs.extend(value for value in tree_leaves(output) if isinstance(value, Tensor) and value.requires_grad)

@@ -14,6 +14,7 @@ from ..planning.candidates import Candidates
 from ..planning.facts import BatchFacts, take_facts
 from ..scores import INDEX_KEY
 from .data import TrainingData
+from .rollouts import Rollouts
 from .window import Task, Window
 
 
@@ -25,6 +26,7 @@ class StepTasks:
         data: Collates the samples that are composed.
         before_first: Called with a batch before every schedule: what has to be done before the first.
         accumulation: Micro-batches that the Trainer makes of a step.
+        rollouts: Generates what is trained on, where the Trainer does so within its steps; else None.
 
     Attributes:
         window: Steps that are scheduled together where no gradients are accumulated.
@@ -36,8 +38,9 @@ class StepTasks:
         data: TrainingData,
         before_first: Callable[[dict[str, Any] | None], None],
         accumulation: int,
+        rollouts: Rollouts | None = None,
     ):
-        self.planner, self.data, self.accumulation = planner, data, accumulation
+        self.planner, self.data, self.accumulation, self.rollouts = planner, data, accumulation, rollouts
         self._before_first = before_first
         self.window = Window()
         self._rest: dict[str, Any] | None = None
@@ -56,8 +59,32 @@ class StepTasks:
             tasks = self._next_of_window(iterator)
             return tasks, tasks
         candidates = list(itertools.islice(iterator, num_batches))
+        if self.rollouts is not None:
+            return self._next_generated(candidates)
         tasks = self._schedule(candidates) if candidates else []
         return tasks, self._as_many(candidates, [task for task in tasks if task.runs])
+
+    def _next_generated(self, prompts: list) -> tuple[list[Task], list[Task]]:
+        """The next step of a Trainer that generates what it trains on; see `next_step`."""
+        rollouts, planner = self.rollouts, self.planner
+        if not prompts:
+            return [], []
+        batches = rollouts.generate(prompts)
+        planner.counts.each_is_a_step = False
+        if not planner.costs.known:
+            planner.prepare(rollouts.model_inputs(batches[0]))
+        if planner.schedules_samples:
+            composed = rollouts.compose(batches)
+            self._check_parts(len(composed), len(batches))
+            facts = [rollouts.facts(batch) for batch in composed]
+            planner.weigh(facts)
+            tasks = [Task(i, *one) for i, one in enumerate(zip(composed, facts, strict=True))]
+        else:
+            tasks = self._whole(batches, [rollouts.facts(batch) for batch in batches])
+            rollouts.note(batches, {task.index for task in tasks if task.runs})
+        running = [task for task in tasks if task.runs]
+        rollouts.count(len(batches), len(running))
+        return tasks, self._as_many(batches, running)
 
     def state(self) -> dict[str, Any] | None:
         """What is left of a window, JSON-friendly, or None."""
@@ -95,8 +122,11 @@ class StepTasks:
         facts = [take_facts(batch, planner.shifts_labels) for batch in candidates]
         planner.prepare(candidates[0])
         self._before_first(candidates[0])
-        planner.plan_facts(facts)
-        running = set(planner.pass_over())
+        return self._whole(candidates, facts)
+
+    def _whole(self, candidates: list[dict], facts: list[BatchFacts]) -> list[Task]:
+        self.planner.plan_facts(facts)
+        running = set(self.planner.pass_over())
         return [Task(i, candidates[i], facts[i], i in running) for i in range(len(candidates))]
 
     def _compose(self, batches: list[dict]) -> list[Task]:
@@ -111,15 +141,19 @@ class StepTasks:
         if planner.shares is None:
             candidates = candidates.dealt()
         groups = [candidates.indices[group] for group in planner.compose(candidates, candidates.size)]
-        if planner.schedule.num_micro_batches > len(batches) and planner.schedule.runs_in_part:
-            raise ValueError(
-                f"policy={planner.config.policy!r} with rows='samples' composed {len(groups)} micro-batches of "
-                f"{len(batches)}; set rows='micro_batches', or choose a policy that runs samples as a whole."
-            )
+        self._check_parts(len(groups), len(batches))
         collated = [self.data.collate(group, items) for group in groups]
         if planner.shares is None and collated:
             planner.weigh([facts for _, facts in collated])
         return [Task(i, batch, facts) for i, (batch, facts) in enumerate(collated)]
+
+    def _check_parts(self, composed: int, batches: int) -> None:
+        schedule = self.planner.schedule
+        if schedule.num_micro_batches > batches and schedule.runs_in_part:
+            raise ValueError(
+                f"policy={self.planner.config.policy!r} with rows='samples' composed {composed} micro-batches of "
+                f"{batches}; set rows='micro_batches', or choose a policy that runs samples as a whole."
+            )
 
     def _next_of_window(self, iterator: Iterator) -> list[Task]:
         """The next step of the window; an empty one is filled, by a resumed run with the rest of the one it was in."""

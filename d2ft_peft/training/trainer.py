@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class D2FTTrainerMixin:
     def _get_dataloader(self, dataset: Any, description: str, *args: Any, **kwargs: Any) -> DataLoader:
         """Training batches carry what planning has to know of them."""
         session = self._d2ft_session
-        if session is None or not session.trains or not kwargs.get("is_training"):
+        if session is None or not session.trains or session.rollouts or not kwargs.get("is_training"):
             return super()._get_dataloader(dataset, description, *args, **kwargs)
         return session.data.loader(dataset, description, *args, **kwargs)
 
@@ -107,6 +107,13 @@ class D2FTTrainerMixin:
         batches, running = session.next_step(epoch_iterator, num_batches)
         items = self._d2ft_engine.count_items(session, self._get_num_items_in_batch, running, device)
         return batches, items if running else None
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Inputs of a model; those that were generated when the step was scheduled are left as they are."""
+        session = self._d2ft_session
+        if session is not None and session.trains and session.rollouts and isinstance(inputs, Mapping):
+            return inputs
+        return super()._prepare_inputs(inputs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -166,6 +173,9 @@ class D2FTTrainerMixin:
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        rollouts = self._d2ft_session and self._d2ft_session.rollouts
+        if rollouts and not rollouts.takes_random_state():
+            return
         self._d2ft_engine.load_rng_state(super()._load_rng_state, checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -179,6 +189,8 @@ class D2FTTrainerMixin:
             session = self._d2ft_session
             usual = session.planner.num_micro_batches
             session.load_state_dict(load_state(session.planner, checkpoint)["session"], usual)
+            if session.rollouts and not self.args.ignore_data_skip:
+                session.rollouts.resumed = checkpoint
         self._d2ft_engine.load_optimizer(super()._load_optimizer_and_scheduler, checkpoint)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -107,6 +108,24 @@ def _replaced_containers(config: D2FTConfig, partition: Partition) -> list[str]:
         for saved in config.modules_to_save or ()
         if any(f".{saved}." in f".{owned}." for owned in partition.owned)
     ]
+
+
+def places_of_modules(model: nn.Module) -> Counter[int]:
+    """In how many places of a model each of its modules stands, by id."""
+    return Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+
+
+def check_one_place(module: nn.Module, name: str, places: Counter[int]) -> None:
+    """Refuse to copy a module that stands in several places: the others would go on without the copy.
+
+    Raises:
+        ValueError: With its name.
+    """
+    if places[id(module)] > 1:
+        raise ValueError(
+            f"{name} is one module in {places[id(module)]} places of the model, and a trained copy would stand in one "
+            "of them; hold it once and call it several times, leave it out of target_modules, or train LoRA (r=...)."
+        )
 
 
 def check_one_stack(partition: Partition) -> None:

@@ -45,13 +45,31 @@ def check_names_of_modules(config: D2FTConfig) -> None:
 
 def check_own_fields(config: D2FTConfig) -> None:
     """Check what D2FT adds to PEFT's fields, and put in what the policy decides where a field was left open."""
+    _check_plain_fields(config)
+    _check_stacks(config)
+    check_placement(config)
+    config.policy = _default_policy(config) if config.policy is None else config.policy
+    _check_learning_rates(config)
+    _check_head_start(config)
+    _follow_policy(config)
+    _check_choices(config)
+    _check_budget(config)
+    _check_capacities(config)
+    _check_cache(config)
+    config.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
+    if config.head_parallel:
+        _check_head_parallel(config)
+    _check_tokens(config)
+    if config.subnets == "blocks":
+        check_whole_blocks(config, "subnets='blocks'")
+
+
+def _check_plain_fields(config: D2FTConfig) -> None:
     for name in ("heads_per_subnet", "num_micro_batches", "interval"):
         check_integer(name, getattr(config, name), 1)
     if config.num_devices is not None:
         check_integer("num_devices", config.num_devices, 1, " or None")
     check_integer("seed", config.seed, 0)
-    _check_stacks(config)
-    check_placement(config)
     for name in ("train_boundary", "keep_base", "head_parallel", "skip_unread_rows"):
         check(isinstance(getattr(config, name), bool), name, getattr(config, name), "must be True or False")
     fraction, cost = config.score_fraction, config.forward_only_cost
@@ -63,9 +81,10 @@ def check_own_fields(config: D2FTConfig) -> None:
     check(config.subnets in (None, "heads", "blocks"), "subnets", config.subnets, "must be 'heads', 'blocks' or None")
     given = config.policy is None or isinstance(config.policy, str)
     check(given, "policy", config.policy, "must be the name of a policy, or None")
-    config.policy = _default_policy(config) if config.policy is None else config.policy
-    _check_learning_rates(config)
-    _check_head_start(config)
+
+
+def _follow_policy(config: D2FTConfig) -> None:
+    """What was left open is as the policy has it."""
     facts = policy_facts(config.policy)
     if facts.budget_of == "schedule":
         config.rows = facts.rows if config.rows is None else config.rows
@@ -74,6 +93,9 @@ def check_own_fields(config: D2FTConfig) -> None:
     for name, usual in (("backward_score", facts.backward_score), ("forward_score", "weight_magnitude")):
         if getattr(config, name) is None:
             setattr(config, name, usual)
+
+
+def _check_choices(config: D2FTConfig) -> None:
     for name, allowed in (
         ("backward_score", SCORES), ("forward_score", SCORES), ("rows", ("micro_batches", "samples", "tokens")),
         ("tie_break", ("aligned", "spread")), ("shortcut", ("zero", "mean", "rescale")),
@@ -83,6 +105,9 @@ def check_own_fields(config: D2FTConfig) -> None:
             continue  # left to what the data allow
         value = getattr(config, name)
         check(isinstance(value, str) and value in allowed, name, value, f"must be one of {', '.join(allowed)}")
+
+
+def _check_budget(config: D2FTConfig) -> None:
     given = [n for n in ("compute_budget", "communication_budget", "num_full", "device_capacities")
              if getattr(config, n) is not None and not (n == "device_capacities" and config.is_auto)]  # fmt: skip
     check(len(given) <= 1, " and ".join(given), [getattr(config, n) for n in given], "are both given; keep one")
@@ -99,14 +124,6 @@ def check_own_fields(config: D2FTConfig) -> None:
         share is None or is_number(share), "compute_budget", share,
         "must be a number in (0, 1]; device_capacities is what has one for each device",
     )  # fmt: skip
-    _check_capacities(config)
-    _check_cache(config)
-    config.budget  # noqa: B018 - a budget that is out of range speaks here, not at the first step
-    if config.head_parallel:
-        _check_head_parallel(config)
-    _check_tokens(config)
-    if config.subnets == "blocks":
-        check_whole_blocks(config, "subnets='blocks'")
 
 
 def check_whole_blocks(config: D2FTConfig, why: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
+
+from ..batches import of_samples
 
 
 class D2FTLayer(nn.Module, BaseTunerLayer):
@@ -103,7 +106,8 @@ class D2FTLayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(adapter_names):
             rows = [i for i, other in enumerate(adapter_names) if other == name]
             layer = layers.get(name, self.base_layer)
-            part = layer(*tree_map(_rows_of(rows, size), args), **tree_map(_rows_of(rows, size), kwargs))
+            its_args, its_kwargs = tree_map(partial(of_samples, which=rows, size=size), (args, kwargs))
+            part = layer(*its_args, **its_kwargs)
             if not isinstance(part, Tensor) or len(part) not in (1, len(rows)):
                 raise ValueError(
                     f"adapter_names names {size} adapters, and a {type(self.base_layer).__name__} has no sample for "
@@ -201,8 +205,3 @@ class D2FTLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "d2ft." + super().__repr__()
-
-
-def _rows_of(rows: list[int], size: int) -> Any:
-    """Takes some samples of tensors that hold one each of a batch of `size`, and other values as they are."""
-    return lambda value: value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == size else value

@@ -26,9 +26,11 @@ from .adapter_checks import (
     check_beside_others,
     check_loads_in_peft,
     check_names,
+    check_one_place,
     check_stacks,
     copied_boundary,
     leave_out_what_peft_renames,
+    places_of_modules,
 )
 from .config import D2FTConfig
 from .converted_lora import subtract_initial_adapter
@@ -180,11 +182,12 @@ class D2FTModel(FullAdapters, SubnetTuner):
     ) -> None:
         """Add an adapter: copies of the projections and, with ``train_boundary``, of everything around them."""
         self._copies: dict[int, Any] = {}
+        self._places = places_of_modules(model)
         self._on_meta = low_cpu_mem_usage
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
-            del self._copies, self._on_meta
+            del self._copies, self._places, self._on_meta
 
     def _prepare_adapter_config(self, peft_config: D2FTConfig, model_config: dict) -> D2FTConfig:
         self._boundary = frozenset(self._trained_boundary(peft_config))
@@ -221,6 +224,7 @@ class D2FTModel(FullAdapters, SubnetTuner):
         if isinstance(target, D2FTLayer):
             target.update_layer(adapter_name, peft_config.inference_mode, self._copies, self._on_meta)
             return
+        check_one_place(target, current_key, self._places)
         keep_base = peft_config.keep_base
         layer = D2FTLayer(target, adapter_name, peft_config.inference_mode, self._copies, keep_base, self._on_meta)
         if adapter_name not in self.active_adapters:

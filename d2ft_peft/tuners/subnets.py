@@ -55,7 +55,16 @@ def partition_for(model: nn.Module, config: D2FTConfig, other: Partition | None 
     if not partition.cuts_heads:
         check_whole_blocks(config, f"whole blocks are the subnets: {partition.why_whole}")
     check_weights(model, partition, config)
-    if not partition.cuts_heads and config.subnets is None and other is None and not config.inference_mode:
+    if partition.cuts_heads or config.subnets is not None or other is not None or config.inference_mode:
+        return partition
+    if partition.is_one_subnet:
+        warnings.warn(
+            f"{partition.blocks[0] or 'the model'} is the only subnet, because heads cannot be cut: "
+            f"{partition.why_whole}. Policies over samples are as exact as ever, and others have nothing to choose "
+            "among; subnets='blocks' says that you know.",
+            stacklevel=2,
+        )
+    else:
         warnings.warn(
             f"the subnets are the {len(partition.blocks)} whole blocks from {partition.blocks[0]} to "
             f"{partition.blocks[-1]}, because heads are not cut: {partition.why_whole}. Policies over samples are as "
@@ -78,9 +87,18 @@ def default_targets(model: nn.Module, config: D2FTConfig, partition: Partition, 
     if partition.cuts_heads:
         return {name for branch in partition.branches if branch.block in blocks for name in branch.targets}
     names = [partition.blocks[index] for index in sorted(blocks)]
-    if not config.is_lora:
-        return {path for name in names for path in modules_with_weights(model.get_submodule(name), name)}
-    return set(_called_linears(model, names))
+    if config.is_lora:
+        paths = _called_linears(model, names)
+    else:
+        paths = (path for name in names for path in modules_with_weights(model.get_submodule(name), name))
+    saved = tuple(f".{name}." for name in config.modules_to_save or () if partition.is_one_subnet)
+    targets = {path for path in paths if not any(name in f".{path}." for name in saved)}
+    if not targets:
+        raise ValueError(
+            f"r={config.r!r}: there are no linear layers in {', '.join(names[:2]) or 'the model'} that LoRA could "
+            "train; name other layers that PEFT knows (convolutions) in target_modules, or leave r out."
+        )
+    return targets
 
 
 def transformed_blocks(config: D2FTConfig, partition: Partition) -> set[int]:
@@ -135,7 +153,7 @@ def _linears(module: nn.Module, name: str) -> Iterator[str]:
         yield name
     else:
         for child, part in module.named_children():
-            yield from _linears(part, f"{name}.{child}")
+            yield from _linears(part, f"{name}.{child}".lstrip("."))
 
 
 def _is_linear(module: nn.Module) -> bool:

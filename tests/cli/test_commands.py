@@ -138,7 +138,7 @@ def test_what_is_wrong_is_said_in_one_line(d2ft, assets, tmp_path, line, says):
     assert says in error and error.startswith("d2ft: ") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["plan", "compare", "train", "report", "simulate"])
+@pytest.mark.parametrize("command", ["plan", "compare", "train", "report", "simulate", "edge"])
 def test_every_command_has_an_example(d2ft, command):
     text = " ".join(d2ft(f"{command} --help").split())
     assert f"Example: d2ft {command}" in text and "--json" in text

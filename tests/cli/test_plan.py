@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import DistilBertConfig
+from transformers import CONFIG_MAPPING, DistilBertConfig
 
 from d2ft_peft import D2FTPlanner
 from d2ft_peft.cli.architecture_choice import TASKS, batch_on_meta, choose_task, model_on_meta, read_config
@@ -86,6 +86,32 @@ def test_a_model_whose_heads_are_found_by_trying_is_planned_too(d2ft, tmp_path):
     DistilBertConfig(vocab_size=64, dim=32, n_heads=4, n_layers=2, hidden_dim=48).save_pretrained(tmp_path)
     found = d2ft(f"plan {tmp_path} --sequence-length 7 --json")
     assert (found["blocks"], found["subnets"]) == (2, 10) and found["budgets"][0]["flops_ratio"] == pytest.approx(0.6)
+
+
+@pytest.mark.quick(2)
+@pytest.mark.filterwarnings("ignore:the subnets are the .* whole blocks", "ignore:LoRA leaves dt_proj")
+@pytest.mark.parametrize("r", ["", "--r 4"])
+@pytest.mark.parametrize(
+    ("model_type", "task"),
+    [
+        ("t5", "seq2seq-lm"), ("bart", "seq2seq-lm"), ("clip", "image-classification"),
+        ("siglip", "image-classification"), ("swin", "image-classification"), ("convnext", "image-classification"),
+        ("llava", "image-text-to-text"), ("qwen3_vl", "image-text-to-text"), ("mamba", "causal-lm"),
+    ],
+)  # fmt: skip
+def test_models_of_every_kind_are_planned(d2ft, tmp_path, model_type, task, r):
+    """From what transformers takes for usual of a type, with fewer blocks; heads that are new are found in each."""
+    config = CONFIG_MAPPING[model_type]()
+    for part in (config, getattr(config, "vision_config", config), config.get_text_config()):
+        if hasattr(part, "num_hidden_layers") and not hasattr(part, "depths"):
+            part.num_hidden_layers = 2
+    for name in ("encoder_layers", "decoder_layers", "num_decoder_layers"):
+        if hasattr(config, name):
+            setattr(config, name, 2)
+    config.save_pretrained(tmp_path)
+    found = d2ft(f"plan {tmp_path} {r} --budget 0.5 --json")
+    assert found["task"] == task and found["budgets"][0]["flops_ratio"] == pytest.approx(0.5)
+    assert (found["trained_parameters"] < found["parameters"] / 2) == bool(r)
 
 
 @pytest.mark.parametrize(

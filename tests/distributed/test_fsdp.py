@@ -44,7 +44,7 @@ def drive(as_if=DistributedType.MULTI_CPU):
 
 def whole(model):
     values = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in values.items()}
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p.clone() for name, p in values.items()}
 
 
 def without_labels(name, n):
@@ -55,25 +55,34 @@ def without_labels(name, n):
     return data
 
 
-def train(name, mode, config, data=samples, collator=None, **kwargs):
-    """Train; what was trained, as whole tensors."""
+def make_trainer(folder, name, mode, config, data=samples, cls=InOrder, **kwargs):
+    """A Trainer of a tiny model under FSDP2, or without `fsdp` under DistributedDataParallel."""
     model = adapt(name, mode, **config)
+    given = {key: kwargs.pop(key) for key in ("data_collator", "eval_dataset", "report") if key in kwargs}
     if kwargs.get("fsdp"):
         # Else accelerate shards ViT's embeddings, and what is within them once more, which torch refuses.
-        kwargs["fsdp_config"] = {**kwargs["fsdp_config"], "transformer_layer_cls_to_wrap": [BLOCKS[name]]}
+        kwargs["fsdp_config"] = {"transformer_layer_cls_to_wrap": [BLOCKS[name]], **kwargs["fsdp_config"]}
+    args = arguments(folder, **{**MOMENTUM, **kwargs})
+    drive(DistributedType.MULTI_GPU if args.fsdp else DistributedType.MULTI_CPU)
+    sample_choice.OVERHEAD_TOKENS = (
+        1  # any saving is worth a micro-batch: these samples are shorter than what one costs
+    )
+    if data is ragged:
+        given["data_collator"] = collate
+    data = ragged(name) if data is ragged else doubles(data(name, n=32)) if callable(data) else data
+    return cls(model=model, args=args, train_dataset=data, **given)
+
+
+def train(name, mode, config, **kwargs):
+    """Train; what was trained, as whole tensors."""
     with tempfile.TemporaryDirectory() as folder:
-        args = arguments(folder, **{**MOMENTUM, **kwargs})
-        drive(DistributedType.MULTI_GPU if args.fsdp else DistributedType.MULTI_CPU)
-        if data is ragged:  # any saving is worth a micro-batch: these samples are shorter than what one costs
-            sample_choice.OVERHEAD_TOKENS = 1
-        items = ragged(name) if data is ragged else doubles(data(name, n=32))
-        trainer = InOrder(model=model, args=args, train_dataset=items, data_collator=collator)
+        trainer = make_trainer(folder, name, mode, config, **kwargs)
         trainer.train()
     if kwargs.get("fsdp"):
         assert isinstance(trainer.model, FSDPModule)
-        assert all(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
+        assert all(isinstance(p, DTensor) for p in trainer.model.parameters() if p.requires_grad)
     assert trainer.planner.counts.of_run.logs()["compute_ratio"] < 1 or config["policy"] == "all_full"
-    return whole(model)
+    return whole(trainer.accelerator.unwrap_model(trainer.model))
 
 
 CASES = {
@@ -96,7 +105,7 @@ CASES = {
     ),
     "another number of micro-batches": (
         "llama", "lora", {"policy": "exact_first", "compute_budget": 0.6},
-        {"data": ragged, "collator": collate, "max_steps": 1},
+        {"data": ragged, "max_steps": 1},
     ),
 }  # fmt: skip
 

@@ -13,13 +13,13 @@ from torch import nn
 
 from d2ft_peft import partition_model
 from d2ft_peft.partition import Partition
-from d2ft_peft.partition.architecture import known_architecture
+from d2ft_peft.partition.architecture import _REFUSED, known_architecture
 from d2ft_peft.partition.stacks import find_stacks
 from tests.models import TINY
 from tests.partition.test_decoders import DENSE, EXPERTS, build
 from tests.zoo import ZOO
 from tests.zoo_decoders import DECODERS
-from tests.zoo_stacks import ENCODER_DECODERS, T5S, TOWERS, VISION_LANGUAGE
+from tests.zoo_stacks import ENCODER_DECODERS, PAIRS, REFUSED, T5S, TOWERS, VISION_LANGUAGE
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
@@ -36,15 +36,21 @@ D2FT asks three things in turn. A *table* of what shapes cannot tell (fused proj
 Else the *structure*: the list of blocks, query, key, value and output projections, and an FFN, by names and shapes.
 What is found this way is tried before it is believed: the block's own code, with random stand-ins for its weights, must
 return the same on some of its heads as the whole block with the other heads masked. What fails is refused, with the
-reason.
+reason; where only the FFN is not found, a warning names what runs whole in its place.
 
 - **Cut** is what subnets share: heads of attention, and the same share of the FFN.
 - **Runs whole** are the other layers with matrices in a block: they run in every micro-batch, and train if you say so.
 - Embeddings, norms and task heads are never cut.
 - Of a model with several stacks, `D2FTConfig(stacks=...)` chooses which are cut; without it an encoder-decoder is cut
-  whole, and of a language model with towers the language model alone.
+  whole, and of a language model with towers the language model alone. Where by default a tower would be cut and the
+  larger rest would not be, nothing is: whole blocks are the subnets, unless `stacks` names the tower.
 """
 COLUMNS = ("Family", "`model_type`", "Cut", "Runs whole", "Known from")
+
+
+OTHERS = """\
+Known, and refused with these words. Their [whole blocks](bases.md#whole-blocks) are subnets, as are those of the rows
+above that say *no*, and of every type that this page does not name and whose heads are not found."""
 
 
 def page() -> str:
@@ -54,20 +60,24 @@ def page() -> str:
         "Vision": [row("ViT", TINY["vit"].build)],
         "Speech": [],
     }
+    refused = []
     for animal in ZOO.values():
-        sections[animal.group.capitalize()].append(row(animal.family, animal.build))
+        sections.get(animal.group.capitalize(), refused).append(row(animal.family, animal.build))
     decoders = {name: recipe.build for name, recipe in {"gpt2": TINY["gpt2"], **DECODERS}.items()}
     decoders = {name: partial(build, name, torch.float32) for name in (*DENSE, *EXPERTS)} | decoders
-    sections["Decoders"] = [row(name, make) for name, make in sorted(decoders.items())]
+    sections["Decoders"] = sorted([*(row(name, make) for name, make in decoders.items()), *refused])
     several = {
-        "Encoder-decoders": {**ENCODER_DECODERS, **T5S},
-        "Vision and language": {**VISION_LANGUAGE, **TOWERS},
+        "Encoder-decoders": {**ENCODER_DECODERS, **T5S, **PAIRS},
+        "Vision, sound and language": {**VISION_LANGUAGE, **TOWERS, **REFUSED},
     }
     for title, recipes in several.items():
         sections[title] = [row(name, recipe.build, recipe.stacks, of_stacks=True) for name, recipe in recipes.items()]
+    listed = {one[1] for rows in sections.values() for one in rows}
+    others = [(f"`{name}`", reason) for name, reason in sorted(_REFUSED.items()) if f"`{name}`" not in listed]
     parts = [HEAD]
     for title, rows in sections.items():
-        parts.append("\n".join((f"## {title}\n", *_table(rows), "")))
+        parts.append("\n".join((f"## {title}\n", *_table(COLUMNS, rows), "")))
+    parts.append("\n".join((f"## Others that are not cut\n\n{OTHERS}\n", *_table(("`model_type`", "Why"), others), "")))
     return "\n".join(parts)
 
 
@@ -80,8 +90,7 @@ def row(family: str, make: Callable[[], nn.Module], stacks: Any = None, of_stack
         try:
             partition = partition_model(model, stacks=stacks)
         except ValueError as error:
-            reason = str(error).partition("cannot be partitioned into heads: ")[2].rstrip(".")
-            return family, model_type, "no", reason, "-"
+            return family, model_type, "no", _reason(str(error)), "-"
     branches = {"attention": "attention", "ffn": "FFN"}
     cut = ", ".join(text for branch, text in branches.items() if branch in {b.name for b in partition.branches})
     if of_stacks:
@@ -89,6 +98,14 @@ def row(family: str, make: Callable[[], nn.Module], stacks: Any = None, of_stack
         cut += " of " + ", ".join(f"`{name}`" for name in names)
     sources = dict.fromkeys(_source(stack.config) for stack in find_stacks(model, stacks))
     return family, model_type, cut, ", ".join(_whole(model, partition)) or "-", ", ".join(sources)
+
+
+def _reason(message: str) -> str:
+    """What stands in the way, of a model of several parts in the first, without how else it could be described."""
+    reason = message.partition("cannot be partitioned into heads: ")[2] or message
+    for end in (". To schedule", "; describe", ".; "):
+        reason = reason.partition(end)[0]
+    return reason.rstrip(".")
 
 
 def _whole(model: nn.Module, partition: Partition) -> Iterator[str]:
@@ -110,9 +127,9 @@ def _source(config: Any) -> str:
     return "plan" if getattr(config, "base_model_tp_plan", None) else "structure"
 
 
-def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    yield "| " + " | ".join(COLUMNS) + " |"
-    yield "|" + " :-- |" * len(COLUMNS)
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    yield "| " + " | ".join(columns) + " |"
+    yield "|" + " :-- |" * len(columns)
     for cells in rows:
         yield "| " + " | ".join(cells) + " |"
 

@@ -88,9 +88,9 @@ def texts(folder: Path) -> Given:
 
 
 def trl(folder: Path) -> Given:
-    from tests.training.trl_cases import PAIRS, RATED, TEXTS, base_of, tokenizer
+    from tests.training.trl_cases import PAIRS, PROMPTS, RATED, TEXTS, base_of, tokenizer
 
-    data = {"texts": TEXTS, "pairs": PAIRS, "rated": RATED}
+    data = {"texts": TEXTS, "pairs": PAIRS, "rated": RATED, "prompts": PROMPTS}
     here = {'Config("out"': 'Config("out", use_cpu=True, bf16=False, max_steps=1, report_to=[]'}
     return {
         **{name: Dataset.from_list(rows) for name, rows in data.items()}, "tokenizer": tokenizer(),
@@ -203,6 +203,6 @@ GIVEN: dict[str, dict[int, Callable[[Path], Given]]] = {
         0: adapted_data, 1: texts, 2: bare_loop, 3: within_a_micro_batch, 4: loop_over_samples, 5: plain, 6: pissa,
         8: adapted_data, 9: upper_lora,
     },
-    "docs/trl.md": {number: trl for number in range(5)},
+    "docs/trl.md": {number: trl for number in range(6)},
     "docs/unequal_devices.md": {0: plain},
 }  # fmt: skip

@@ -170,9 +170,12 @@ REFUSED = {
         "relative position bias per head",
     ),
     "mamba": (lambda: on_meta("MambaConfig", "MambaForCausalLM"), "mamba.* it has no attention"),
-    "xlnet": (
-        lambda: on_meta("XLNetConfig", "XLNetLMHeadModel", d_model=32, n_head=4, n_layer=2, d_inner=48),
-        "model_type='xlnet' is not known to D2FT .*register_architecture",
+    "cpmant": (
+        lambda: on_meta(
+            "CpmAntConfig", "CpmAntModel", hidden_size=32, num_attention_heads=4, num_hidden_layers=2, dim_ff=48,
+            dim_head=8,
+        ),
+        "model_type='cpmant' is not known to D2FT .*register_architecture",
     ),
 }  # fmt: skip
 

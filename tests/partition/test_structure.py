@@ -117,6 +117,21 @@ class TestRefused:
         check_branches(partition_model(build("distilbert")))
 
 
+def test_a_region_that_returns_a_list_is_an_error_and_not_wrong():
+    """Of the two passes' lists one would follow the other, and the caller read the first alone."""
+    attention = BranchSpec(
+        "attn", ("attn.c_attn",), "attn.c_proj", parts=3, scaled_attributes=("split_size", "n_head"), returns=1
+    )
+    register_architecture("openai-gpt", Architecture("h", attention, BranchSpec("mlp", ("mlp.c_fc",), "mlp.c_proj")))
+    ours = d2ft_model(build("openai-gpt"), "full").train()
+    partition = get_runtime(ours).partitions["default"]
+    with (
+        get_runtime(ours).use(compile_plan(partition, np.resize([2, 1], partition.num_scheduled))),
+        pytest.raises(ValueError, match="region h.0.attn returns a list"),
+    ):
+        ours(**batch_of("openai-gpt", ours))
+
+
 @pytest.mark.parametrize("name", ["muse_glimmer_vision", "gpt2"])
 def test_a_region_may_begin_with_no_head(name):
     """Whether it returns a tensor or a tuple shows when a head runs, and none did; looking leaves no trace."""

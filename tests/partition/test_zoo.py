@@ -7,12 +7,19 @@ import peft
 import pytest
 import torch
 
-from d2ft_peft import partition_model
+from d2ft_peft import D2FTConfig, Operation, partition_model
 from d2ft_peft.costs import cost_model, flop_counter, probe_model
 from d2ft_peft.engine import compile_plan, get_runtime
 from tests.reference import reference_forward
 from tests.tuners.cases import assert_plain, mixed_row
-from tests.tuners.test_equality import assert_same_gradients, d2ft_model, plain_twin, random_rows
+from tests.tuners.test_equality import (
+    LORA,
+    assert_same_gradients,
+    d2ft_model,
+    plain_name,
+    plain_twin,
+    random_rows,
+)
 from tests.zoo import ZOO
 
 
@@ -67,6 +74,44 @@ def test_random_schedules_equal_the_reference(name, mode):
 def test_a_family_that_cannot_be_cut_is_refused_with_the_reason(name):
     with pytest.raises(ValueError, match=ZOO[name].refused):
         partition_model(build(name))
+
+
+NOT_FOR_LORA = {
+    **dict.fromkeys(("resnet", "squeezebert"), "there are no linear layers in .* that LoRA could train"),
+    "ibert": "QuantLinear.* is not supported",  # PEFT's words
+}
+
+
+@pytest.mark.quick(3)
+@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("name", [name for name, tiny in ZOO.items() if tiny.refused])
+@pytest.mark.filterwarnings("ignore:LoRA leaves")
+def test_a_family_that_cannot_be_cut_trains_in_whole_blocks(name, mode):
+    """Where every block runs, as under policies over samples, outputs and gradients are those of the model itself."""
+    model = build(name)
+    batch = batch_of(name, model)
+    config = D2FTConfig(**LORA, subnets="blocks") if mode == "lora" else D2FTConfig(subnets="blocks")
+    if mode == "lora" and name in NOT_FOR_LORA:
+        with pytest.raises(ValueError, match=NOT_FOR_LORA[name]):
+            peft.get_peft_model(model, config)
+        return
+    torch.manual_seed(7)
+    ours = peft.get_peft_model(copy.deepcopy(model), config).train()
+    twin, partition = copy.deepcopy(model).requires_grad_(False), get_runtime(ours).partitions["default"]
+    if mode == "lora":
+        torch.manual_seed(7)
+        targets = ours.peft_config["default"].target_modules
+        transposed = ours.peft_config["default"].fan_in_fan_out
+        twin = peft.get_peft_model(twin, peft.LoraConfig(**LORA, target_modules=targets, fan_in_fan_out=transposed))
+    trained = {plain_name(key) for key, p in ours.named_parameters() if p.requires_grad}
+    for key, parameter in twin.named_parameters():
+        parameter.requires_grad_(plain_name(key) in trained)
+    expected = step(twin.train(), batch)
+    with get_runtime(ours).use(compile_plan(partition, [Operation.FULL] * partition.num_scheduled)):
+        outputs = step(ours, batch)
+    assert trained
+    torch.testing.assert_close(outputs, expected)
+    assert_same_gradients(ours, twin, mode)
 
 
 CHECKPOINTED = [

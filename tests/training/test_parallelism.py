@@ -9,20 +9,21 @@ from d2ft_peft import D2FTTrainer
 from tests.test_trainer import adapt, arguments, samples
 
 
-def trainer_under(monkeypatch, tmp_path, kind, config=None, axes=None, **plugin):
+def trainer_under(monkeypatch, tmp_path, kind, config=None, axes=None, zero_stage=1, **plugin):
     trainer = D2FTTrainer(model=adapt(**(config or {})), args=arguments(tmp_path), train_dataset=samples())
     state = trainer.accelerator.state
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **plugin)
     monkeypatch.setattr(state, "fsdp_plugin", plugin, raising=False)
     monkeypatch.setattr(state, "distributed_type", DistributedType(kind))
     monkeypatch.setattr(state, "parallelism_config", axes, raising=False)
+    monkeypatch.setattr(type(state), "deepspeed_plugin", SimpleNamespace(zero_stage=zero_stage))
+    monkeypatch.setattr(trainer.accelerator, "deepspeed_engine_wrapped", None, raising=False)
     return trainer
 
 
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("DEEPSPEED", "D2FT does not run under DEEPSPEED: .* never run with it; for ZeRO-2 and ZeRO-3 take FSDP2"),
         ("MEGATRON_LM", "D2FT does not run under MEGATRON_LM: it replaces the model"),
         ("XLA", "D2FT does not run under XLA: it traces a step once"),
         ("MULTI_NPU", "D2FT does not run under MULTI_NPU: use DistributedDataParallel or FSDP2"),
@@ -47,17 +48,46 @@ def test_axes_that_cut_samples_or_weights_are_refused(monkeypatch, tmp_path, axi
 
 
 @pytest.mark.parametrize(
-    ("config", "plugin", "says"),
+    ("config", "says"),
     [
-        ({}, {"activation_checkpointing": True}, "gradient_checkpointing=True"),
-        ({"policy": "fewer_samples", "device_capacities": "auto"}, {}, "device_capacities='auto' does not run"),
-        ({"cache_frozen": "cache", "policy": "fewer_samples"}, {}, "cache_frozen='cache' does not run under FSDP"),
-        ({"backward_score": "fisher"}, {}, "score 'fisher' does not run under FSDP"),
+        ({"policy": "fewer_samples", "device_capacities": "auto"}, "device_capacities='auto' does not run under {}"),
+        ({"cache_frozen": "cache", "policy": "fewer_samples"}, "cache_frozen='cache' does not run under {}"),
+        ({"backward_score": "fisher"}, "score 'fisher' does not run under {}"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_done_on_shared_out_parameters_is_refused(monkeypatch, tmp_path, config, plugin, says):
-    with pytest.raises(ValueError, match=says):
-        trainer_under(monkeypatch, tmp_path, "FSDP", config, **plugin).train()
+)
+@pytest.mark.parametrize(("kind", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_what_cannot_be_done_where_processes_meet_is_refused(monkeypatch, tmp_path, kind, name, config, says):
+    trainer = trainer_under(monkeypatch, tmp_path, kind, config)
+    with pytest.raises(ValueError, match=says.format(name)):
+        trainer.train()
+
+
+def test_checkpointing_by_the_plugin_is_refused(monkeypatch, tmp_path):
+    trainer = trainer_under(monkeypatch, tmp_path, "FSDP", activation_checkpointing=True)
+    with pytest.raises(ValueError, match="gradient_checkpointing=True"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("policy", ["random", "lisa", "depth"])
+def test_heads_are_refused_where_weights_are_gathered_one_by_one(monkeypatch, tmp_path, policy):
+    config = {"policy": policy, "compute_budget": 0.5}
+    trainer = trainer_under(monkeypatch, tmp_path, "DEEPSPEED", config, zero_stage=3)
+    with pytest.raises(ValueError, match=f"policy='{policy}' does not run under ZeRO-3, .* ZeRO-2, or FSDP2"):
+        trainer.train()
+
+
+def test_an_engine_that_ended_is_refused(monkeypatch, tmp_path):
+    trainer = trainer_under(monkeypatch, tmp_path, "DEEPSPEED")
+    trainer.model_wrapped = SimpleNamespace()
+    with pytest.raises(ValueError, match="DeepSpeed's engine ended with the first call of train"):
+        trainer.train()
+
+
+def test_a_model_that_was_loaded_in_parts_is_refused(monkeypatch, tmp_path):
+    trainer = trainer_under(monkeypatch, tmp_path, "MULTI_CPU")
+    monkeypatch.setattr(trainer.model, "is_distributed_loading_by_transformers", True)
+    with pytest.raises(ValueError, match="loaded in parts .*load it whole; .*fsdp=True"):
+        trainer.train()
 
 
 def test_fsdp_of_the_first_version_is_refused(monkeypatch, tmp_path):

@@ -121,3 +121,16 @@ def report_in_two_processes(folder: str) -> int:
 def test_of_several_processes_the_first_writes(tmp_path):
     assert sorted(run(__name__, "report_in_two_processes", tmp_path, str(tmp_path / "run"))) == [0, 1]
     assert isinstance(read_run(tmp_path / "run"), RunRecord)
+
+
+def test_tensorboard_shows_every_number_of_the_log(tmp_path, monkeypatch):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = fit(tmp_path, args={"report_to": ["tensorboard"]}, report=tmp_path / "report.html")
+    events = reader.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    (entry,) = (entry for entry in trainer.state.log_history if entry["step"] == 4 and "learning_rate" in entry)
+    assert entry.keys() >= NUMBERS
+    for name in entry.keys() - {"epoch", "step"}:
+        last = events.Scalars(f"train/{name}")[-1]
+        assert (last.step, last.value) == (4, pytest.approx(entry[name], rel=1e-6)), name

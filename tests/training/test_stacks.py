@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from peft import get_peft_model
 
-from d2ft_peft import D2FTConfig, D2FTTrainer
+from d2ft_peft import D2FTConfig, D2FTPlanner, D2FTTrainer
 from tests.zoo_stacks import ZOO
 
 
@@ -108,3 +108,21 @@ def test_a_policy_over_heads_trains(name, policy, tmp_path):
     assert np.isfinite(logged(trainer, "loss")).all()
     assert 0.3 < logged(trainer, "flops_ratio").mean() < 0.75
     assert logged(trainer, "compute_ratio").mean() == pytest.approx(0.6, abs=0.1)
+
+
+def test_a_first_batch_that_does_not_reach_a_tower():
+    """Text alone, to a model that sees images as well: what the tower costs is learned from a batch that reaches it."""
+    recipe = ZOO["llava, both stacks"]
+    config = D2FTConfig(r=4, stacks=recipe.stacks, policy="bilevel", compute_budget=0.5)
+    model = get_peft_model(recipe.build(), config).train()
+    planner, seen = D2FTPlanner(model), recipe.batch()
+    text = {key: value for key, value in seen.items() if key != "pixel_values"}
+    text["input_ids"] = text["input_ids"].masked_fill(text["input_ids"] == 5, 9)
+    for batches, known in (([text, text], False), ([seen, seen], True)):
+        planner.plan(batches)
+        for index, batch in enumerate(batches):
+            with planner.micro_batch(index) as micro_batch:
+                if not micro_batch.skipped:
+                    (model(**batch).loss * micro_batch.weight).backward()
+        assert bool(planner.costs.probe.lengths) == known
+    assert 0 < planner.counts.last.compute_ratio < 1

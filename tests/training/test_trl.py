@@ -9,16 +9,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
 
-from d2ft_peft import D2FTCallback, D2FTConfig, D2FTTrainerMixin, partition_model
+from d2ft_peft import D2FTCallback, D2FTConfig, partition_model
 from tests.models import TINY
 from tests.test_trainer import assert_equal, trained
-from tests.training.trl_cases import KINDS, base_of, make
+from tests.training.trl_cases import GENERATING, KINDS, base_of, make
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 4, "init_lora_weights": "gaussian"}
-OFFLINE = [kind for kind in KINDS if kind not in ("grpo", "rloo")]  # whose samples lie in a data set
+OFFLINE = [kind for kind in KINDS if kind not in GENERATING]  # whose samples lie in a data set
 
 
 def wrapped(kind, folder, config, checkpointing=True, **kwargs):
@@ -134,7 +134,7 @@ def test_a_step_is_the_trainers_own_on_the_samples_that_run(tmp_path, kind, vari
         items = arguments["num_items_in_batch"]
         items = None if items is None else items.as_subclass(Tensor)
         loss = alone.compute_loss(alone.model.train(), dict(inputs), num_items_in_batch=items)
-        (loss if kind.startswith("sft") else loss * count / sum(samples)).backward()
+        (loss if kind.startswith(("sft", "gkd")) else loss * count / sum(samples)).backward()
     expected = gradients(alone.model)
     assert {same_place(name, variant) for name in watch.gradients} == set(expected)
     for name, gradient in watch.gradients.items():
@@ -222,18 +222,7 @@ def test_without_the_base_there_is_no_reference(tmp_path):
         run.train()
 
 
-@pytest.mark.quick(2)
-@pytest.mark.parametrize("mixed", [True, False])
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
-def test_inputs_that_are_generated_within_a_step_are_refused(tmp_path, kind, mixed):
-    cls = type("Mixed", (D2FTTrainerMixin, KINDS[kind][0]), {}) if mixed else KINDS[kind][0]
-    run = make(kind, tmp_path, None, cls, [] if mixed else [D2FTCallback()], peft_config=config("lora"))
-    with pytest.raises(ValueError, match="GRPO generates them.* leave D2FT's callback or mixin out"):
-        run.train()
-
-
-@pytest.mark.quick(1)
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize("kind", GENERATING)
 def test_generating_trainers_train_the_whole_adapter(tmp_path, kind):
     run = make(kind, tmp_path, peft_config=config("lora"), max_steps=1)
     with pytest.warns(UserWarning, match="training forward without a schedule"):

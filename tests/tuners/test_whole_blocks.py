@@ -210,15 +210,6 @@ def test_what_needs_heads_is_refused(kwargs, message):
         get_peft_model(WHOLE["mamba"].build(), D2FTConfig(**kwargs))
 
 
-def test_models_without_a_list_of_blocks_are_refused():
-    with pytest.raises(ValueError, match=r"Sequential has no nn.ModuleList of blocks that run one after the other"):
-        get_peft_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), D2FTConfig(subnets="blocks"))
-    model = HandWritten()
-    model.blocks = nn.ModuleList([model.blocks[0]] * 3)
-    with pytest.raises(ValueError, match="HandWritten runs one and the same block several times"):
-        get_peft_model(model, D2FTConfig(subnets="blocks"))
-
-
 def test_outputs_of_whole_blocks_are_not_cached(tmp_path):
     model = adapted("mamba", "lora", layers_to_transform=[2])
     with pytest.raises(ValueError, match="what whole blocks do with padding is not known .they are not cut into heads"):
