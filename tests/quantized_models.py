@@ -11,13 +11,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers as tf
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from tests.models import TINY
 
 
 def _float() -> nn.Module:
-    return TINY["llama"].build(hidden_size=64, intermediate_size=128)
+    return TINY["llama"].build(hidden_size=64, intermediate_size=128, attention_bias=True)
 
 
 @functools.cache
@@ -58,7 +59,7 @@ def _hqq() -> nn.Module:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
                     config = BaseQuantizeConfig(nbits=4, group_size=32)
-                    layer = HQQLinear(child, config, compute_dtype=torch.float32, device="cpu")
+                    layer = HQQLinear(child.requires_grad_(False), config, compute_dtype=torch.float32, device="cpu")
                     setattr(parent, name, layer)
     return model.eval()
 
@@ -83,6 +84,20 @@ def quantized(kind: str) -> nn.Module:
     package, _ = KINDS[kind]
     pytest.importorskip(package, reason=f"{package} is not installed: weights of kind {kind!r} are not tried")
     return copy.deepcopy(_built(kind))
+
+
+def dense_twin(model: nn.Module) -> nn.Module:
+    """The model with float32 weights in the place of quantized ones, as PEFT reads them."""
+    for block in model.model.layers:
+        for parent in (block.self_attn, block.mlp):
+            for name, child in list(parent.named_children()):
+                if hasattr(child, "in_features"):
+                    dense = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+                    dense.weight.data.copy_(dequantize_module_weight(child))
+                    if child.bias is not None:
+                        dense.bias.data.copy_(child.bias)
+                    setattr(parent, name, dense)
+    return model
 
 
 def batch(n: int = 4, seed: int = 1) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ..partition import Projection
+from .dequantize import quantized_weight
 from .feature_mean import FeatureMean
 from .intercept import Intercept
 from .plan import Heads
@@ -132,7 +133,8 @@ def _subset(projections: tuple[ProjectionForward, ...], x: Tensor, run: Run) -> 
             if not layer.disable_adapters and not layer.merged:
                 low_rank += [(projection, layer, name) for name in layer.active_adapters if name in layer.lora_A]
         with_bias = run.with_bias or projection.projection.kind == "column"
-        subset_layers.append(SubsetLayer(base.weight, base.bias if with_bias else None, projection.head_axis))
+        weight = quantized_weight(base) or base.weight
+        subset_layers.append(SubsetLayer(weight, base.bias if with_bias else None, projection.head_axis))
     outputs = list(subset_linears(x, subset_layers, run.heads))
     return _add_low_rank(outputs, projections, low_rank, x, run) if low_rank else outputs
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..partition import FeatureLayout
+from .dequantize import QuantizedWeight
 from .plan import Heads
 
 
@@ -48,13 +49,13 @@ class SubsetLayer(NamedTuple):
     """One linear layer that runs on some heads.
 
     Attributes:
-        weight: [O, I], or [I, O] if transposed.
+        weight: [O, I], or [I, O] if transposed; a quantized one is made dense whenever it is used, in backward again.
         bias: [O] or None. A row-parallel layer adds it whole.
         head_axis: Which features belong to heads.
         addend: Added to the result, which then has its dtype, or None: one pass over memory less than a sum outside.
     """
 
-    weight: Tensor
+    weight: Tensor | QuantizedWeight
     bias: Tensor | None
     head_axis: HeadAxis
     addend: Tensor | None = None
@@ -102,6 +103,11 @@ class Selection:
             torch.addmm(of_heads, *factors, out=of_heads)  # FlopCounterMode does not know addmm_
             offset += length
 
+    def in_units_of(self, width: int) -> Selection:
+        """The same on an axis each of whose features stands for `width`, a divisor of the unit, of this one's."""
+        runs = tuple((start // width, length // width) for start, length in self.runs)
+        return Selection(runs, self.unit // width)
+
     def _index(self, device: torch.device) -> Tensor:
         """Numbers of the units, int64, in the order of the features."""
         if device not in self._indices:
@@ -143,9 +149,11 @@ def subset_linears(x: Tensor, layers: Sequence[SubsetLayer], heads: Heads) -> tu
         For each layer [..., A] (column) or [..., O] (row).
 
     Raises:
-        ValueError: If a weight is a tensor subclass that packs its values, as quantized ones are.
+        ValueError: If a weight is a tensor subclass that packs its values, as quantized ones of unknown kinds are.
     """
     for layer in layers:
+        if isinstance(layer.weight, QuantizedWeight):
+            continue
         if layer.weight.is_meta and not x.is_meta:
             raise ValueError(
                 "the weight of a projection is on the meta device (a device_map offloads it to the CPU or to disk), "
@@ -156,8 +164,21 @@ def subset_linears(x: Tensor, layers: Sequence[SubsetLayer], heads: Heads) -> tu
                 f"weight is a {type(layer.weight).__name__}, whose features cannot be taken head by head; D2FT needs "
                 "plain tensors: load the model without this quantization or sharding."
             )
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    quantized = [layer.weight for layer in layers if isinstance(layer.weight, QuantizedWeight)]
+    if not quantized:
+        return _linears(_cast(x, dtype), layers, heads)
+    dtypes = {weight.compute_dtype or dtype for weight in quantized}
+    if len(layers) > 1 and (len(dtypes) > 1 or len(quantized) < len(layers)):
+        return tuple(itertools.chain(*(subset_linears(x, [layer], heads) for layer in layers)))
+    outputs = _linears(_cast(x, dtypes.pop()), layers, heads)
+    returned = (dtype if weight.compute_dtype is None else x.dtype for weight in quantized)
+    return tuple(map(_cast, outputs, returned))
+
+
+def _linears(x: Tensor, layers: Sequence[SubsetLayer], heads: Heads) -> tuple[Tensor, ...]:
+    """`subset_linears` in the dtype of x."""
     selections = [select(layer.head_axis.layout, heads) for layer in layers]
     if not torch.is_grad_enabled():
         return tuple(_output(x, *layer, selection) for layer, selection in zip(layers, selections, strict=True))
@@ -169,7 +190,12 @@ def subset_linears(x: Tensor, layers: Sequence[SubsetLayer], heads: Heads) -> tu
 
 
 def _output(
-    x: Tensor, weight: Tensor, bias: Tensor | None, head_axis: HeadAxis, addend: Tensor | None, selection: Selection
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    head_axis: HeadAxis,
+    addend: Tensor | None,
+    selection: Selection,
 ) -> Tensor:
     if bias is not None:
         bias = _cast(selection.take(bias, 0) if head_axis.kind == "column" else bias, x.dtype)
@@ -194,11 +220,13 @@ class _SubsetLinears(torch.autograd.Function):
         weights, biases, addends = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
         outputs = tuple(map(_output, [x] * n, weights, biases, axes, addends, selections))
         needs = ctx.needs_input_grad
-        ctx.save_for_backward(x if any(needs[3 : 3 + n]) else None, *(weights if needs[0] else ()))
+        dense = [weight if isinstance(weight, Tensor) else None for weight in weights]
+        ctx.save_for_backward(x if any(needs[3 : 3 + n]) else None, *(dense if needs[0] else ()))
+        ctx.quantized = [weight if isinstance(weight, QuantizedWeight) else None for weight in weights]
         ctx.axes, ctx.selections, ctx.dtype, ctx.shape = axes, selections, x.dtype, x.shape
-        ctx.weight_facts = [(weight.shape, weight.dtype) for weight in weights]
+        ctx.weight_facts = [None if weight is None else (weight.shape, weight.dtype) for weight in dense]
         # Edges of the graph are numbered by the tensors among the inputs, of which x is the first.
-        ctx.edges = list(itertools.accumulate(tensor is not None for tensor in tensors))
+        ctx.edges = list(itertools.accumulate(isinstance(tensor, Tensor) for tensor in tensors))
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -221,7 +249,7 @@ class _SubsetLinears(torch.autograd.Function):
             grad = _cast(grad, ctx.dtype)
             grad_MO = grad.reshape(-1, grad.shape[-1])
             if needs[0]:
-                weight = _selected(weights[j], ctx.axes[j], ctx.selections[j], ctx.dtype)
+                weight = _selected(ctx.quantized[j] or weights[j], ctx.axes[j], ctx.selections[j], ctx.dtype)
                 if grad_x is None:
                     grad_x = grad_MO @ weight
                 else:
@@ -246,8 +274,8 @@ def _weight_gradient(ctx, j: int, grad_MO: Tensor, x_MI: Tensor) -> Tensor | Non
 
 def _bias_gradient(ctx, j: int, grad_MO: Tensor) -> Tensor | None:
     """Gradient of the bias of layer j, or None if it was added in place."""
-    head_axis, selection, (_, dtype) = ctx.axes[j], ctx.selections[j], ctx.weight_facts[j]
-    grad = _cast(grad_MO.sum(0), dtype)
+    head_axis, selection, facts = ctx.axes[j], ctx.selections[j], ctx.weight_facts[j]
+    grad = grad_MO.sum(0) if facts is None else _cast(grad_MO.sum(0), facts[1])
     if head_axis.kind == "row":
         return grad
     accumulated = _accumulated(ctx.next_functions[ctx.edges[len(ctx.axes) + j]][0])
@@ -273,8 +301,12 @@ def _accumulated(node: torch.autograd.graph.Node | None) -> Tensor | None:
     return weight.grad if executed and weight.grad.is_contiguous() else None
 
 
-def _selected(weight: Tensor, head_axis: HeadAxis, selection: Selection, dtype: torch.dtype) -> Tensor:
+def _selected(
+    weight: Tensor | QuantizedWeight, head_axis: HeadAxis, selection: Selection, dtype: torch.dtype
+) -> Tensor:
     """The weight of the selected heads as [O, I], with the sizes of their features."""
+    if isinstance(weight, QuantizedWeight):
+        return weight.take(selection, head_axis.axis, dtype)
     selected = _cast(selection.take(weight, head_axis.axis), dtype)
     return selected.t() if head_axis.transposed else selected
 

@@ -31,13 +31,18 @@ def _magnitude(module: nn.Module, name: str) -> float:
         return _magnitude(module.get_base_layer(), name)
     if hasattr(module, "in_features") and not is_dense(getattr(module, "weight", None)):
         bias = getattr(module, "bias", None)
-        return _absolute_sum(_dequantized(module, name)) + (0.0 if bias is None else _absolute_sum(bias))
+        return _absolute_sum(dequantized(module, name)) + (0.0 if bias is None else _absolute_sum(bias))
     own = sum(_absolute_sum(parameter) for parameter in module.parameters(recurse=False))
     return own + sum(_magnitude(child, f"{name}.{part}") for part, child in module.named_children())
 
 
-def _dequantized(module: nn.Module, name: str) -> Tensor:
-    if not hasattr(module, "W_q") and getattr(module, "weight", None) is None:
+def dequantized(module: nn.Module, name: str) -> Tensor:
+    """The weight that a quantized layer stands for.
+
+    Raises:
+        ValueError: If the layer, named so, is of a kind that cannot be read.
+    """
+    if not hasattr(module, "W_q") and not isinstance(getattr(module, "weight", None), Tensor):
         raise ValueError(
             f"{name} is a {type(module).__name__}, whose weights D2FT cannot read; choose a score that follows "
             "training, such as backward_score='loss'."

@@ -22,7 +22,6 @@ from functools import partial
 import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
@@ -32,7 +31,7 @@ from ..engine.subset_linear import HeadAxis
 from ..partition import Partition, Projection, base_model, parts_elsewhere, unwrap
 from ..tuners import D2FTLayer
 from ..tuners.adapter_checks import is_dense
-from .block_scores import gradient_scores_of_blocks, magnitude_of_blocks, wide
+from .block_scores import dequantized, gradient_scores_of_blocks, magnitude_of_blocks, wide
 
 
 # Elements of per-sample weight gradients that are held at a time (256 MiB in float32).
@@ -66,7 +65,8 @@ def weight_magnitude(model: nn.Module, partition: Partition) -> np.ndarray:
             module = base.get_submodule(projection.name)
             layer = module.active_layer() if isinstance(module, D2FTLayer) else unwrap(module)
             axis = HeadAxis(projection.kind, projection.layout, projection.transposed)
-            weight = _whole(layer.weight) if is_dense(layer.weight) else dequantize_module_weight(layer)
+            dense = is_dense(getattr(layer, "weight", None))
+            weight = _whole(layer.weight) if dense else dequantized(layer, projection.name)
             heads.add(index, _by_head(weight.abs()[None], axis))
             if projection.kind == "column" and layer.bias is not None:
                 heads.add(index, _by_head(_whole(layer.bias).abs()[None], HeadAxis("column", projection.layout)))

@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from ..engine.dequantize import quantized_weight
 from ..partition import Partition, is_plain_linear, unwrap
 from ..schedule import policy_facts
 from .config import D2FTConfig
@@ -161,7 +162,8 @@ def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) ->
     """Refuse to train weights that cannot be, or to slice those that cannot be cut into heads.
 
     Such are quantized ones: layers of other classes than ``nn.Linear`` (bitsandbytes, HQQ, GPTQ), or tensors of other
-    classes in an ordinary one (torchao). They run as a whole, so LoRA works where projections or blocks do.
+    classes in an ordinary one (torchao). They run as a whole, so LoRA works where projections or blocks do; those whose
+    dense weight can be read are cut as well.
 
     Raises:
         ValueError: If full fine-tuning, or a policy that cuts projections, meets such a weight.
@@ -177,7 +179,7 @@ def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) ->
                 "offloading."
             )
         return
-    why = why_not_sliced(model, partition, config)
+    why = why_not_sliced(model, partition, config, dequantize=True)
     if why:
         raise ValueError(
             f"{why}; choose policy='exact_first', 'all_full', 'fewer_samples', 'importance' or 'selective_backprop', "
@@ -185,12 +187,24 @@ def check_weights(model: nn.Module, partition: Partition, config: D2FTConfig) ->
         )
 
 
-def why_not_sliced(model: nn.Module, partition: Partition, config: D2FTConfig) -> str:
-    """Why projections cannot be run on some of their heads, as the policy does; empty if they can, or need not."""
+def why_not_sliced(model: nn.Module, partition: Partition, config: D2FTConfig, dequantize: bool) -> str:
+    """Why projections cannot be run on some of their heads, as the policy does; empty if they can, or need not.
+
+    Args:
+        model: The model.
+        partition: Its heads.
+        config: The adapter's configuration.
+        dequantize: Whether heads of quantized weights are cut where it is known how to make them dense.
+    """
     if config.inference_mode or config.policy == "all_full" or policy_facts(config.policy).rows != "micro_batches":
         return ""
     for name in partition.projections:
-        found = _not_dense(unwrap(model.get_submodule(name)), name)
+        layer = unwrap(model.get_submodule(name))
+        found = _not_dense(layer, name)
+        if found and not config.head_parallel and not _is_offloaded(layer) and quantized_weight(layer):
+            if dequantize:
+                continue
+            return f"{found}, whose blocks run faster than its heads; subnets='heads' cuts it as {config.policy!r} does"
         if found:
             return f"{found}, which cannot be cut into heads as policy={config.policy!r} does"
     return ""
@@ -229,7 +243,7 @@ def _not_trainable(module: nn.Module, name: str) -> str:
 
 def is_dense(weight: torch.Tensor | None) -> bool:
     """Whether a weight is a dense floating tensor, whole or sharded (`DTensor`): what can be sliced by heads."""
-    if weight is None:
+    if not isinstance(weight, torch.Tensor):  # none, or what stands for one (GPTQ's metadata)
         return False
     plain = type(weight.data) in (torch.Tensor, nn.Parameter, DTensor)
     return plain and weight.is_floating_point() and weight.dtype.itemsize > 1 and weight.layout == torch.strided

@@ -40,7 +40,7 @@ class D2FTConfig(LoraConfig):
         train_boundary: Full fine-tuning: also train and save what lies outside the subnets (embeddings, norms, head).
         subnets: What a subnet is: ``"heads"`` of a block, or whole ``"blocks"``; None is heads where the model can be
             cut into them, and blocks, with a warning, elsewhere (other architectures; quantized weights under a policy
-            that would slice them).
+            that would slice them, which ``"heads"`` does where their kind is known, at a cost).
         heads_per_subnet: Heads that one subnet groups (key/value heads under grouped-query attention).
         stacks: Which stacks of blocks are scheduled, of a model that has several: their paths, or successive parts of
             them (``"decoder"``, ``"language_model"``, ``"vision_tower"``), one or a list. The others always run.

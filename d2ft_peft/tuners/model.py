@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..engine.block_region import BlockRegion
 from ..engine.checkpointing import unbind_checkpointing
+from ..engine.dequantize import keep_unpacked
 from ..engine.feature_mean import FeatureMean
 from ..engine.frozen_below import NoteEmbedded, install_entries
 from ..engine.intercept import Intercept, find_runtime
@@ -52,6 +53,8 @@ class SubnetTuner(BaseTuner):
         others = {name: self.peft_config[name] for name in partitions if name != adapter_name}
         if others:
             check_beside_others(config, adapter_name, others, partitions[next(iter(others))])
+        if not config.inference_mode:
+            keep_unpacked(model)
         partition = partition_for(model, config, partitions[next(iter(others))] if others else None)
         check_names(model, partition, config)
         check_stacks(partition, config)

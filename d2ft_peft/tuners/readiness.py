@@ -7,6 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..engine.dequantize import keep_unpacked
 from ..engine.intercept import Intercept, get_runtime
 from ..partition import base_model
 
@@ -15,8 +16,10 @@ def check_trains(model: nn.Module) -> None:
     """Refuse to train a model whose adapter would not learn.
 
     Raises:
-        ValueError: If the adapter is disabled or merged, no parameter requires a gradient, or one has no memory.
+        ValueError: If the adapter is disabled or merged, no parameter requires a gradient, one has no memory, or 4 bit
+            weights were packed for inference.
     """
+    keep_unpacked(model)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     if any(layer.disable_adapters for layer in layers):
         raise ValueError(

@@ -41,7 +41,9 @@ def partition_for(model: nn.Module, config: D2FTConfig, other: Partition | None 
     else:
         partition = partition_model(model, config.heads_per_subnet, config.stacks, config.subnets)
         why = (
-            why_not_sliced(model, partition, config) if config.subnets is None and config.heads_per_subnet == 1 else ""
+            why_not_sliced(model, partition, config, dequantize=False)
+            if config.subnets is None and config.heads_per_subnet == 1
+            else ""
         )
         if why and config.is_lora:
             partition = partition_into_blocks(model, why)
@@ -65,7 +67,7 @@ def partition_for(model: nn.Module, config: D2FTConfig, other: Partition | None 
     else:
         warnings.warn(
             f"the subnets are the {len(partition.blocks)} whole blocks from {partition.blocks[0]} to "
-            f"{partition.blocks[-1]}, because heads cannot be cut: {partition.why_whole}. Policies over samples are as "
+            f"{partition.blocks[-1]}, because heads are not cut: {partition.why_whole}. Policies over samples are as "
             "exact as ever; subnets='blocks' says that you know.",
             stacklevel=2,
         )

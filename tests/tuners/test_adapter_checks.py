@@ -1,5 +1,7 @@
 """Adapters that are refused when they are made: what could not train, stand beside others, or be loaded again."""
 
+import types
+
 import pytest
 import torch
 import transformers as tf
@@ -9,6 +11,7 @@ from torch import nn
 
 from d2ft_peft import D2FTConfig, partition_model
 from d2ft_peft.engine import compile_plan, get_runtime
+from d2ft_peft.scores import weight_magnitude
 from d2ft_peft.tuners.adapter_checks import is_dense
 from tests.models import TINY
 from tests.tuners.cases import adapted, config_for, fresh, logits, same, train_briefly
@@ -34,11 +37,62 @@ def test_weights_that_cannot_be_cut_are_refused(kind):
     where = "the weight of model.layers.1.mlp.up_proj is a .*, which cannot be "
     with pytest.raises(ValueError, match=where + "cut into heads as policy='bilevel' does; choose policy='exact_"):
         get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel", subnets="heads"))
-    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* because heads cannot be cut: " + where):
+    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* because heads are not cut: " + where):
         model = get_peft_model(quantized(kind), D2FTConfig(r=4, policy="bilevel"))
     assert get_runtime(model).partitions["default"].num_scheduled == 3
     with pytest.raises(ValueError, match=where + "fine-tuned; set r"):
         get_peft_model(quantized(kind), D2FTConfig(policy="all_full"))
+
+
+class QuantLinear(nn.Linear):
+    """A stand-in for GPTQ's and AWQ's layers: integers, scales, a forward of its own. PEFT takes it for a linear."""
+
+    def __init__(self, dense: nn.Linear):
+        super().__init__(dense.in_features, dense.out_features, bias=False)
+        scales = dense.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scales", scales)
+        self.register_buffer("qweight", (dense.weight.detach() / scales).round().to(torch.int8))
+        del self.weight
+        self.weight = types.SimpleNamespace(shape=(self.out_features, self.in_features))  # as GPTQ's
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qweight * self.scales)
+
+
+def with_quant_linears(dense=False):
+    model = fresh("llama")
+    for block in model.model.layers:
+        layer = QuantLinear(block.mlp.up_proj)
+        if dense:
+            block.mlp.up_proj.weight.data.copy_(layer.qweight * layer.scales)
+        else:
+            block.mlp.up_proj = layer
+    return model
+
+
+def test_quantized_layers_of_an_unknown_kind_run_whole():
+    """Whole samples under the default policy, whole blocks under one that would cut heads."""
+    with pytest.raises(
+        ValueError, match="up_proj is a QuantLinear, which cannot be cut into heads as policy='bilevel'"
+    ):
+        get_peft_model(with_quant_linears(), D2FTConfig(r=4, policy="bilevel", subnets="heads"))
+    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .*up_proj is a QuantLinear"):
+        ours = get_peft_model(with_quant_linears(), D2FTConfig(r=4, policy="bilevel", target_modules=["q_proj"]))
+    twin = D2FTConfig(r=4, policy="bilevel", target_modules=["q_proj"], subnets="blocks")
+    whole = get_peft_model(with_quant_linears(), D2FTConfig(r=4, target_modules=["q_proj"]))
+    with get_runtime(whole).use(compile_plan(get_runtime(whole).partitions["default"], [2] * 6)):
+        same(whole.train()(**TINY["llama"].batch()).loss, with_quant_linears(dense=True)(**TINY["llama"].batch()).loss)
+    losses = []
+    for model in (ours, get_peft_model(with_quant_linears(dense=True), twin)):
+        runtime = get_runtime(model.train())
+        with runtime.use(compile_plan(runtime.partitions["default"], [2, 0, 2])):
+            losses.append(model(**TINY["llama"].batch()).loss)
+    same(*losses)
+    for model in (ours, whole):
+        with pytest.raises(
+            ValueError, match="up_proj is a QuantLinear, whose weights D2FT cannot read; choose a score"
+        ):
+            weight_magnitude(model, get_runtime(model).partitions["default"])
 
 
 @pytest.mark.parametrize("policy", [None, "all_full", "fewer_samples", "importance", "selective_backprop"])
@@ -55,7 +109,7 @@ def test_weights_that_accelerate_offloads_are_not_trained_and_not_sliced():
     where = r"the weight of model.layers.0.self_attn.q_proj is offloaded by accelerate"
     with pytest.raises(ValueError, match=where + ".*cannot be fine-tuned; set r .LoRA., or load the model without"):
         get_peft_model(cpu_offload(fresh("llama"), execution_device="cpu"), D2FTConfig())
-    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* heads cannot be cut: " + where):
+    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks .* heads are not cut: " + where):
         get_peft_model(cpu_offload(fresh("llama"), execution_device="cpu"), D2FTConfig(r=4, policy="bilevel"))
 
 

@@ -50,7 +50,7 @@ def logits(model, name):
 
 @pytest.mark.parametrize("name", ["mamba", "swin", "hand_written"])
 def test_a_model_without_heads_to_cut_is_said_to_be_partitioned_into_blocks(name):
-    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks from .* because heads cannot be cut: .*"):
+    with pytest.warns(UserWarning, match="the subnets are the 3 whole blocks from .* because heads are not cut: .*"):
         model = get_peft_model(WHOLE[name].build(), D2FTConfig())
     partition = get_runtime(model).partitions["default"]
     assert partition.num_scheduled == len(partition.blocks) == 3
