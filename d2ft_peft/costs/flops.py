@@ -164,7 +164,10 @@ def _trains(module: nn.Module) -> bool:
 
 def _add_whole(module: nn.Module, branch: Branch, rows: float, shared: dict) -> None:
     """Add the FLOPs on some rows of a projection that every pass of its region computes whole."""
-    dense, trains = 2.0 * rows * unwrap(module).weight.numel(), unwrap(module).weight.requires_grad
+    layer = unwrap(module)
+    weight = getattr(layer, "weight", None)  # HQQ has none under this name, and packed ones have fewer entries
+    size = layer.in_features * layer.out_features if hasattr(layer, "in_features") else weight.numel()
+    dense, trains = 2.0 * rows * size, weight is not None and weight.requires_grad
     if isinstance(module, D2FTLayer):
         trains = any(p.requires_grad for p in module.parameters())
     forward, backward = dense, dense * (1 + trains)

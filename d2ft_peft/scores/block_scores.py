@@ -47,7 +47,14 @@ def dequantized(module: nn.Module, name: str) -> Tensor:
             f"{name} is a {type(module).__name__}, whose weights D2FT cannot read; choose a score that follows "
             "training, such as backward_score='loss'."
         )
-    return dequantize_module_weight(module)
+    weight = getattr(module, "weight", None)
+    try:
+        return dequantize_module_weight(module)
+    finally:
+        # On CPUs PEFT puts a copy of bitsandbytes' int8 parameter into the layer; after a first forward pass it has no
+        # scales, and the layer would take none for its own.
+        if weight is not None and module.weight is not weight:
+            module.weight = weight
 
 
 def _absolute_sum(values: Tensor) -> float:

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
+from transformers import BitsAndBytesConfig, Olmo2Config, Olmo2ForCausalLM, TrainingArguments
 
-from d2ft_peft import D2FTConfig
+from d2ft_peft import D2FTConfig, D2FTTrainer
 from d2ft_peft.costs import cost_model, probe_model
 from d2ft_peft.engine import compile_plan, get_runtime
 from d2ft_peft.engine.dequantize import keep_unpacked, quantized_weight
@@ -89,6 +90,48 @@ def test_costs_and_magnitudes_are_those_of_the_dense_weights(kind):
     np.testing.assert_allclose(costs[0].costs, costs[1].costs, rtol=1e-12)
     magnitudes = [weight_magnitude(*of_model) for of_model in zip(models, partitions, strict=True)]
     np.testing.assert_allclose(*magnitudes, rtol=1e-6)
+
+
+def test_layers_that_are_computed_whole_cost_what_the_dense_ones_do(tmp_path):
+    """OLMo 2 has a norm over all of its queries, which are therefore made whole; a packed weight has fewer entries."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = Olmo2Config(
+        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Olmo2ForCausalLM(config).save_pretrained(tmp_path)
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = Olmo2ForCausalLM.from_pretrained(tmp_path, quantization_config=four_bit, dtype=torch.float32)
+    costs = []
+    for model in (adapted(copy.deepcopy(base)), adapted(dense_twin(base))):
+        partition = get_runtime(model).partitions["default"]
+        assert any(branch.whole for branch in partition.branches)
+        costs.append(cost_model(model, partition, probe_model(model, partition, batch())))
+    np.testing.assert_allclose(costs[0].shared_forward, costs[1].shared_forward, rtol=1e-12)
+    np.testing.assert_allclose(costs[0].shared_backward, costs[1].shared_backward, rtol=1e-12)
+
+
+@each_kind
+@some_kinds
+def test_the_trainer_trains_heads_as_on_the_dense_weights(kind, tmp_path):
+    base, trained = quantized(kind), []
+    data = [{name: value[0] for name, value in batch(1, seed).items()} for seed in range(16)]
+    for model in (copy.deepcopy(base), dense_twin(base)):
+        model = adapted(model, num_full=1, num_forward_only=1)
+        start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        args = TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=4, optim="sgd",
+            learning_rate=0.1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
+        )  # fmt: skip
+        trainer = D2FTTrainer(model=model, args=args, train_dataset=data)
+        trainer.train()
+        assert all(log["compute_ratio"] < 0.5 for log in trainer.state.log_history if "compute_ratio" in log)
+        trained.append({name: p.detach() for name, p in model.named_parameters() if p.requires_grad})
+    ours, expected = trained
+    assert any(not torch.equal(value, start[name]) for name, value in ours.items())
+    for name, value in expected.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
 PARTS = [(0,), (1, 2), (0, 2), (0, 1, 3)]
