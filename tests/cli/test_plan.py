@@ -77,6 +77,7 @@ def test_the_answer_for_people_has_the_figures_and_the_picture(d2ft, config_fold
     assert (tmp_path / "schedule.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough
 def test_a_model_type_is_enough(d2ft):
     found = d2ft("plan gpt2 --r 4 --sequence-length 16 --heads-per-subnet 12 --json")
     assert (found["model_type"], found["task"], found["subnets"]) == ("gpt2", "causal-lm", 14)

@@ -9,6 +9,7 @@ from d2ft_peft.dlora import BaseModel, Cloud, KillReviveCallback, connect
 from tests.models import TINY
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("placement", [{"edge_blocks": (1, 0)}, {"head": "cloud"}, {"crossing": "core"}], ids=str)
 def test_trained_on_the_edge_loaded_anywhere(tmp_path, placement):
     base = str(tmp_path / "base")

@@ -195,7 +195,7 @@ def test_a_thousand_faults(llama, tmp_path, setting):
         found[2].disconnect()
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("kind", ["restarted", "lost within", "half-open"])
 def test_generation_goes_on_after_its_cache_is_lost(llama, kind, beams):

@@ -449,6 +449,7 @@ def test_messages_arrive_as_they_were_sent(message, chunk):
                 assert found.tensors[name].dtype is tensor.dtype and torch.equal(found.tensors[name], tensor)
 
 
+@pytest.mark.thorough
 @given(some_message(), st.sampled_from(PACKINGS))
 def test_packed_tensors_keep_type_and_shape(message, packing):
     found = decode(bytearray(b"".join(encode(message, packing))))

@@ -57,7 +57,7 @@ def test_a_killed_module_still_computes(name):
         assert torch.equal(model(**batch(name)).logits, before)
 
 
-@pytest.mark.quick(10)
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("name", WORKS)
 def test_gradients_of_active_modules_are_those_of_plain_training(name):
     plain, model = adapt(WORKS[name]), adapt(WORKS[name])

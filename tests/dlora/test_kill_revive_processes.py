@@ -81,7 +81,7 @@ def in_two_processes(case: str, variant: str) -> dict[str, torch.Tensor]:
     }  # fmt: skip
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("case", "variant"), [("probe", ""), ("last", "gradient_as_bucket_view"), ("redrawn", "static_graph")]
 )

@@ -45,6 +45,7 @@ def run(rule, size, seen):
     return states, moves
 
 
+@pytest.mark.thorough
 @deterministic
 @given(cases())
 def test_as_many_modules_as_asked_for_are_active_after_every_decision(case):

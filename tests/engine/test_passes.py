@@ -102,6 +102,7 @@ def test_evaluation_with_gradients_is_not_recorded():
     assert not runtime.executed and not runtime.passes
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("row", [[2, 1, 0], [0]])
 @pytest.mark.parametrize("leave", [True, False])
 @pytest.mark.parametrize("name", ["bert", "vit", "llama"])

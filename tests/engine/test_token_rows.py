@@ -79,6 +79,7 @@ def test_two_passes_of_a_micro_batch_keep_their_choices_apart(kind):
     assert_same(of_two_passes(kind), of_two_passes("off"))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("kind", ["non-reentrant", "reentrant"])
 def test_checkpoints_around_the_call_of_a_block_keep_its_choice_too(kind, monkeypatch):
@@ -183,6 +184,7 @@ def test_nothing_of_the_model_changes_but_for_a_forward_that_unload_takes_away(m
     torch.testing.assert_close(unloaded.eval()(**batch).logits, base.eval()(**batch).logits)
 
 
+@pytest.mark.thorough
 def test_an_adapter_over_tokens_and_one_over_samples_stand_side_by_side():
     model, batch = adapted(base_of("vit"), "lora"), batch_of("vit")
     model.add_adapter("whole", D2FTConfig(r=4, policy="fewer_samples"))

@@ -58,6 +58,7 @@ def check_files(folder):
         assert load_file(folder / name / "adapter_model.safetensors")
 
 
+@pytest.mark.thorough
 def test_the_pre_trained_model_is_kept_for_its_recipe(tmp_path):
     first, path = quickstart.pretrained(SIZES, 1, tmp_path)
     written = path.stat().st_mtime_ns

@@ -99,6 +99,7 @@ def test_badam_trains_the_middle_block_and_the_head(run):
     assert trained == {"vit.layers.1", "classifier.weight", "classifier.bias"}
 
 
+@pytest.mark.thorough
 def test_a_row_is_measured_once(run):
     args = ("--peers", "--modes", "full", "--schedules", "aligned")
     first = run(*args, "--budgets", "0.6")
@@ -138,6 +139,7 @@ def test_variants_begin_in_turn(monkeypatch):
     assert begins == ["aabbcaabbc", "bbcaabbcaa", "ccaabbcaabb"]
 
 
+@pytest.mark.thorough
 def test_step_time_keeps_its_rows(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
     shape = ["--hidden", "64", "--heads", "4", "--layers", "2", "--image-size", "64", "--micro-batch-size", "2"]

@@ -48,6 +48,7 @@ def test_every_row_costs_its_share_of_the_plain_run(run):
     assert run("accuracy", *fixed, "plain") == rows
 
 
+@pytest.mark.thorough
 def test_times_are_ratios_to_the_plain_step(run, monkeypatch):
     make = tokens.build_model
     small = {"hidden": 16, "heads": 2, "intermediate": 32}

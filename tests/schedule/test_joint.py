@@ -49,6 +49,7 @@ def test_counts_match_brute_force(problem):
         assert value == pytest.approx(best_joint_by_counts(problem, subnet))
 
 
+@pytest.mark.thorough
 @deterministic
 @given(problems(max_rows=6, max_subnets=4, budgets=("compute", "communication", "counts")))
 def test_joint_is_worth_at_least_bilevel(problem):

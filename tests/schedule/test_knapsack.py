@@ -42,7 +42,7 @@ def test_choose_is_the_lexicographically_first_optimum(instance):
     assert chosen.tolist() == expected.tolist()
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("own_order", [False, True])
 def test_devices_that_are_solved_together_are_solved_as_well_as_alone(own_order):
     """One has room to spare and the next hardly any; options that one may take, another may not; and each may have the

@@ -51,6 +51,7 @@ def assert_no_other_block_fits(problem, schedule, per_block, rest):
 # What holds for all of them.
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", POOLED)
 @deterministic
 @given(problem=problems(max_rows=6, max_subnets=6, budgets=KINDS))

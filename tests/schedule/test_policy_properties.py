@@ -67,7 +67,7 @@ def test_the_same_problem_and_seed_give_the_same_schedule(name, problem, seed):
     assert first == second
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", BY_SCORE)
 @deterministic
 @given(problem=problems(max_rows=6, max_subnets=5, budgets=KINDS), seed=st.integers(0, 100))

@@ -39,6 +39,7 @@ def path(request, monkeypatch):
         monkeypatch.setattr(knapsack, "_MAX_TABLE_STEPS", 0)
 
 
+@pytest.mark.quick(8)
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("tie_break", ["aligned", "spread"])
 @pytest.mark.parametrize("scores", ["of samples", "of subnets"])
@@ -129,6 +130,7 @@ def test_an_order_of_its_own_for_each_device_is_solved_in_one_go(work):
     assert len(work["solved"]) <= 2
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("scores", ["of samples", "of subnets"])
 @pytest.mark.parametrize("policy", ["bilevel", "joint", "depth"])
 def test_640_devices_leave_little_to_dynamic_programming(work, policy, scores):

@@ -36,6 +36,7 @@ def gather_parts():
     return results
 
 
+@pytest.mark.thorough
 def test_every_process_gets_the_whole_table(tmp_path):
     first, second = run(__name__, "gather_parts", tmp_path)
     assert first == second

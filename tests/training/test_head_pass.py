@@ -100,6 +100,7 @@ def test_what_it_costs_counts_as_training(tmp_path, config):
     assert of_fit / (4 * 41 * 32 * 3) == pytest.approx(round(of_fit / (4 * 41 * 32 * 3)), abs=1e-6)
 
 
+@pytest.mark.thorough
 def test_one_pass_scores_and_collects(tmp_path, monkeypatch):
     own = []
     monkeypatch.setattr(HeadFeatures, "run", lambda self, batch: own.append(len(batch["labels"])))

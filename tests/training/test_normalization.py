@@ -93,7 +93,7 @@ DATA = {
 }
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("case", DATA)
 def test_the_models_own_loss(tmp_path, case, smoothing):
@@ -141,7 +141,7 @@ def test_a_loss_of_ones_own(tmp_path, loss, case, base):
     assert_same(ours, mean_over_what_ran(name, DATA[case]))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("divides", [True, False])
 def test_a_loss_function(tmp_path, divides):
     def function(outputs, labels, num_items_in_batch=None):

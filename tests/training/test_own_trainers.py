@@ -84,6 +84,7 @@ def test_a_trainer_that_leaves_batches_out_runs_the_others_under_their_own_rows(
     assert all("loss" in entry for entry in trainer.state.log_history[:3])
 
 
+@pytest.mark.thorough
 def test_a_step_that_runs_a_batch_twice(tmp_path):
     """As sharpness-aware minimization does: both passes are of the same row, and both are counted."""
 

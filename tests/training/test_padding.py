@@ -73,7 +73,7 @@ def last_log(trainer):
     return next(entry for entry in reversed(trainer.state.log_history) if "flops_ratio" in entry)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["bert", "llama"])
 @pytest.mark.parametrize("accumulation", [1, 4], ids=["one batch a step", "accumulated"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
@@ -92,6 +92,7 @@ def test_composing_by_length_leaves_every_step_as_it_was(tmp_path, name, accumul
     assert composed["padding_ratio"] < 0.5 * keep["padding_ratio"]
 
 
+@pytest.mark.thorough
 def test_it_ends_like_the_plain_trainer(tmp_path):
     ours = train(tmp_path, compute_budget=1)
     plain = TINY["llama"].build().double()
@@ -115,6 +116,7 @@ def test_the_budget_is_met_first_by_what_no_loss_sees_and_then_by_leaving_sample
     assert logs["compute_ratio"] == 1 and logs["flops_ratio"] < 0.6
 
 
+@pytest.mark.thorough
 def test_other_policies_save_padding_on_top_of_their_budget(tmp_path):
     trainer = train(tmp_path, policy="fewer_samples", compute_budget=0.5, args={"max_steps": 12})
     assert last_log(trainer)["compute_ratio"] == pytest.approx(0.5, abs=0.05)

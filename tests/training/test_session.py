@@ -80,7 +80,7 @@ def test_an_epoch_that_is_stopped_drops_its_window(tmp_path, accumulation):
     assert_equal(*weights)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @BOTH
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path, accumulation, error):
@@ -153,6 +153,7 @@ def test_one_callback_serves_several_trainers(tmp_path):
         assert isinstance(trainer, D2FTTrainerMixin) and ratios(trainer) == [0.5] * 3
 
 
+@pytest.mark.thorough
 def test_another_data_set_is_scored_anew(tmp_path):
     model = adapt("vit", backward_score="fisher", compute_budget=0.5).float()
     trainer = D2FTTrainer(model=model, args=arguments(tmp_path), train_dataset=samples(n=24))

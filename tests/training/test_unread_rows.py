@@ -26,7 +26,7 @@ def search(model, batch, allowed=True):
     return planner.unread
 
 
-@pytest.mark.quick(8)
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("labels", ["masked prompts", "every label counts"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_rule_is_found_from_the_model(name, labels, caplog):
@@ -41,6 +41,7 @@ def test_the_rule_is_found_from_the_model(name, labels, caplog):
     assert get_runtime(model).unread is None
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["vit", "bert", "llama classifier", "llama"])
 def test_one_sample_and_half_precision_are_enough(name):
     for dtype in (torch.float32, torch.bfloat16):
@@ -157,7 +158,7 @@ def flops_ratio(history):
     return history[-1]["flops_ratio"]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name, mode, accumulation",
     [
@@ -181,7 +182,7 @@ def test_the_trainer_ends_with_the_same_weights(tmp_path, name, mode, accumulati
     assert flops_ratio(runs[True][1]) < 0.9 < flops_ratio(runs[False][1]) == 1.0
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("policy", ["bilevel", "importance", "fewer_samples"])
 def test_policies_end_with_the_same_weights(tmp_path, policy):
     def go(skips):

@@ -41,7 +41,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.quick(1)
+@pytest.mark.thorough
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_no_step_reads_more_from_the_device_than_a_plain_one(tmp_path, config, accumulation):

@@ -188,6 +188,7 @@ def test_targets_that_peft_takes_for_experts_are_refused(tmp_path):
     get_peft_model(glm4_moe(), D2FTConfig())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("family", ["Ernie4_5_Moe", "ExaoneMoe", "DeepseekV3"])
 def test_dense_first_layers_of_other_families_load_in_stock_peft_too(family, tmp_path):
     """PEFT would take their gate, up and down projections for experts'."""

@@ -168,6 +168,7 @@ def test_copies_cannot_be_merged_together_and_the_error_says_what_can():
         two_adapters("full").merge_and_unload(adapter_names=["default", "other"])
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("column", "kind"), [("plain", "cat"), ("lora", "cat"), ("full", "linear")])
 def test_a_weighted_adapter_is_the_weighted_sum_of_changes(column, kind):
     model = two_adapters(column)
@@ -236,6 +237,7 @@ def test_every_sample_of_a_mixed_batch_has_its_adapter(column):
         close(out[row], logits(model, "llama")[row])
 
 
+@pytest.mark.quick(1)
 @each_column
 def test_a_mixed_batch_generates_with_beams(column):
     model = two_adapters(column)
@@ -278,6 +280,7 @@ def test_mixed_batches_that_cannot_be_are_refused(column):
 # --- saving and loading
 
 
+@pytest.mark.quick(1)
 @each_column
 def test_low_cpu_mem_usage_allocates_nothing_before_it_loads(column, tmp_path):
     model = adapted(column)
@@ -299,6 +302,7 @@ def test_low_cpu_mem_usage_keeps_the_dtype_of_the_base(tmp_path):
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("autocast", [True, False])
 @each_column
 def test_the_dtype_of_an_adapter_on_a_half_precision_base(column, autocast):
@@ -321,6 +325,7 @@ def test_an_adapter_is_loaded_over_another(column, tmp_path):
     same(logits(model, "llama"), expected)
 
 
+@pytest.mark.quick(1)
 @each_column
 def test_folders_devices_and_training_are_as_asked_for(column, tmp_path):
     model = adapted(column)
@@ -333,6 +338,7 @@ def test_folders_devices_and_training_are_as_asked_for(column, tmp_path):
     same(logits(frozen, "llama"), logits(model, "llama"))
 
 
+@pytest.mark.quick(1)
 @each_column
 def test_transformers_loads_and_switches_it_without_peft(column, tmp_path):
     trained = adapted(column)

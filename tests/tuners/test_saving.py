@@ -65,6 +65,7 @@ def test_round_trip(name, mode, tmp_path):
     same(logits(loaded, name), logits(shared(name, mode), name))
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("name", TINY)
 def test_round_trip_of_modules_to_save(name, tmp_path):
     mode = {"vit": "full", "bert": "boundary"}.get(name, "lora")
@@ -73,6 +74,7 @@ def test_round_trip_of_modules_to_save(name, tmp_path):
     same(logits(load(name, tmp_path, adapter_name="other"), name), logits(model, name))
 
 
+@pytest.mark.quick(1)
 @each_mode
 def test_several_adapters_are_saved_side_by_side(mode, tmp_path):
     model = trained("llama", mode)
@@ -87,6 +89,7 @@ def test_several_adapters_are_saved_side_by_side(mode, tmp_path):
     assert D2FTConfig.from_pretrained(tmp_path / "other").heads_per_subnet == 2
 
 
+@pytest.mark.quick(1)
 @each_mode
 def test_an_adapter_is_loaded_beside_another(mode, tmp_path):
     """A D2FT LoRA adapter is LORA on disk, so its D2FT config is named first."""
@@ -102,6 +105,7 @@ def test_an_adapter_is_loaded_beside_another(mode, tmp_path):
     assert get_runtime(running).partitions["other"].heads_per_subnet == 2
 
 
+@pytest.mark.quick(1)
 @each_mode
 def test_the_trainers_way_back_into_a_running_model(mode, tmp_path):
     """The Trainer resumes by loading into the adapter that is already there."""
@@ -126,6 +130,7 @@ def test_state_dict_functions_of_peft(mode):
     same(logits(other, "vit"), logits(model, "vit"))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_tied_copies_come_back_tied(name, low_cpu_mem_usage, tmp_path):
@@ -147,6 +152,7 @@ def test_tied_copies_come_back_tied(name, low_cpu_mem_usage, tmp_path):
     same(logits(loaded, name), logits(model, name))
 
 
+@pytest.mark.quick(1)
 @LOCAL_BASE
 @pytest.mark.parametrize(
     "name, task, auto",
@@ -176,6 +182,7 @@ def test_auto_class_without_a_task(mode, tmp_path):
     same(logits(AutoPeftModel.from_pretrained(tmp_path / "adapter"), "vit"), logits(model, "vit"))
 
 
+@pytest.mark.quick(1)
 @each_mode
 def test_training_continues_from_disk(mode, tmp_path):
     model = trained("llama", mode, shortcut="rescale", heads_per_subnet=2)

@@ -286,6 +286,7 @@ def test_the_head_leaves_out_rows_that_no_loss_reads():
 class TestBlocksThatMustRun:
     """What a block returns besides its hidden states cannot be made up."""
 
+    @pytest.mark.thorough
     def test_more_than_hidden_states(self):
         config = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
         model = tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=64, **config))
