@@ -74,7 +74,7 @@ def main(which: str) -> int:
         print(f"{which}: nothing else than what the whole suite ran with: {said}")
         return 0
     print(f"{which}: {said}", flush=True)
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/contract"]
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "tests/contract"]
     failed = subprocess.run(command, cwd=ROOT).returncode != 0
     beyond = [f"{name} {found[name]}" for name, r in requirements.items() if not r.specifier.contains(found[name])]
     if not beyond:
