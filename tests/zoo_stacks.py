@@ -299,15 +299,52 @@ VISION_LANGUAGE = {
          "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         _QWEN_LM, **_QWEN,
     ),
+    "qwen3_vl_moe": _vlm(
+        "Qwen3VLMoe", "words",
+        {**_QWEN_TOWER, "hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 40,
+         "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        {**_QWEN_LM, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}, **_QWEN,
+    ),
+    "glm4v": _vlm(
+        "Glm4v", "words",
+        {**_QWEN_TOWER, "hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 40, "image_size": 16}, _QWEN_LM,
+        image_token_id=_IMAGE_TOKEN,
+    ),
+    "llama4": _vlm(
+        "Llama4", "words",
+        {**_TOWER, "vision_output_dim": 24, "projector_input_dim": 24, "projector_output_dim": 24},
+        {**_LM, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 8},
+        image_token_index=_IMAGE_TOKEN,
+    ),
+    "lfm2_vl": _vlm(
+        "Lfm2Vl", "words", _of("siglip2_vision_model", {**_TOWER, "num_patches": 4}),
+        _of("lfm2", {**_LM, "layer_types": ["full_attention"] * 3}), image_token_id=_IMAGE_TOKEN,
+    ),
+    "aria": _vlm(
+        "Aria", "words", _of("idefics3_vision", _TOWER),
+        {**_LM, "moe_num_experts": 2, "moe_topk": 1, "moe_num_shared_experts": 1}, image_token_index=_IMAGE_TOKEN,
+    ),
+    "video_llava": _vlm(
+        "VideoLlava", "words", *_LLAVA, image_token_index=_IMAGE_TOKEN, video_token_index=6
+    ),
+    "got_ocr2": _vlm("GotOcr2", "words", _TOWER, _of("qwen2", _LM), image_token_index=_IMAGE_TOKEN),
 }  # fmt: skip
 _TEXT_TOWER = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 16,
 }  # fmt: skip
+_CLIP_LIKE = {"vision_config": _TOWER, "text_config": _TEXT_TOWER, "projection_dim": 16}
 TOWERS = {
+    "chinese_clip": Stacks(
+        tf.ChineseCLIPConfig, tf.ChineseCLIPModel,
+        {**_CLIP_LIKE, "text_config": {**_TEXT_TOWER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}},
+        "pairs",
+    ),
+    "clipseg": Stacks(tf.CLIPSegConfig, tf.CLIPSegModel, _CLIP_LIKE, "pairs"),
+    "owlv2": Stacks(tf.Owlv2Config, tf.Owlv2Model, _CLIP_LIKE, "pairs"),
+    "owlvit": Stacks(tf.OwlViTConfig, tf.OwlViTModel, _CLIP_LIKE, "pairs"),
     "clip": Stacks(
-        tf.CLIPConfig, tf.CLIPModel, {"vision_config": _TOWER, "text_config": _TEXT_TOWER, "projection_dim": 16},
-        "pairs", quick=True,
+        tf.CLIPConfig, tf.CLIPModel, _CLIP_LIKE, "pairs", quick=True,
     ),
     "siglip": Stacks(
         tf.SiglipConfig, tf.SiglipModel, {"vision_config": {**_TOWER, "hidden_size": 32}, "text_config": _TEXT_TOWER},
@@ -327,6 +364,11 @@ PAIRS = {
     "vision-encoder-decoder (ViT, BERT)": Stacks(
         tf.VisionEncoderDecoderConfig, tf.VisionEncoderDecoderModel,
         {"encoder": {"model_type": "vit", **_TOWER, **_STILL}, "decoder": {**_BERT, **_DECODES}, **_IDS}, "captions",
+    ),
+    "t5gemma": Stacks(
+        tf.T5GemmaConfig, tf.T5GemmaForConditionalGeneration,
+        {"encoder": _LM, "decoder": _LM, "vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+         "dropout_rate": 0.0, "tie_word_embeddings": False}, "seq2seq",
     ),
 }  # fmt: skip
 REFUSED = {

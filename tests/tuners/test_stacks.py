@@ -37,6 +37,7 @@ def twins(name, mode, train_boundary=False, **overrides):
     """The plain model as anybody would fine-tune it, the D2FT model, and the subnets."""
     recipe = ZOO[name]
     model = recipe.build(**overrides).double()
+    model.set_experts_implementation("eager")  # products of groups know no float64
     partition = partition_model(model, stacks=recipe.stacks)
     twin = copy.deepcopy(model)
     if mode == "lora":
