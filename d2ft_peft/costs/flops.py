@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..partition import Branch, Partition, Projection, base_model, unwrap
+from ..partition.body import attention_kernel
 from ..schedule import Chain, CostModel
 from ..tuners.layer import D2FTLayer
 from .measured_blocks import blocks_that_learn, cost_of_whole_blocks, trains_below
@@ -47,20 +48,24 @@ def cost_model(
         return cost_of_whole_blocks(model, partition, probe, forward_only_cost, without)
     base, shape = base_model(model), len(partition.blocks)
     blocks = partition.subnet_blocks
-    attention_backward = _ATTENTION_BACKWARD.get(model.config._attn_implementation, _FUSED_ATTENTION_BACKWARD)
+    kernels = [attention_kernel(base, stack.name) for stack in partition.stacks]
     per_head = {name: np.zeros(shape) for name in _PARTS}
     shared = {name: np.zeros(shape) for name in _PARTS}
+    entered: set[int] = set()  # blocks whose first branch was seen
     for branch in partition.branches:
+        is_entry = branch.block not in entered
+        entered.add(branch.block)
         rows = probe.rows_of(partition, branch)
         products = 4.0 * rows.own * rows.attended * branch.query_width * (branch.region not in without)
         per_head["forward"][branch.block] += products
-        per_head["backward"][branch.block] += products * attention_backward
+        kernel = kernels[partition.stack_of(branch.block)]
+        per_head["backward"][branch.block] += products * _ATTENTION_BACKWARD.get(kernel, _FUSED_ATTENTION_BACKWARD)
         for projection in (p for p in branch.projections if p.name not in without):
             count = rows.other if projection.name in branch.other_input else rows.own
-            _add_projection(base, branch, projection, count, per_head, shared)
+            _add_projection(base, branch, projection, count, is_entry, per_head, shared)
         for name in branch.whole:
             if name not in without:
-                _add_whole(base.get_submodule(name), branch, rows.own, shared)
+                _add_whole(base.get_submodule(name), branch, rows.own, is_entry, shared)
     learns = blocks_that_learn(base, partition)
     attends = np.isin(range(shape), [branch.block for branch in partition.branches if branch.name != "ffn"])
     heads = np.array([len(subnet.heads) for subnet in partition.subnets])
@@ -127,12 +132,22 @@ def _of_blocks(probe: Probe, num_blocks: int, flops: Callable[[Entry], float]) -
 
 
 def _add_projection(
-    base: nn.Module, branch: Branch, projection: Projection, rows: float, per_head: dict, shared: dict
+    base: nn.Module,
+    branch: Branch,
+    projection: Projection,
+    rows: float,
+    is_entry: bool,
+    per_head: dict,
+    shared: dict,
 ) -> None:
-    """Add one projection's FLOPs on some rows: what one head owns, and what its block computes once per pass."""
+    """Add one projection's FLOPs on some rows: what one head owns, and what its block computes once per pass.
+
+    The gradient of its input counts as the block's where its branch is the first there (`is_entry`). In blocks whose
+    FFN runs beside attention that of the FFN would too: the lowest one is taken for dearer than it is.
+    """
     module, block = base.get_submodule(projection.name), branch.block
     dense = 2.0 * rows * projection.in_features * projection.out_features / branch.heads
-    is_entry = branch.name == "attention" and projection.kind == "column"
+    is_entry = is_entry and projection.kind == "column"
     reads_states = projection.name in branch.other_input
     trains = isinstance(module, D2FTLayer) and any(p.requires_grad for p in module.parameters())
     trains = trains or (not isinstance(module, D2FTLayer | LoraLayer) and _trains(module))
@@ -162,7 +177,7 @@ def _trains(module: nn.Module) -> bool:
     return getattr(module, "weight", None) is not None and module.weight.requires_grad
 
 
-def _add_whole(module: nn.Module, branch: Branch, rows: float, shared: dict) -> None:
+def _add_whole(module: nn.Module, branch: Branch, rows: float, is_entry: bool, shared: dict) -> None:
     """Add the FLOPs on some rows of a projection that every pass of its region computes whole."""
     layer = unwrap(module)
     weight = getattr(layer, "weight", None)  # HQQ has none under this name, and packed ones have fewer entries
@@ -178,4 +193,4 @@ def _add_whole(module: nn.Module, branch: Branch, rows: float, shared: dict) -> 
         forward, backward = forward + low_rank, backward + 2 * low_rank
     shared["forward"][branch.block] += forward
     shared["backward"][branch.block] += backward
-    shared["entry"][branch.block] += dense
+    shared["entry"][branch.block] += dense * is_entry

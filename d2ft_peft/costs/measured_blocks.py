@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import nn
 
-from ..partition import Partition, Stack, base_model, boundary_below
+from ..partition import Partition, Stack, base_model, boundary_below, boundary_parameters
 from ..schedule import CostModel
 from .seen import Entry, Probe
 
@@ -75,8 +75,7 @@ def blocks_that_learn(base: nn.Module, partition: Partition) -> np.ndarray:
 def trains_below(base: nn.Module, partition: Partition, stack: Stack | None = None) -> bool:
     """Whether anything on the way into a stack trains, see `boundary_below`."""
     below = boundary_below(base, partition, stack)
-    # The model itself may stand there for parameters of its own.
-    return any(p.requires_grad for name in below for p in base.get_submodule(name).parameters(recurse=bool(name)))
+    return any(p.requires_grad for name in below for p in boundary_parameters(base, partition, name))
 
 
 def _forward(entries: Sequence[Entry]) -> float:

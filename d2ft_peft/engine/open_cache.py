@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..hidden_states import bytes_of
-from ..partition import base_model, boundary_below, parts_elsewhere
+from ..partition import Partition, base_model, boundary_below, boundary_parameters, parts_elsewhere
 from ..partition.body import find_body
 from .frozen_cache import FrozenCache
 from .intercept import get_runtime
@@ -62,7 +62,7 @@ def open_cache(
     blocks = [base.get_submodule(name) for name in partition.blocks]
     above = {id(part) for block in blocks[cut:] for part in block.modules()}
     frozen = [part for block in blocks[:cut] for part in block.modules()]
-    _check(base, cut, body, above, boundary_below(base, partition), blocks)
+    _check(base, cut, body, above, partition)
 
     def open_store(width: int, of_model: torch.dtype) -> RowStore:
         about = _about(body, frozen, cut)
@@ -82,22 +82,21 @@ def frozen_cache(model: nn.Module, directory: str, **options: Any) -> Iterator[F
         cache.close()
 
 
-def _check(
-    base: nn.Module, cut: int, body: nn.Module, above: set[int], below: tuple[str, ...], blocks: list[nn.Module]
-) -> None:
+def _check(base: nn.Module, cut: int, body: nn.Module, above: set[int], partition: Partition) -> None:
     if cut == 0:
         raise ValueError(
             "cache_frozen keeps what frozen blocks return, and the lowest block learns; restrict the adapter to upper "
             "blocks with layers_to_transform, or leave cache_frozen out."
         )
-    if cut == len(blocks):
+    if cut == len(partition.blocks):
         raise ValueError(
             "cache_frozen feeds the lowest block that learns, and no block does; train the head on kept features."
         )
-    for name in below:
-        if any(parameter.requires_grad for parameter in base.get_submodule(name).parameters()):
+    for name in boundary_below(base, partition):
+        if any(parameter.requires_grad for parameter in boundary_parameters(base, partition, name)):
             raise ValueError(
-                f"cache_frozen: {name} learns, so that what frozen blocks return changes; leave one of the two out."
+                f"cache_frozen: {name or 'a parameter of the model itself'} learns, so that what frozen blocks return "
+                "changes; leave one of the two out."
             )
     for name, part in body.named_modules():
         random = None if id(part) in above else _random(part)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from ..partition import Partition, parts_elsewhere
+from ..partition.body import attention_kernel
 from .checkpointing import in_backward
 from .intercept import Intercept
 from .patch_variance import PatchVariance, find_patches
@@ -101,7 +102,7 @@ def check_takes_tokens(model: nn.Module, partition: Partition, margins: tuple[in
     """
     blocks, kind = partition.blocks, model.config.model_type
     first = model.get_submodule(blocks[0])
-    attention = model.config._attn_implementation
+    attention = attention_kernel(model, blocks[0])
     mixing = [name for name, module in first.named_modules() if isinstance(module, _MIXING)]
     reasons = {
         f"token_margins={list(margins)} leaves none of its {len(blocks)} blocks between them; choose smaller ones": (

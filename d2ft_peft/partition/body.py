@@ -45,6 +45,14 @@ def reads_token_ids(model: nn.Module, partition: Partition, gauge: Gauge) -> boo
     return _takes_token_ids(next((part for part in around if isinstance(part, PreTrainedModel)), model))
 
 
+def attention_kernel(model: nn.Module, path: str) -> str:
+    """The attention implementation of what stands at a path: parts of a model may have others than the whole."""
+    parts = path.split(".")
+    around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts), -1, -1))
+    body = next((part for part in around if isinstance(part, PreTrainedModel)), model)
+    return getattr(body.config, "_attn_implementation", None) or ""
+
+
 def _takes_token_ids(module: nn.Module) -> bool:
     return "input_ids" in inspect.signature(type(module).forward).parameters
 

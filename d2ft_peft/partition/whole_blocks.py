@@ -91,6 +91,13 @@ def boundary_below(base: nn.Module, partition: Partition, stack: Stack | None = 
     )
 
 
+def boundary_parameters(base: nn.Module, partition: Partition, name: str) -> list[nn.Parameter]:
+    """Parameters of a boundary module; of one that holds blocks, as the model itself does, only its own."""
+    prefix = f"{name}." if name else ""
+    holds = any(block.startswith(prefix) for block in partition.blocks)
+    return list(base.get_submodule(name).parameters(recurse=not holds))
+
+
 def _find_blocks(model: nn.Module) -> list[str]:
     """Paths of the blocks; none where there are not two of their own, or others run between them."""
     lists = lists_of_blocks(model)

@@ -184,9 +184,10 @@ class CostModel:
         has_full, rows = full @ in_block > 0, len(full)
         back = _Backward(np.zeros_like(has_full), np.zeros(rows), np.zeros(rows, dtype=bool), np.zeros(rows))
         chains = self.chains or (Chain(0, len(inside), self.below_trains),)
+        inside_entry = np.zeros(len(inside)) if self.inside_entry_gradient is None else self.inside_entry_gradient
         # Whether anything learned in what ran until here; a decoder alone may have a trained encoder below it.
         before = np.full(rows, chains[0].below_trains)
-        for chain in chains:
+        for chain, following in zip(chains, (*chains[1:], None), strict=True):
             end = chain.first + chain.size
             of_chain = np.arange(chain.first, end)
             lowest_full = _first(learning[:, of_chain], chain.first)
@@ -198,18 +199,21 @@ class CostModel:
             elif chain.reads == "before":
                 lowest = np.where(reads, chain.first, lowest)
             lowest = np.where(chain.below_trains, chain.first, lowest)
+            if following is not None and following.reads == "states":  # gradients come by heads that do not hold them
+                reached = has_full[:, following.first : following.first + following.size].any(axis=1)
+                lowest, lowest_full = (np.where(reached, at, end) for at in (lowest, lowest_full))
             runs = back.blocks[:, of_chain] = has_full[:, of_chain] & (of_chain >= lowest[:, None])
             above = np.append(np.cumsum(inside[of_chain][::-1])[::-1], 0.0)
             back.inside += above[lowest - chain.first]
             back.any |= lowest < end
             own_input = reads & (chain.reads == "before") | chain.below_trains
-            spared = (lowest_full < end) & (lowest_full <= lowest_inside) & ~own_input
             entry = full & (self.blocks == lowest_full[:, None])
-            shared = np.append(self.shared_entry_gradient, 0.0)[lowest_full]
-            back.spared += (entry @ self.entry_gradient + shared) * spared
-            if self.inside_entry_gradient is not None:
-                before_subnets = np.append(self.inside_entry_gradient, 0.0)[lowest_full]
-                back.spared += before_subnets * (spared & (lowest_full < lowest_inside))
+            shared, before_subnets = (
+                np.append(given, 0.0)[lowest_full] for given in (self.shared_entry_gradient, inside_entry)
+            )
+            nothing_inside = lowest_full < lowest_inside + (before_subnets == 0)
+            spared = (lowest_full < end) & nothing_inside & ~own_input
+            back.spared += (entry @ self.entry_gradient + shared + before_subnets) * spared
             if chain.reads == "states" and self.states_gradient is not None:
                 cells = full & np.isin(self.blocks, of_chain) & back.blocks[:, self.blocks]
                 states = cells @ self.states_gradient + runs @ self.shared_states_gradient[of_chain]

@@ -11,6 +11,7 @@ from d2ft_peft import D2FTConfig, D2FTPlanner
 from d2ft_peft.engine import frozen_cache, get_runtime, open_cache
 from tests.models import TINY
 from tests.training.test_frozen_cache import blocks_of, build, count_rows
+from tests.zoo_stacks import ZOO
 
 
 def lookups(model, directory, batch, **options):
@@ -42,6 +43,16 @@ def test_other_weights_other_inputs_and_another_model_are_misses(tmp_path):
     assert lookups(model, tmp_path, batch)[1:] == (0, 4)
     blocks_of(model)[2].mlp.fc1.weight.data[0, 0] += 1  # above the cut
     assert lookups(model, tmp_path, batch)[1:] == (4, 0)
+
+
+def test_a_parameter_beside_the_blocks_is_not_taken_for_them(tmp_path):
+    recipe = ZOO["llava_next"]  # its `model` holds one for the ends of rows of an image
+    model, batch = get_peft_model(recipe.build(), D2FTConfig(layers_to_transform=[2])), recipe.batch()
+    assert lookups(model, tmp_path, batch)[1:] == (0, 3)
+    assert lookups(model, tmp_path, batch)[1:] == (3, 0)
+    model.get_base_model().model.image_newline.requires_grad_(True)
+    with pytest.raises(ValueError, match="cache_frozen: model learns"):
+        open_cache(model, str(tmp_path))
 
 
 def test_a_batch_that_is_known_in_part_runs_the_rest_alone(tmp_path):
