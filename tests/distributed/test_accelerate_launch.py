@@ -37,6 +37,7 @@ fsdp_config:
 """
 SCRIPT = """
 import json
+import os
 import sys
 import warnings
 
@@ -67,6 +68,8 @@ if trainer.is_world_process_zero():
     facts = {"processes": trainer.args.world_size, "kind": trainer.accelerator.distributed_type, "type": kind}
     with open(f"{folder}/facts.json", "w") as file:
         json.dump(facts, file)
+trainer.accelerator.wait_for_everyone()
+os._exit(0)  # gloo's threads now and then abort an interpreter that ends, the stock Trainer's too
 """
 
 
