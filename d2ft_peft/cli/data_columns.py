@@ -55,6 +55,9 @@ def find_columns(features: Mapping[str, Any], given: Columns) -> Columns:
     for name in (given.image, given.text, given.label, given.prompt, given.completion):
         if name is not None and name not in features:
             raise ValueError(f"column {name!r} is not in the data, which has {sorted(features)}.")
+    for name in (given.text, given.prompt, given.completion):
+        if name is not None and not isinstance(features[name], Value):
+            raise ValueError(f"column {name!r} holds {features[name]}, which is no text; name another one.")
     if (given.prompt is None) != (given.completion is None):
         raise ValueError("prompt_column and completion_column belong together; give both.")
     strings = [name for name, one in features.items() if isinstance(one, Value) and "string" in one.dtype]

@@ -135,6 +135,7 @@ def load_task(
     config = read_config(model)
     splits = read_data(data, held_out_share, cache_dir)
     columns = find_columns(splits["train"].features, given)
+    _check_filled(splits, columns)
     name = choose_task(config, task or columns.task)
     if task is None and name == "causal-lm" and choose_task(config, None) == "sequence-classification":
         raise ValueError(
@@ -157,6 +158,18 @@ def load_task(
     classes = _classes(splits, columns.label)
     prepare = _image_task if name == "image-classification" else _text_task
     return prepare(model, splits, columns, classes, image_size if columns.image else length)
+
+
+def _check_filled(splits: DatasetDict, columns: Columns) -> None:
+    """Raises ValueError where a row has nothing to learn from; labels are looked at when they are counted."""
+    for name in filter(None, (columns.image, columns.text, columns.prompt, columns.completion)):
+        for data in splits.values():
+            column = data.data.column(name)
+            if column.null_count:
+                raise ValueError(
+                    f"column {name!r} is empty in {column.null_count} of {len(column)} rows; fill them, or leave them "
+                    "out."
+                )
 
 
 def _classes(splits: DatasetDict, label: str | None) -> dict[Any, int]:
@@ -184,7 +197,7 @@ def _new_head(names: list[str]) -> dict[str, Any]:
 
 
 def _image_task(model: str, splits: DatasetDict, columns: Columns, classes: dict[Any, int], size: int | None) -> Task:
-    processor = tf.AutoImageProcessor.from_pretrained(model)
+    processor = _beside(model, tf.AutoImageProcessor)
     options = {} if size is None else {"size": {"height": size, "width": size}}
     extra = {} if size is None else {"interpolate_pos_encoding": True}
     splits = splits.cast_column(columns.image, Image())
@@ -205,8 +218,25 @@ def _image_task(model: str, splits: DatasetDict, columns: Columns, classes: dict
     )  # fmt: skip
 
 
+def _beside(model: str, kind: type) -> Any:
+    """The tokenizer or image processor of a model."""
+    try:
+        return kind.from_pretrained(model)
+    except (ValueError, OSError) as error:
+        what = "tokenizer" if kind is tf.AutoTokenizer else "image processor"
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"model={model!r} has no {what} that can be read ({reason}); save one beside it with save_pretrained."
+        ) from error
+
+
 def _tokenizer(model: str) -> Any:
-    tokenizer = tf.AutoTokenizer.from_pretrained(model)
+    tokenizer = _beside(model, tf.AutoTokenizer)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made without its files, of nothing
+        raise ValueError(
+            f"model={model!r} has no tokenizer that can be read (it knows no words); save one beside it with "
+            "save_pretrained."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

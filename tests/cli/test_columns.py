@@ -1,7 +1,9 @@
 """What a data set is for, from its columns."""
 
+from shutil import copy
+
 import pytest
-from datasets import ClassLabel, Image, Value
+from datasets import ClassLabel, Image, List, Value
 
 from d2ft_peft.cli.data_columns import Columns, find_columns
 from d2ft_peft.cli.task_data import load_task
@@ -36,6 +38,7 @@ def test_columns_are_found(features, given, found, task):
         ({"img": Image()}, {}, "images need labels"),
         ({"a": TEXT, "b": TEXT}, {"prompt": "a"}, "belong together"),
         ({"number": NUMBER}, {}, "nothing can be learned from the columns"),
+        ({"parts": List(TEXT)}, {"text": "parts"}, "column 'parts' holds List.*, which is no text"),
     ],
 )
 def test_what_cannot_be_learned_is_said(features, given, says):
@@ -48,6 +51,8 @@ ODD = {
     "header.csv": "text,label\n", "broken.jsonl": '{"text": "good", "label": 1}\n{"text": "bad", \n',
     "numbers.csv": "text,label\n" + "good,0.5\nbad,0.25\n" * 9, "alike.csv": "text,label\n" + "good,pos\n" * 9,
     "text.csv": "text\n" + "good\n" * 9, "parts.jsonl": '{"text": ["good"], "label": 1}\n' * 9,
+    "empty text.csv": "text,label\n" + "good,pos\n,neg\n" * 9,
+    "empty answer.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": null}\n' * 9,
     "noise.parquet": "noise", "noise.xyz": "noise", "empty.jsonl": "",
 }  # fmt: skip
 
@@ -61,6 +66,8 @@ ODD = {
         "broken.jsonl": "cannot be read: JSON parse error", "numbers.csv": "at least two are needed, no floats",
         "alike.csv": r"has the labels \['pos'\]", "text.csv": r"the columns \['text'\] have no label, and a bert model",
         "parts.jsonl": "nothing can be learned from the columns", "noise.parquet": "cannot be read",
+        "empty text.csv": "column 'text' is empty in 9 of 18 rows",
+        "empty answer.jsonl": "column 'completion' is empty in 9 of 18 rows",
         "noise.xyz": "ends in .xyz; give one of", "missing.csv": "does not exist",
     }.items(),
 )  # fmt: skip
@@ -69,6 +76,14 @@ def test_a_file_from_which_nothing_is_learned_is_named(assets, tmp_path, file, s
         (tmp_path / file).write_text(ODD[file])
     with pytest.raises(ValueError, match=says):
         load_task(str(assets / "bert"), str(tmp_path / file), cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("model", ["bert", "llama"])
+def test_a_model_without_tokenizer_is_named(assets, tmp_path, model):
+    copy(assets / model / "config.json", tmp_path)
+    (tmp_path / "good.csv").write_text("text,label\n" + "good,pos\nbad,neg\n" * 9)
+    with pytest.raises(ValueError, match="has no tokenizer that can be read .*save one beside it"):
+        load_task(str(tmp_path), str(tmp_path / "good.csv"), cache_dir=str(tmp_path / "cache"))
 
 
 def test_rows_that_differ_in_their_fields_are_read(assets, tmp_path):
