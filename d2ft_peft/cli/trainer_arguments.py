@@ -24,7 +24,7 @@ def trainer_arguments(
     """
     own = {
         "output_dir": str(folder), "learning_rate": str(rate), "per_device_train_batch_size": str(batch),
-        "gradient_accumulation_steps": str(micro_batches),
+        "gradient_accumulation_steps": str(micro_batches), "disable_tqdm": "False",  # quiet logging would switch it off
     }  # fmt: skip
     line = [part for name, value in own.items() for part in (f"--{name}", value)]
     usual = [] if any(one.startswith("--report") for one in others) else ["--report_to", "none"]

@@ -18,13 +18,14 @@ from ..models import TINY
 
 @pytest.fixture
 def d2ft():
-    """Runs a command line; the answer as JSON if it asks for it, else as text."""
+    """Runs a command line; the answer as JSON if it asks for it, else as text. `stderr` is what it said besides."""
 
     def run(line: str, code: int = 0):
         result = CliRunner().invoke(app, shlex.split(line))
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         assert result.exit_code == code, result.output
+        run.stderr = result.stderr
         if code:
             assert result.stdout == "" and "Traceback" not in result.stderr
             return result.stderr

@@ -102,6 +102,7 @@ def test_train_plainly(d2ft, assets, tmp_path):
         f"--max_steps 1 --sequence-length 8 --cache-dir {tmp_path / 'cache'}"
     )
     assert text.startswith("plain, causal-lm: loss ") and (tmp_path / "out" / "model.safetensors").is_file()
+    assert "1/1 [" in d2ft.stderr  # how far it is
 
 
 def test_simulate_predicts_a_step_of_each_way(d2ft, config_folder):
