@@ -220,10 +220,13 @@ def _image_task(model: str, splits: DatasetDict, columns: Columns, classes: dict
 
 def _beside(model: str, kind: type) -> Any:
     """The tokenizer or image processor of a model."""
+    what = "tokenizer" if kind is tf.AutoTokenizer else "image processor"
     try:
-        return kind.from_pretrained(model)
+        found = kind.from_pretrained(model)
+        if what == "tokenizer" and set(found.get_vocab()) <= set(found.all_special_tokens):
+            raise ValueError("it knows no words")  # transformers makes some without their files, of nothing
+        return found
     except (ValueError, OSError) as error:
-        what = "tokenizer" if kind is tf.AutoTokenizer else "image processor"
         reason = " ".join(str(error).split())
         raise ValueError(
             f"model={model!r} has no {what} that can be read ({reason}); save one beside it with save_pretrained."
@@ -232,11 +235,6 @@ def _beside(model: str, kind: type) -> Any:
 
 def _tokenizer(model: str) -> Any:
     tokenizer = _beside(model, tf.AutoTokenizer)
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made without its files, of nothing
-        raise ValueError(
-            f"model={model!r} has no tokenizer that can be read (it knows no words); save one beside it with "
-            "save_pretrained."
-        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer

@@ -49,17 +49,16 @@ def cost_model(
     base, shape = base_model(model), len(partition.blocks)
     blocks = partition.subnet_blocks
     kernels = [attention_kernel(base, stack.name) for stack in partition.stacks]
+    attention_backward = [_ATTENTION_BACKWARD.get(kernel, _FUSED_ATTENTION_BACKWARD) for kernel in kernels]
+    first = {branch.block: branch for branch in reversed(partition.branches)}
     per_head = {name: np.zeros(shape) for name in _PARTS}
     shared = {name: np.zeros(shape) for name in _PARTS}
-    entered: set[int] = set()  # blocks whose first branch was seen
     for branch in partition.branches:
-        is_entry = branch.block not in entered
-        entered.add(branch.block)
+        is_entry = branch is first[branch.block]
         rows = probe.rows_of(partition, branch)
         products = 4.0 * rows.own * rows.attended * branch.query_width * (branch.region not in without)
         per_head["forward"][branch.block] += products
-        kernel = kernels[partition.stack_of(branch.block)]
-        per_head["backward"][branch.block] += products * _ATTENTION_BACKWARD.get(kernel, _FUSED_ATTENTION_BACKWARD)
+        per_head["backward"][branch.block] += products * attention_backward[partition.stack_of(branch.block)]
         for projection in (p for p in branch.projections if p.name not in without):
             count = rows.other if projection.name in branch.other_input else rows.own
             _add_projection(base, branch, projection, count, is_entry, per_head, shared)

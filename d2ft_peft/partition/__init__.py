@@ -6,7 +6,13 @@ from .branches import is_linear_like, is_plain_linear, unwrap
 from .discovery import base_model, partition_model, parts_elsewhere
 from .gauges import Gauge, Stack
 from .partition import Branch, FeatureLayout, Partition, PerHead, Projection, Subnet
-from .whole_blocks import boundary_below, boundary_parameters, modules_with_weights, partition_into_blocks
+from .whole_blocks import (
+    boundary_below,
+    boundary_parameters,
+    holds_subnets,
+    modules_with_weights,
+    partition_into_blocks,
+)
 
 
 __all__ = [
@@ -23,6 +29,7 @@ __all__ = [
     "base_model",
     "boundary_below",
     "boundary_parameters",
+    "holds_subnets",
     "is_linear_like",
     "is_plain_linear",
     "modules_with_weights",

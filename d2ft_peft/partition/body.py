@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -21,9 +21,7 @@ def find_body(model: nn.Module, stack: str) -> PreTrainedModel:
     Raises:
         ValueError: If there is none.
     """
-    parts = stack.split(".")
-    around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts) - 1, -1, -1))
-    body = next((module for module in around if isinstance(module, PreTrainedModel) and _embeds(module)), None)
+    body = next((module for module in _models_around(model, stack) if _embeds(module)), None)
     if body is None:
         raise ValueError(
             f"{type(model).__name__} has no transformers model around {stack!r} that embeds its inputs itself, so that "
@@ -40,17 +38,20 @@ def reads_token_ids(model: nn.Module, partition: Partition, gauge: Gauge) -> boo
     earlier = partition.stacks[gauge.stack - 1] if gauge.other and gauge.stack else None
     if gauge.other and earlier is None:
         return _takes_token_ids(model)
-    parts = (earlier or partition.stacks[gauge.stack]).name.split(".")
-    around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts) - 1, -1, -1))
-    return _takes_token_ids(next((part for part in around if isinstance(part, PreTrainedModel)), model))
+    stack = (earlier or partition.stacks[gauge.stack]).name
+    return _takes_token_ids(next(_models_around(model, stack), model))
 
 
 def attention_kernel(model: nn.Module, path: str) -> str:
     """The attention implementation of what stands at a path: parts of a model may have others than the whole."""
+    return getattr(next(_models_around(model, path), model).config, "_attn_implementation", None) or ""
+
+
+def _models_around(model: nn.Module, path: str) -> Iterator[PreTrainedModel]:
+    """The transformers models around what stands at a path, from the innermost to the outermost."""
     parts = path.split(".")
-    around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts), -1, -1))
-    body = next((part for part in around if isinstance(part, PreTrainedModel)), model)
-    return getattr(body.config, "_attn_implementation", None) or ""
+    around = (model.get_submodule(".".join(parts[:count])) for count in range(len(parts) - 1, -1, -1))
+    return (module for module in around if isinstance(module, PreTrainedModel))
 
 
 def _takes_token_ids(module: nn.Module) -> bool:

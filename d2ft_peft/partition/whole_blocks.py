@@ -92,10 +92,14 @@ def boundary_below(base: nn.Module, partition: Partition, stack: Stack | None = 
 
 
 def boundary_parameters(base: nn.Module, partition: Partition, name: str) -> list[nn.Parameter]:
-    """Parameters of a boundary module; of one that holds blocks, as the model itself does, only its own."""
+    """Parameters of a boundary module; of one that holds subnets only its own."""
+    return list(base.get_submodule(name).parameters(recurse=not holds_subnets(partition, name)))
+
+
+def holds_subnets(partition: Partition, name: str) -> bool:
+    """Whether a boundary module is listed for parameters of its own, beside projections of subnets that it holds."""
     prefix = f"{name}." if name else ""
-    holds = any(block.startswith(prefix) for block in partition.blocks)
-    return list(base.get_submodule(name).parameters(recurse=not holds))
+    return any(owned.startswith(prefix) for owned in partition.owned)
 
 
 def _find_blocks(model: nn.Module) -> list[str]:

@@ -211,8 +211,9 @@ class CostModel:
             shared, before_subnets = (
                 np.append(given, 0.0)[lowest_full] for given in (self.shared_entry_gradient, inside_entry)
             )
-            nothing_inside = lowest_full < lowest_inside + (before_subnets == 0)
-            spared = (lowest_full < end) & nothing_inside & ~own_input
+            # What trains inside the block wants the gradient of the subnets' input where it lies before them.
+            alone = np.where(before_subnets > 0, lowest_full < lowest_inside, lowest_full <= lowest_inside)
+            spared = (lowest_full < end) & alone & ~own_input
             back.spared += (entry @ self.entry_gradient + shared + before_subnets) * spared
             if chain.reads == "states" and self.states_gradient is not None:
                 cells = full & np.isin(self.blocks, of_chain) & back.blocks[:, self.blocks]

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..engine.dequantize import quantized_weight
-from ..partition import Partition, is_plain_linear, unwrap
+from ..partition import Partition, holds_subnets, is_plain_linear, unwrap
 from ..schedule import policy_facts
 from .config import D2FTConfig
 
@@ -255,7 +255,7 @@ def copied_boundary(model: nn.Module, partition: Partition, boundary: list[str])
     Raises:
         ValueError: If a module with parameters of its own holds projections of subnets.
     """
-    holding = [n for n in boundary if not n or any(owned.startswith(f"{n}.") for owned in partition.owned)]
+    holding = [name for name in boundary if holds_subnets(partition, name)]
     left = set()
     for name in holding:
         own = {parameter for parameter, _ in model.get_submodule(name).named_parameters(recurse=False)}
